@@ -1,0 +1,62 @@
+"""The validation loss: a collective step on a fixed set of sequences, never a side job of one rank."""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from elastic_gpt.batches import gather
+from elastic_gpt.order import sequence_count, share
+from elastic_gpt.world import World
+
+
+class Evaluator:
+    """Mean cross-entropy over the same validation sequences each time.
+
+    Args:
+        model: put into evaluation mode (no dropout) and back.
+        loss_sum: (tokens (B, T), targets (B, T)) to the sum of the model's cross-entropy over all targets.
+        tokens: the token ids of val.bin.
+        sequences: how many to use, spread evenly over the split; fewer where it holds fewer.
+        micro_batch: sequences in one forward pass.
+
+    Raises:
+        ValueError: if the split is too short for one sequence.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        tokens: npt.NDArray[np.unsignedinteger],
+        *,
+        block_size: int,
+        sequences: int,
+        micro_batch: int,
+        world: World,
+    ) -> None:
+        there = sequence_count(len(tokens), block_size)
+        if there == 0:
+            raise ValueError(
+                f"val.bin holds {len(tokens)} tokens, one sequence needs {block_size + 1}: prepare more text,"
+                " a larger --val-fraction, or train with a smaller --model.block-size"
+            )
+        ids = np.linspace(0, there - 1, min(sequences, there)).astype(np.int64)
+        self.micro_batches = [ids[start : start + micro_batch] for start in range(0, len(ids), micro_batch)]
+        self.targets = len(ids) * block_size
+        self.model, self.loss_sum, self.tokens, self.block_size, self.world = model, loss_sum, tokens, block_size, world
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The validation loss, nats a token; the same on every rank and at every world size."""
+        # A slot per micro-batch, filled by one rank and zero on the others: the sum over the ranks is exact.
+        sums = torch.zeros(len(self.micro_batches), dtype=torch.float64)
+        self.model.eval()
+        for index in share(len(self.micro_batches), self.world.rank, self.world.size):
+            tokens, targets = gather(self.tokens, self.micro_batches[index], self.block_size, self.world)
+            sums[index] = self.loss_sum(tokens.to(self.world.device), targets.to(self.world.device)).item()
+        self.model.train()
+        there = sums.to(self.world.device) if self.world.device.type == "cuda" else sums
+        self.world.sum(there)
+        return there.sum().item() / self.targets

@@ -1,0 +1,229 @@
+"""The one door to DLRover: its job master, and an agent on each node that starts and restarts the workers.
+
+    elastic-gpt launch --nodes 3 -- train debug_cpu --run run     # a master and three nodes on this machine
+    elastic-gpt launch --nnodes 2:4 -- train gpt2_124m --run run  # one node of a job: what a pod runs
+
+The second form joins the master that DLRover's environment names (DLROVER_MASTER_ADDR, NODE_RANK ...). The first starts a
+master and gives each node such an environment (local.py), so both run the same agent. The agent is DLRover's own, with what
+is known to hurt in 0.6.1 mended in `_mend`.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from elastic_gpt.cli import COMMANDS
+from elastic_gpt.settings import USERS_MISTAKE, fail
+
+GRACE_SECONDS = 40.0  # torchelastic gives a worker 30 s after SIGTERM
+CRASHES, CRASH_SECONDS = 3, 180.0  # this many crashes of a node's workers in this time end the node
+RESTARTS = 1000  # each loss of a peer costs a survivor one, so it only has to be out of reach
+
+HELP_EXAMPLES = """\
+On this machine, with three nodes that can be killed and replaced:
+  elastic-gpt launch --nodes 3 -- train debug_cpu --data.dir data --run run
+In a pod of an ElasticJob, or on any node where DLRover's environment names the master:
+  elastic-gpt launch --nnodes 2:4 -- train gpt2_124m --data.dir /workspace/data --run /workspace/run"""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt launch") -> int:
+    """Exit codes: the job's (0: finished), 2 a user's mistake, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog, description="Train elastically under DLRover.", epilog=HELP_EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--nodes", type=int, metavar="N", help="start a master and N nodes on this machine")
+    parser.add_argument("--nnodes", metavar="MIN:MAX", help="the job's least and most nodes (default: 1:N)")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="workers a node: its GPUs, or 1 (default: 1)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="as in `-- train PRESET ...`")
+    args = parser.parse_args(argv)
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    try:
+        least, most = _nodes(args.nnodes, args.nodes)
+        if not command or command[0] not in COMMANDS:
+            raise ValueError("say what to launch, as in `elastic-gpt launch --nodes 3 -- train debug_cpu`")
+        if args.nodes is None:
+            return run_node(command, least=least, most=most, workers=args.nproc)
+        # A typo is told once and now, not by each worker of each node.
+        if code := _check(command):
+            return code
+        return run_local(command, nodes=args.nodes, least=least, most=most, workers=args.nproc)
+    except ValueError as error:
+        return fail(error)
+
+
+def _nodes(nnodes: str | None, nodes: int | None) -> tuple[int, int]:
+    if nnodes is None:
+        if nodes is None:
+            raise ValueError(
+                "say how many nodes: --nodes 3 starts three here, --nnodes 2:4 joins a job as one of 2 to 4"
+            )
+        nnodes = f"1:{nodes}"
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", nnodes)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError(f"--nnodes {nnodes} is not MIN:MAX with 1 <= MIN <= MAX: write for example --nnodes 2:4")
+    if nodes is not None and not least <= nodes <= most:
+        raise ValueError(f"--nodes {nodes} is outside --nnodes {nnodes}: start between {least} and {most}")
+    return least, most
+
+
+def _check(command: Sequence[str]) -> int:
+    """Let the command look at its own arguments; returns its exit code for a mistake, else 0."""
+    room: Any = importlib.import_module(COMMANDS[command[0]][0])
+    try:
+        room.check(command[1:], f"elastic-gpt {command[0]}")
+    except ValueError as error:
+        return fail(error)
+    return 0
+
+
+def run_node(command: Sequence[str], *, least: int, most: int, workers: int) -> int:
+    """Run DLRover's agent in this process until the job is over or this node is asked to leave (SIGTERM)."""
+    if "DLROVER_MASTER_ADDR" not in os.environ:
+        raise ValueError("no DLRover master in the environment (DLROVER_MASTER_ADDR): add --nodes N to start one here")
+    if "ELASTIC_GPT_LOCAL" in os.environ:  # a node of LocalJob leaves nothing behind when that is killed
+        from elastic_gpt.world import die_with_parent
+
+        die_with_parent()
+    from dlrover.trainer.torch import elastic_run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _mend()
+    arguments = [
+        f"--nnodes={least}:{most}",
+        f"--nproc_per_node={workers}",
+        f"--max_restarts={RESTARTS}",
+        # The round closes at once when all MAX nodes are there, else this many seconds after the last one joined.
+        "--rdzv_conf=join_timeout=600,lastcall_timeout=2",
+        "--module",
+        "elastic_gpt.cli",
+        *command,
+    ]
+    try:
+        elastic_run.run(elastic_run.parse_args(arguments))
+    except SignalException:
+        return 0  # asked to leave, and the workers have saved their state
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return USERS_MISTAKE if codes == {USERS_MISTAKE} else 1
+    return 0
+
+
+def _mend() -> None:
+    """What hurts in DLRover 0.6.1, mended in this process."""
+    from dlrover.python.common.constants import JobConstant
+    from dlrover.python.diagnosis.common.constants import DiagnosisActionType
+    from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
+    from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
+    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+
+    # The agents poll the rendezvous every 5 s; a membership change waits for that.
+    JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.2
+
+    # It kills every process whose parent is 1 and whose environment is torchelastic's, other jobs' too. Ours die with
+    # their agent (world.die_with_parent), so there is nothing to kill.
+    ElasticTrainingAgent._stop_orphan_workers = lambda *_: None
+
+    # We keep our own snapshots: no thread, sockets and files under /tmp/dlrover for the ones of Flash Checkpoint.
+    AsyncCheckpointSaver.start_async_saving_ckpt = classmethod(lambda _: None)
+
+    # Called after each start of the workers, to put a handler that saves those snapshots in front of torchelastic's. Ours
+    # tells the workers that this node leaves for good; torchelastic then sends SIGTERM and waits for them.
+    def register_signal_handler(_: type) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            theirs = signal.getsignal(number)
+
+            def handler(number: int, frame: Any, theirs: Any = theirs) -> None:
+                for worker in _children():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker, signal.SIGUSR1)
+                theirs(number, frame)
+
+            signal.signal(number, handler)
+
+    AsyncCheckpointSaver.register_signal_handler = classmethod(register_signal_handler)
+
+    # It restarts whatever fails. A worker that ends with a user's mistake would make it again, and so would one that crashes
+    # of itself (an exception is exit code 1; a lost peer is 3, a kill is negative) soon after each start.
+    diagnose = DiagnosisAgent.diagnose_training_failure
+    crashes: list[float] = []
+
+    def diagnose_training_failure(self: Any) -> Any:
+        action = diagnose(self)
+        codes = {failure.exitcode for failure in self._agent_context.run_result.failures.values()}
+        if 1 in codes:
+            crashes.append(time.monotonic())
+        crash_loop = len(crashes) >= CRASHES and crashes[-1] - crashes[-CRASHES] < CRASH_SECONDS
+        if USERS_MISTAKE in codes or crash_loop:
+            action._action_type = DiagnosisActionType.RELAUNCH_WORKER  # which ends this agent
+        return action
+
+    DiagnosisAgent.diagnose_training_failure = diagnose_training_failure
+
+
+def _children() -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process().children()]
+
+
+def run_local(command: Sequence[str], *, nodes: int, least: int, most: int, workers: int) -> int:
+    """A master and `nodes` nodes here, until the job is over. Ctrl-C saves and stops; a second one stops at once."""
+    from elastic_gpt.local import LocalJob  # imports torch, which a pod's agent does in its own time
+
+    job = LocalJob(command, least=least, most=most, workers=workers)
+    asked: list[int] = []
+
+    def ask(number: int, _frame: Any) -> None:
+        asked.append(number)
+
+    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with job:
+            for _ in range(nodes):
+                job.add_node()
+            while job.running() and not asked:
+                time.sleep(0.1)
+            if asked:
+                print("stopping: the step in flight is finished and the state is saved; Ctrl-C again to stop at once")
+                for node in job.running():
+                    job.terminate(node)
+                deadline = time.monotonic() + GRACE_SECONDS
+                while job.running() and len(asked) < 2 and time.monotonic() < deadline:
+                    time.sleep(0.1)
+        if asked:
+            return 128 + asked[0]
+        return job.exit_code()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_master(port: int, nodes: int, name: str) -> None:
+    """DLRover's job master for this machine alone, in this process."""
+    import grpc
+    from dlrover.python.master import main as master
+
+    from elastic_gpt.world import die_with_parent
+
+    die_with_parent()
+    server = grpc.server
+
+    def loopback_server(*args: Any, **kwargs: Any) -> Any:
+        made = server(*args, **kwargs)
+        listen = made.add_insecure_port
+        made.add_insecure_port = lambda address: listen(address.replace("[::]", "127.0.0.1"))
+        return made
+
+    grpc.server = loopback_server  # it would listen on all interfaces
+    sys.argv = ["master", "--platform", "local", "--port", str(port), "--node_num", str(nodes), "--job_name", name]
+    os._exit(master.main())

@@ -1,0 +1,208 @@
+"""Several nodes on this machine, each an agent process of its own: for a first run, the demo, the drill and the tests."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from elastic_gpt.settings import USERS_MISTAKE
+from elastic_gpt.snapshot import shared_memory
+
+
+class LocalJob:
+    """A DLRover master and nodes on this machine, each node an agent process with its workers.
+
+    Use as a context manager: leaving it leaves no process behind. Nodes are numbered from 0 and never reused.
+
+    Args:
+        command: what each worker runs, as in ["train", "debug_cpu", ...].
+        least, most: nodes the job may have.
+        workers: processes a node.
+        threads: CPU threads a worker; by default the cores are shared out over `most` nodes.
+        say: takes a line of output, for a person.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        least: int,
+        most: int,
+        workers: int = 1,
+        threads: int | None = None,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ) -> None:
+        self.command, self.least, self.most, self.workers, self.say = list(command), least, most, workers, say
+        self.threads = threads or max(1, (os.cpu_count() or 1) // (most * workers))
+        self.name = f"egpt-{secrets.token_hex(3)}"
+        self.logs = Path(tempfile.gettempdir()) / f"elastic-gpt-{os.getuid()}" / self.name
+        self.nodes: list[subprocess.Popen[str]] = []
+        self.readers: list[threading.Thread] = []
+        self.master: subprocess.Popen[bytes] | None = None
+        self.port = _free_port()
+
+    def __enter__(self) -> "LocalJob":
+        self.logs.mkdir(parents=True)
+        self.say(f"logs: {self.logs}")
+        self.start_master()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in range(len(self.nodes)):
+            self.kill(node)
+        self.kill_master()
+        for reader in self.readers:
+            reader.join(timeout=5)
+
+    def start_master(self) -> None:
+        """Start DLRover's job master, and wait until it listens."""
+        code = f"from elastic_gpt.launch import run_master; run_master({self.port}, {self.most}, {self.name!r})"
+        with (self.logs / "master.log").open("ab") as log:
+            self.master = subprocess.Popen(
+                [sys.executable, "-c", code], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self.say(f"[master] process {self.master.pid}, 127.0.0.1:{self.port}")
+        deadline = time.monotonic() + 60
+        while not _listens(self.port):
+            if self.master.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the DLRover master did not start: see {self.logs / 'master.log'}")
+            time.sleep(0.1)
+
+    def kill_master(self) -> None:
+        if self.master:
+            _kill_group(self.master)
+
+    def add_node(self) -> int:
+        """Start one more node; returns its number."""
+        node = len(self.nodes)
+        environment = os.environ | {
+            "DLROVER_MASTER_ADDR": f"127.0.0.1:{self.port}",
+            "NODE_RANK": str(node),
+            "NODE_ID": str(node),
+            "NODE_NUM": str(self.most),
+            "WORKER_NUM": str(self.most),
+            "NODE_TYPE": "worker",
+            "POD_IP": "127.0.0.1",
+            "POD_NAME": self.node_name(node),
+            "ELASTIC_JOB_NAME": self.node_name(node),  # keys DLRover's sockets, so it differs between nodes of one host
+            "ELASTIC_GPT_LOCAL": "1",
+            "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONUNBUFFERED": "1",
+        }
+        agent = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "elastic_gpt.cli", "launch"),
+                *(f"--nnodes={self.least}:{self.most}", f"--nproc={self.workers}", "--", *self.command),
+            ],
+            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self.nodes.append(agent)
+        self.say(f"[node {node}] process {agent.pid}")
+        for stream in (agent.stdout, agent.stderr):
+            reader = threading.Thread(target=self._relay, args=(node, stream, stream is agent.stdout), daemon=True)
+            reader.start()
+            self.readers.append(reader)
+        return node
+
+    def node_name(self, node: int) -> str:
+        return f"{self.name}-node-{node}"
+
+    def running(self) -> list[int]:
+        """Numbers of the nodes whose agent lives."""
+        return [node for node, agent in enumerate(self.nodes) if agent.poll() is None]
+
+    def workers_of(self, node: int) -> list[int]:
+        """Process ids of a node's workers."""
+        try:
+            return [
+                child.pid
+                for child in psutil.Process(self.nodes[node].pid).children()
+                if "elastic_gpt.cli" in child.cmdline()
+            ]
+        except psutil.Error:
+            return []
+
+    def kill(self, node: int) -> None:
+        """kill -9 of a whole node; what it held in shared memory goes with it."""
+        _kill_group(self.nodes[node])
+        for folder in shared_memory().glob(f"*/{self.node_name(node)}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def terminate(self, node: int) -> None:
+        """SIGTERM, as a preemption sends it: the node saves its state and leaves."""
+        if self.nodes[node].poll() is None:
+            self.nodes[node].terminate()
+
+    def exit_code(self) -> int:
+        """0 if a node saw the job finish; else what the last failing node ended with, and where its log is."""
+        codes = [agent.wait() for agent in self.nodes]
+        if 0 in codes:
+            return 0
+        node = next((number for number, code in enumerate(codes) if code == USERS_MISTAKE), len(codes) - 1)
+        for line in _last_traceback(self.log(node)):
+            self.say(f"[node {node}] {line}")
+        self.say(f"error: no node finished the job; node {node} ended with {codes[node]}: see {self.log(node)}")
+        return codes[node] if codes[node] > 0 else 1
+
+    def log(self, node: int) -> Path:
+        return self.logs / f"node-{node}.log"
+
+    def _relay(self, node: int, stream: Any, output: bool) -> None:
+        """Everything goes to the node's log; what its workers say to a person is also said here, with the node's number."""
+        with self.log(node).open("a", encoding="utf-8") as log:
+            for line in stream:
+                log.write(line)
+                log.flush()
+                if (output and "torch_musa" not in line) or line.startswith(
+                    ("error:", "warning:")
+                ):  # DLRover prints that
+                    self.say(f"[node {node}] {line.rstrip()}")
+
+
+def _last_traceback(log: Path) -> list[str]:
+    """The last traceback that a worker wrote into a node's log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    starts = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    if not starts:
+        return []
+    prefix = lines[starts[-1]].partition("Traceback")[0]  # torch puts the rank in front
+    inside = re.compile(re.escape(prefix) + r"(Traceback| |\w+(\.\w+)*(:|$))")
+    found = []
+    for line in lines[starts[-1] :]:
+        if not inside.match(line):
+            break
+        found.append(line)
+    return found
+
+
+def _kill_group(process: subprocess.Popen[Any]) -> None:
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

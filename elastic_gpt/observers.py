@@ -1,0 +1,153 @@
+"""Observers receive a report of each step; the first worker of a world has them all.
+
+console        a progress bar on a terminal, plain lines elsewhere
+metrics.jsonl  a line a step, each step once: after a restore the steps that are done again replace their old lines
+tensorboard    the same numbers as curves
+"""
+
+import json
+import sys
+import time
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from elastic_gpt.reports import StepReport
+
+
+class ConsoleObserver:
+    """Progress for a person: a bar on a terminal, elsewhere a line every `interval` steps."""
+
+    def __init__(self, steps: int, start: int, interval: int) -> None:
+        self.steps, self.interval = steps, interval
+        self.since, self.start = time.monotonic(), start
+        self.validation = ""
+        self.speeds: deque[float] = deque(maxlen=interval)
+        self.bar: Progress | None = None
+        if sys.stdout.isatty():
+            self.bar = Progress(
+                TextColumn("step {task.completed:,}/{task.total:,}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=Console(),
+                refresh_per_second=4,
+            )
+            self.task = self.bar.add_task("", total=steps, completed=start)
+            self.bar.start()
+
+    def on_step(self, report: StepReport) -> None:
+        utilization = f" · MFU {report.mfu:.1%}" if report.mfu is not None else ""
+        self.speeds.append(report.tokens_per_second)
+        speed = len(self.speeds) / sum(1 / one for one in self.speeds)  # over the last steps together
+        line = f"loss {report.loss:.4f}{self.validation} · {speed:,.0f} tokens/s{utilization}"
+        if self.bar:
+            self.bar.update(self.task, completed=report.step, description=f"{line} · {report.world_size} workers")
+        elif report.step % self.interval == 0 or report.step == self.steps:
+            done = report.step - self.start
+            left = (self.steps - report.step) * (time.monotonic() - self.since) / max(1, done)
+            print(
+                f"step {report.step}/{self.steps} · {line} · lr {report.lr:.2e} · norm {report.grad_norm:.3f}"
+                f" · {report.world_size} workers · {_duration(left)} left",
+                flush=True,
+            )
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        self.validation = f" · val {loss:.4f}"
+        self.on_message(f"step {step}: validation loss {loss:.4f}")
+
+    def on_message(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+class MetricsObserver:
+    """RUN/metrics.jsonl, in which each step of the kept history stands once.
+
+    Args:
+        step: updates done in the restored state; lines past it were lost with the world that wrote them.
+        reports: step reports that came with the state; those that the file lacks are written now.
+    """
+
+    def __init__(self, path: Path, step: int, reports: list[dict[str, Any]]) -> None:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = end = written = 0
+        for line in lines:
+            number = _step(line)
+            if number is None or number > step:
+                break
+            kept, end, written = number, end + len(line), written + 1
+        self.dropped = len(lines) - written
+        self.file = path.open("ab", buffering=0)
+        self.file.truncate(end)
+        for report in reports:
+            if kept < report["step"] <= step:
+                self._write(report)
+
+    def on_step(self, report: StepReport) -> None:
+        self._write(asdict(report))
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        pass  # the ledger has it
+
+    def on_message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _write(self, report: dict[str, Any]) -> None:
+        self.file.write((json.dumps(report) + "\n").encode())
+
+
+class TensorBoardObserver:
+    """RUN/tensorboard: the same numbers as curves."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and rank 0 alone needs it
+
+        # purge_step hides what a lost world wrote past the restored step.
+        self.writer = SummaryWriter(folder, purge_step=step + 1)
+
+    def on_step(self, report: StepReport) -> None:
+        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "world_size"):
+            if (value := getattr(report, name)) is not None:
+                self.writer.add_scalar(f"train/{name}", value, report.step)
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        self.writer.add_scalar("validation/loss", loss, step)
+
+    def on_message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of RUN/metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line of metrics; None for one that a killed writer left unfinished."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,206 @@
+"""One door for settings: preset, then environment, then flags; the last one wins.
+
+All three become one list of flags for one parser, so a typo in any of them gets the same answer: the offending name,
+where it stands, and the nearest right one. A preset is a YAML file of nested settings; `EGPT__MODEL__N_LAYER=6` in the
+environment and `--model.n-layer 6` on the command line name the same field.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+PREFIX = "EGPT__"
+
+USERS_MISTAKE = 2  # the exit code that says: starting this again will not help
+
+T = TypeVar("T")
+
+
+class SettingsError(ValueError):
+    """A setting that the user can mend. The message is one line and holds the cure."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`: did you mean 'x'?` with the known name closest to `name`, or a list of all when none is close."""
+    names = list(known)
+    section, _, leaf = name.rpartition(".")
+    leaves = {other: other.rpartition(".")[2] for other in names}
+    # A right field in a wrong section is nearer than a string distance over the whole name, and so is "lr" for
+    # "learning_rate".
+    near = difflib.get_close_matches(leaf, set(leaves.values()), n=1, cutoff=0.75)
+    close = [other for other in names if leaves[other] in near]
+    close = close or [other for other in names if leaf == "".join(word[:1] for word in leaves[other].split("_"))]
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    close.sort(key=lambda other: other.rpartition(".")[0] != section)  # the section that was named comes first
+    return f": did you mean '{close[0]}'?" if close else f": choose from {', '.join(names)}"
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """Dotted name to type, for every leaf field of a (nested) dataclass."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{field.name}.{name}": leaf for name, leaf in field_types(typing.cast(type, hint)).items()}
+        else:
+            found[field.name] = hint
+    return found
+
+
+def parse(kind: type[T], argv: Sequence[str], *, presets: Path, prog: str, environment: Mapping[str, str]) -> T:
+    """Build a `kind` from `argv`: a preset (a name in `presets`, or a path to a YAML file), then flags.
+
+    Args:
+        kind: a frozen dataclass of settings, its sections being dataclasses in turn.
+        environment: where `EGPT__SECTION__FIELD` variables are looked up.
+
+    Raises:
+        SettingsError: for an unknown preset, name or value, wherever it was given.
+        SystemExit: after `--help`.
+    """
+    known = field_types(kind)
+    if any(word in ("-h", "--help") for word in argv):
+        print(f"usage: {prog} PRESET [--section.field VALUE ...]\n")
+        print(f"PRESET is a YAML file or one of: {', '.join(preset_names(presets))}.")
+        print(f"A setting also comes from the environment: {PREFIX}SECTION__FIELD=VALUE. Flags win over it.\n")
+        tyro.cli(kind, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))
+    if not argv or argv[0].startswith("-"):
+        raise SettingsError(f"name a preset first, as in `{prog} debug_cpu`: one of {', '.join(preset_names(presets))}")
+    preset = find_preset(argv[0], presets)
+    given = _from_preset(preset, known) | _from_environment(environment, known) | _from_flags(argv[1:], known)
+    for name, (value, _) in given.items():
+        if known[name] is bool:
+            given[name] = (str(value).capitalize(), given[name][1])
+    try:
+        return _tyro(kind, [word for name, (value, _) in given.items() for word in (f"--{name}", str(value))], prog)
+    except SettingsError as error:
+        origin = next((where for name, (_, where) in given.items() if f"--{name.replace('_', '-')}" in str(error)), "")
+        raise SettingsError(f"{error}{f' (from {origin})' if origin else ''}") from error
+
+
+def preset_names(presets: Path) -> list[str]:
+    return sorted(path.stem for path in presets.glob("*.yaml"))
+
+
+def find_preset(name: str, presets: Path) -> Path:
+    """The path of a preset named by its path, or by its name in the folder `presets`."""
+    for path in (Path(name), presets / name, presets / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise SettingsError(f"no preset '{name}'{nearest(name.removesuffix('.yaml'), preset_names(presets))}")
+
+
+def dump(settings: Any) -> str:
+    """A settings dataclass as YAML, in the form that a preset has."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return str(value) if isinstance(value, Path) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(settings)), sort_keys=False)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"n_layer": 4}}` to `{"model.n_layer": 4}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _known(name: str, known: Mapping[str, Any], where: str) -> str:
+    if name not in known:
+        raise SettingsError(f"unknown setting '{name}' in {where}{nearest(name, known)}")
+    return name
+
+
+def _from_preset(path: Path, known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"preset {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise SettingsError(f"preset {path} holds no settings: write lines like `steps: 1000`")
+    return {_known(name, known, f"preset {path}"): (value, f"preset {path}") for name, value in flatten(tree).items()}
+
+
+def _from_environment(environment: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    return {
+        _known(variable.removeprefix(PREFIX).lower().replace("__", "."), known, f"variable {variable}"): (
+            value,
+            f"variable {variable}",
+        )
+        for variable, value in environment.items()
+        if variable.startswith(PREFIX)
+    }
+
+
+def _from_flags(argv: Sequence[str], known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    given: dict[str, tuple[Any, str]] = {}
+    words = list(argv)
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise SettingsError(f"'{flag}' is neither a flag nor a flag's value: flags look like --steps 100")
+        name = _known(flag[2:].replace("-", "_"), known, "the flags")
+        if not equals:
+            if words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif known[name] is bool:
+                value = "True"
+            else:
+                raise SettingsError(f"flag {flag} needs a value: {flag} {_shape(known[name])}")
+        given[name] = (value, "the flags")
+    return given
+
+
+def _shape(hint: Any) -> str:
+    """What a value of this type looks like, for a message."""
+    if typing.get_origin(hint) is Literal:
+        return "|".join(str(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return "|".join(_shape(choice) for choice in typing.get_args(hint))
+    return str(getattr(hint, "__name__", hint)).upper()
+
+
+def _tyro(kind: type[T], args: list[str], prog: str) -> T:
+    """tyro explains a bad value in a box of several lines; its first paragraph is the message."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
+            return tyro.cli(kind, args=args, prog=prog, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as stop:
+        # A title, a rule (none where the terminal has rounded corners), the message, a rule, advice.
+        _, *lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()]
+        message = itertools.takewhile(_is_text, itertools.dropwhile(lambda line: not _is_text(line), lines))
+        raise SettingsError(" ".join(message) or f"settings refused ({stop.code})") from None
+    except ValueError as error:  # a dataclass's own check in __post_init__
+        raise SettingsError(str(error)) from error
+
+
+def _is_text(line: str) -> bool:
+    return bool(line.strip("─-"))
+
+
+def fail(error: Exception) -> int:
+    """The one way to end on a user's mistake: one line on standard error, no traceback. Returns the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return USERS_MISTAKE
+
+
+def environment() -> Mapping[str, str]:
+    return os.environ

@@ -1,0 +1,80 @@
+"""What must survive: the parameters, the optimizer's moments and the step; and where they are restored from.
+
+The state is a flat mapping of names to *live* tensors, so saving reads the tensors that train and restoring writes them.
+A restore is a collective step: the newest state that any surviving node holds in memory, else the newest on storage,
+is read by one rank and sent to all the others.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from elastic_gpt.checkpoint import Checkpoints
+from elastic_gpt.snapshot import Snapshots
+from elastic_gpt.world import World
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Where a life of the run begins."""
+
+    step: int
+    """Updates done."""
+    source: str
+    """`snapshot of node N`, `checkpoint step_...`, or `start`."""
+    reports: list[dict[str, float]]
+    """The step reports that came with the state, oldest first: they fill what a killed rank 0 did not write."""
+
+
+def training_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Live tensors by name: `model.<parameter>`, `optimizer.<moment>.<parameter>`, and a float16 run's `optimizer.scaler`.
+
+    AdamW makes its moments at the first step; one update at rate zero makes them now, and changes nothing else.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    for name, parameter in model.named_parameters():
+        for moment, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{moment}.{name}"] = value.zero_()
+    if scaler is not None:
+        tensors["optimizer.scaler"] = scaler
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def restore(
+    tensors: dict[str, torch.Tensor], snapshots: Snapshots | None, checkpoints: Checkpoints, world: World
+) -> Restored:
+    """Fill `tensors` on every rank with the newest state there is, or with rank 0's initial values.
+
+    Args:
+        snapshots: this node's, on the first worker of the node; None elsewhere.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none of them is whole: a run never starts over silently.
+    """
+    snapshot = snapshots.newest() if snapshots else None
+    held = world.gather(snapshot.step if snapshot else -1)
+    newest = max(held)
+    stored = world.gather(checkpoints.newest_step(newer_than=newest) if world.first else None)[0]
+    if stored is not None:
+        reader, step, source = 0, stored, f"checkpoint {checkpoints.name(stored)}"
+        if world.first:
+            checkpoints.load(stored, tensors)
+    elif newest >= 0:
+        reader, step = held.index(newest), newest
+        source = f"snapshot of node {world.gather(world.node)[reader]}"
+        if world.rank == reader and snapshots and snapshot:
+            snapshots.load(snapshot, tensors)
+    else:
+        reader, step, source = 0, 0, "start"
+    world.broadcast(list(tensors.values()), reader)
+    reports = world.gather(snapshot.reports if snapshot and stored is None and world.rank == reader else [])[reader]
+    return Restored(step, source, reports)

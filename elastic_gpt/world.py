@@ -1,0 +1,145 @@
+"""Who is here: rank, size and device of this process; joining and leaving the group. The only reader of RANK and its kin.
+
+A world lasts from one rendezvous to the next. When its members change, the agent restarts the workers and they join a new
+one; nothing here survives that, and nothing else in the project may assume that a rank or a size does (law 7).
+"""
+
+import ctypes
+import datetime
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+class PeerLost(RuntimeError):
+    """A peer vanished or stopped answering in the middle of a collective; the world has to be formed anew."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the workers of one rendezvous."""
+
+    rank: int
+    size: int
+    local_rank: int
+    node: str
+    """Name of this node: stable as long as its agent lives, never reused by another node of the job."""
+    device: torch.device
+    elastic: bool
+    """Whether an agent started this worker and will restart it."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker does what is done once in a world (rank 0's work)."""
+        return self.rank == 0
+
+    @property
+    def first_of_node(self) -> bool:
+        return self.local_rank == 0
+
+    def sum(self, values: torch.Tensor) -> None:
+        """Replace `values` by its sum over all ranks."""
+        if self.size > 1:
+            self._collective(lambda: dist.all_reduce(values))
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` (picklable, small) of every rank, in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self._collective(lambda: dist.all_gather_object(values, value))
+        return values
+
+    def broadcast(self, tensors: list[torch.Tensor], source: int) -> None:
+        """Replace `tensors` everywhere by those of rank `source`."""
+        if self.size > 1:
+            for tensor in tensors:
+                # NCCL moves no CPU tensors, and AdamW may keep its step count on the CPU.
+                there = tensor.to(self.device)
+                self._collective(lambda there=there: dist.broadcast(there, source))
+                if there is not tensor:
+                    tensor.copy_(there)
+
+    def _collective(self, run: Any) -> None:
+        try:
+            run()
+        except (RuntimeError, ValueError) as error:  # gloo and NCCL have no narrower type for a lost peer
+            raise PeerLost(f"rank {self.rank} of {self.size} lost a peer: {error}") from error
+
+
+def join(device: Device, timeout_seconds: float) -> World:
+    """Join the group that the agent (DLRover's or torchrun) announced in the environment, or be a world of one.
+
+    Args:
+        timeout_seconds: how long a collective waits for a peer that says nothing before the world is given up.
+    """
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    if elastic:
+        die_with_parent()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # A replaced node is a new pod. Under plain torchrun the agent's process id tells nodes apart.
+    node = os.environ.get("POD_NAME") or (f"agent{os.getppid()}" if elastic else "single")
+    kind = _pick(device)
+    where = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(where)
+    if size > 1:
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
+        )
+    return World(rank, size, local_rank, node, where, elastic)
+
+
+def leave() -> None:
+    """Leave the group, whatever state it is in."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Signals:
+    """What this worker was asked to do; read once a step.
+
+    An agent sends SIGTERM when it restarts its workers because the members change, and SIGUSR1 first when the node itself
+    has to go. Without an agent, SIGTERM and Ctrl-C mean going for good. A second Ctrl-C stops at once.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.stop = self.leave = False
+        self.number = 0
+        self.elastic = world.elastic
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._asked)
+
+    def _asked(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and self.stop:
+            raise KeyboardInterrupt
+        self.stop, self.number = True, number
+        self.leave = self.leave or number == signal.SIGUSR1 or not self.elastic
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies: a killed agent leaves no orphaned worker (Linux only)."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _pick(device: Device) -> str:
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,179 @@
+"""Multi-head attention in the names of `torch.nn.MultiheadAttention`, on `scaled_dot_product_attention` (SDPA).
+
+Same parameters, same state dict, same meaning of masks as torch's with `batch_first=True`; `load_state_dict` works in
+both directions. What differs: the output comes alone (SDPA never forms the attention weights), `is_causal` is an order
+and needs no mask beside it, the output bias can be chosen apart from the others, and there is a key-value cache for
+generation.
+
+Letters in comments: B batch, T query tokens, S key tokens, E embedding, H heads, D = E / H.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class KeyValueCache:
+    """Keys and values that one attention layer has seen.
+
+    Room for `max_length` tokens is taken once, at the first append, in the shape, type and device of what is appended
+    (so that autocast needs no special care).
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.length = 0
+        """Tokens held so far: the position of the next one."""
+        self._memory: Tensor | None = None  # 2xBxHxSxD, keys then values
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add `k` and `v`, each (B,H,T,D), and return views of all keys and values so far, each (B,H,S,D).
+
+        Raises ValueError where the room does not suffice.
+        """
+        batch, heads, tokens, head_dim = k.shape
+        end = self.length + tokens
+        if end > self.max_length:
+            raise ValueError(f"{end} tokens do not fit a key-value cache of {self.max_length}; make it larger")
+        if self._memory is None:
+            self._memory = k.new_empty(2, batch, heads, self.max_length, head_dim)
+        self._memory[0, :, :, self.length : end] = k
+        self._memory[1, :, :, self.length : end] = v
+        self.length = end
+        return self.held()
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Views of all keys and values so far, each (B,H,S,D)."""
+        assert self._memory is not None, "nothing has been appended"
+        return self._memory[0, :, :, : self.length], self._memory[1, :, :, : self.length]
+
+
+class MultiheadAttention(nn.Module):
+    """Self or cross attention; (B,T,E) in, (B,T,E) out.
+
+    `bias` is that of query, key and value; `out_bias` that of the output projection (None: as `bias`). `kdim` and
+    `vdim` are the widths of keys and values where they differ from `embed_dim`. `dropout` is the probability on the
+    attention weights while training; its numbers come from torch's default generator.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}; change one of them")
+        self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        kdim = embed_dim if kdim is None else kdim
+        vdim = embed_dim if vdim is None else vdim
+        if kdim == vdim == embed_dim:
+            # One matrix, so that self-attention is one matrix product. Rows: query, key, value.
+            self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        else:
+            self.register_parameter("in_proj_weight", None)
+            self.q_proj_weight = nn.Parameter(torch.empty(embed_dim, embed_dim))
+            self.k_proj_weight = nn.Parameter(torch.empty(embed_dim, kdim))
+            self.v_proj_weight = nn.Parameter(torch.empty(embed_dim, vdim))
+        if bias:
+            self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
+        else:
+            self.register_parameter("in_proj_bias", None)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias if out_bias is None else out_bias)
+        for name, parameter in self.named_parameters():  # torch's own start
+            if "proj_weight" in name:
+                nn.init.xavier_uniform_(parameter)
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Attend from `query` (B,T,E) to `key` (B,S,kdim) and `value` (B,S,vdim); returns (B,T,E).
+
+        No `key`, or `key is query`: self-attention. No `value`: the same as `key`. Masks as in torch:
+        `key_padding_mask` bool (B,S), True is left out; `attn_mask` (T,S) or (B*H,T,S), bool with True for not allowed,
+        or float to be added to the scores. `is_causal`: a query sees the keys up to its own position, the first query
+        standing after what the cache holds.
+
+        With a `cache`, self-attention appends its keys and values and sees all that are held (S counts them too);
+        cross-attention fills an empty cache and from then on reads it, without projecting `key` and `value` again.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        past = 0
+        if cache is None:
+            q, k, v = self._project(query, key, value)
+        elif key is query:
+            past = cache.length
+            q, k, v = self._project(query, key, value)
+            k, v = cache.append(k, v)
+        elif cache.length == 0:
+            q, k, v = self._project(query, key, value)
+            cache.append(k, v)
+        else:
+            q = self._split_heads(self._linear(query, 0))
+            k, v = cache.held()
+
+        mask = attn_mask
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unflatten(0, (-1, self.num_heads))  # BxHxTxS
+        if key_padding_mask is not None:
+            mask = _block(mask, key_padding_mask[:, None, None, :])
+        is_causal = is_causal and past + 1 < k.size(2)  # else the first query, so every query, sees every key
+        if is_causal and (mask is not None or past > 0):
+            # SDPA takes no mask beside is_causal, and its is_causal counts queries from position 0.
+            ahead = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(past + 1)
+            mask, is_causal = _block(mask, ahead), False
+        if mask is not None and mask.dtype == torch.bool:
+            mask = ~mask  # for SDPA, True means allowed
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value projections, (B,H,T,D) and (B,H,S,D), in as few matrix products as the inputs allow."""
+        if self.in_proj_weight is not None and key is value:
+            if query is key:
+                q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            else:
+                width = self.embed_dim
+                bias = None if self.in_proj_bias is None else self.in_proj_bias[width:]
+                q = self._linear(query, 0)
+                k, v = F.linear(key, self.in_proj_weight[width:], bias).chunk(2, dim=-1)
+        else:
+            q, k, v = self._linear(query, 0), self._linear(key, 1), self._linear(value, 2)
+        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+
+    def _linear(self, x: Tensor, part: int) -> Tensor:
+        """One projection alone; part 0 is query, 1 key, 2 value."""
+        if self.in_proj_weight is None:
+            weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[part]
+        else:
+            weight = self.in_proj_weight.chunk(3)[part]
+        return F.linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[part])
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # BxTxE -> BxHxTxD, no copy
+
+
+def _block(mask: Tensor | None, blocked: Tensor) -> Tensor:
+    """`mask` (bool with True for not allowed, or float to be added) with the places in `blocked` not allowed either."""
+    if mask is None:
+        return blocked
+    return mask | blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, -math.inf)

@@ -1,0 +1,151 @@
+"""TrainConfig: every setting of a training run, in the sections that presets, variables and flags name."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from elastic_gpt.settings import SettingsError
+from elastic_gpt.world import Device
+from model_zoo.nanogpt.model import GPTConfig
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dir: Path = Path("data")
+    """Folder that `elastic-gpt prepare` made: train.bin, val.bin, meta.json."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, with warm-up and cosine decay of the learning rate."""
+
+    learning_rate: float = 6e-4
+    """Peak learning rate, reached after the warm-up."""
+    min_learning_rate: float = 6e-5
+    """Learning rate at the end of the decay and after it."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_steps: int | None = None
+    """Step at which the decay ends. None: the last step of the run."""
+    weight_decay: float = 0.1
+    """For tensors of two and more dimensions; biases and norms do not decay."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    clip: float = 1.0
+    """Largest norm of the gradient of the global batch. 0: no clipping."""
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of the update that follows `step` updates, of `steps` in all (law 1: nothing else enters)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
+        end = max(self.decay_steps or steps, self.warmup_steps + 1)
+        progress = min(1.0, (step - self.warmup_steps) / (end - self.warmup_steps))
+        return (
+            self.min_learning_rate
+            + (self.learning_rate - self.min_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    interval: int = 250
+    """Steps between evaluations of the validation loss. 0: only after the last step."""
+    sequences: int = 256
+    """Validation sequences, the same each time, spread evenly over val.bin (fewer where it holds fewer)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    interval: int = 1000
+    """Steps between checkpoints on storage. One is written after the last step and on Ctrl-C as well."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    exact: bool = False
+    """Sum gradients so that parameters are equal bit for bit at every world size on the same kind of device."""
+    snapshot_interval: int = 10
+    """Steps between snapshots in host memory: the most that the loss of a worker or a node costs."""
+    timeout_seconds: float = 120.0
+    """How long a collective waits for a silent peer before the world is formed anew."""
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    interval: int = 10
+    """Steps between lines on the console (metrics.jsonl has a line for each step)."""
+    tensorboard: bool = True
+    """Write RUN/tensorboard."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    run: Path = Path("run")
+    """Run directory. A run found there is resumed."""
+    steps: int = 1000
+    """Optimizer updates in the whole run."""
+    seed: int = 1337
+    """Of the initial parameters, the order of the data, and dropout."""
+    global_batch: int = 32
+    """Sequences a step, whatever the number of nodes."""
+    micro_batch: int = 8
+    """Sequences in one forward pass; what the global batch is shared out in. Must divide it."""
+    device: Device = "auto"
+    """auto: a CUDA GPU, else an Apple GPU, else the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the matrix products; parameters stay float32. auto: bfloat16 on GPUs that have it, else float32."""
+    compile: bool = False
+    """Compile the model with torch.compile (20 to 60 seconds at the first start)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size=0))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("steps", self.steps),
+            ("global_batch", self.global_batch),
+            ("micro_batch", self.micro_batch),
+        ):
+            if value < 1:
+                raise SettingsError(f"{name} is {value}: it must be at least 1")
+        for name, value in (
+            ("elastic.snapshot_interval", self.elastic.snapshot_interval),
+            ("checkpoint.interval", self.checkpoint.interval),
+            ("checkpoint.keep", self.checkpoint.keep),
+            ("evaluate.sequences", self.evaluate.sequences),
+            ("observe.interval", self.observe.interval),
+        ):
+            if value < 1:
+                raise SettingsError(f"{name} is {value}: it must be at least 1")
+        if self.global_batch % self.micro_batch:
+            divisors = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
+            closest = min(divisors, key=lambda n: abs(n - self.micro_batch))
+            raise SettingsError(
+                f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}: take {closest}"
+            )
+        if self.elastic.exact and self.dtype == "float16":
+            raise SettingsError(
+                "elastic.exact works with float32 and bfloat16, not with dtype float16 and its loss scaling"
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in a global batch, over all ranks."""
+        return self.global_batch // self.micro_batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.model.block_size

@@ -1,0 +1,280 @@
+"""Train a GPT, elastically: alone, or as one worker of many that may come and go.
+
+    elastic-gpt train shakespeare_char --data.dir data --run run
+    python model_zoo/nanogpt/train.py shakespeare_char --data.dir data --run run
+    torchrun --nproc-per-node 2 model_zoo/nanogpt/train.py shakespeare_char --data.dir data --run run
+    elastic-gpt launch --nodes 3 -- train shakespeare_char --data.dir data --run run
+
+The same command resumes a run that was interrupted: nothing but the run directory is needed.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if not __package__:  # run as a script: its folder is on the path, where the project's should be
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from elastic_gpt import settings
+from elastic_gpt.batches import Batches
+from elastic_gpt.checkpoint import CheckpointError, Checkpoints
+from elastic_gpt.evaluator import Evaluator
+from elastic_gpt.gradients import Gradients, LossScale
+from elastic_gpt.ledger import Ledger
+from elastic_gpt.observers import ConsoleObserver, MetricsObserver, TensorBoardObserver
+from elastic_gpt.order import Order, micro_batch_seed, sequence_count
+from elastic_gpt.reports import Observer, Reporter, peak_flops
+from elastic_gpt.settings import SettingsError
+from elastic_gpt.snapshot import SnapshotError, Snapshots, shared_memory
+from elastic_gpt.state import Restored, restore, training_state
+from elastic_gpt.world import PeerLost, Signals, World, join, leave
+from model_zoo.nanogpt.config import PRESETS, TrainConfig
+from model_zoo.nanogpt.model import GPT
+from model_zoo.nanogpt.rundir import open_run
+from prepare.tokens import DataError, Meta, open_split, read_meta
+
+FINISHED, RESTART_ME = 0, 3  # exit codes; an agent restarts its workers after any but 0 and a user's mistake (2)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> int:
+    """Parse settings and train. Exit codes: 0 finished, 2 a user's mistake, 3 the world has to be formed anew, 130, 143."""
+    try:
+        return train(*check(sys.argv[1:] if argv is None else argv, prog))
+    except (SettingsError, DataError, CheckpointError) as error:
+        return settings.fail(error)
+    except PeerLost as error:
+        print(f"{error}; this worker ends, its agent forms a new world", file=sys.stderr, flush=True)
+        os._exit(RESTART_ME)  # a process group with a dead member cannot be torn down in good order
+
+
+def check(argv: Sequence[str], prog: str = "elastic-gpt train") -> tuple[TrainConfig, Meta]:
+    """Everything about the settings and the data that can be wrong is found here, before any process is started."""
+    config = settings.parse(TrainConfig, argv, presets=PRESETS, prog=prog, environment=settings.environment())
+    meta = read_meta(config.data.dir)
+    if 0 < config.model.vocab_size < meta.vocab_size:
+        raise SettingsError(
+            f"model.vocab_size {config.model.vocab_size} is less than the data's {meta.vocab_size}:"
+            " leave it out, and the data's is taken"
+        )
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or meta.vocab_size)
+    config = dataclasses.replace(config, model=model)
+    for split in ("train", "val"):
+        if sequence_count(len(open_split(config.data.dir, split)), config.model.block_size) == 0:
+            raise DataError(
+                f"{config.data.dir / split}.bin is too short for one sequence of {config.model.block_size} tokens:"
+                " prepare more text, or take a smaller --model.block-size"
+            )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device is cuda, but torch finds no GPU here: leave --device out, or take --device cpu")
+    return config, meta
+
+
+def train(config: TrainConfig, meta: Meta) -> int:
+    """One life of a run: join the world, restore, train until the end or until the world changes. Returns the exit code."""
+    world = join(config.device, config.elastic.timeout_seconds)
+    run_id = open_run(config, meta, world)
+    ledger = Ledger(config.run)
+
+    torch.manual_seed(config.seed)  # the same initial parameters everywhere
+    torch.set_float32_matmul_precision("high")
+    model = GPT(config.model).to(world.device)
+    optimizer = torch.optim.AdamW(
+        model.decay_groups(config.optimizer.weight_decay),
+        lr=config.optimizer.learning_rate,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        fused=world.device.type in ("cuda", "cpu"),
+    )
+    dtype = pick_dtype(config, world)
+    scale = LossScale(world.device) if dtype == torch.float16 else None
+    loss_sum = loss_function(model, config, dtype, world)
+
+    train_tokens, val_tokens = open_split(config.data.dir, "train"), open_split(config.data.dir, "val")
+    order = Order(sequence_count(len(train_tokens), config.model.block_size), config.global_batch, config.seed)
+    batches = Batches(train_tokens, config.model.block_size, config.micro_batch, order, world)
+    gradients = Gradients(
+        model.parameters(),
+        world,
+        micro_batches=config.micro_batches,
+        tokens=config.tokens_per_step,
+        exact=config.elastic.exact,
+    )
+    evaluator = Evaluator(
+        model,
+        loss_sum,
+        val_tokens,
+        block_size=config.model.block_size,
+        sequences=config.evaluate.sequences,
+        micro_batch=config.micro_batch,
+        world=world,
+    )
+
+    tensors = training_state(model, optimizer, scale.state if scale else None)
+    snapshots = open_snapshots(run_id, tensors, world)
+    checkpoints = Checkpoints(config.run / "checkpoints", config.checkpoint.keep)
+    restored = restore(tensors, snapshots, checkpoints, world)
+    reporter = Reporter(
+        open_observers(config, world, restored, ledger),
+        order,
+        world,
+        recent=restored.reports,
+        keep=2 * config.elastic.snapshot_interval,
+        tokens_per_step=config.tokens_per_step,
+        flops_per_token=model.flops_per_token(),
+        peak=peak_flops(world.device, dtype),
+    )
+    for line in arithmetic(config, meta, model, order, world, dtype, restored):
+        reporter.say(line)
+    signals = Signals(world)
+
+    step, stopping, leaving = restored.step, 0, 0
+    while step < config.steps and not stopping:
+        gradients.zero()
+        for index, tokens, targets in batches.step(step):
+            torch.manual_seed(micro_batch_seed(config.seed, step, index))  # dropout: the same on whichever rank
+            gradients.backward(index, loss_sum(tokens, targets), scale.factor if scale else 1.0)
+        sums = gradients.reduce(signals.stop, signals.leave)
+        finite = scale.unscale(gradients.gradient) if scale else True
+        norm = gradients.clip(config.optimizer.clip)
+        rate = config.optimizer.rate(step, config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if finite:
+            optimizer.step()
+        step += 1
+
+        last = step == config.steps
+        snapshot = step % config.elastic.snapshot_interval == 0
+        save = last or step % config.checkpoint.interval == 0
+        evaluate = last or (config.evaluate.interval > 0 and step % config.evaluate.interval == 0)
+        reporter.step(step, rate, sums, norm)
+        # A GPU works on while the step before is reported; but nothing is saved before its report is written.
+        stopping, leaving = reporter.drain(behind=int(world.device.type == "cuda" and not (snapshot or save)))
+        if evaluate:
+            loss = evaluator.evaluate()
+            reporter.evaluation(step, loss)
+            if world.first:
+                ledger.write("evaluated", step=step, loss=loss)
+        if snapshots and (snapshot or stopping):
+            snapshots.save(step, tensors, list(reporter.recent))
+        if world.first and (save or (stopping and leaving == world.size)):
+            checkpoints.save(step, tensors)
+        tell_saved(checkpoints.finished(), ledger, reporter)
+
+    # Every rank is out of the loop after the same step: at the end, or because somebody was asked to stop.
+    reporter.drain()
+    tell_saved(checkpoints.finished(wait=True), ledger, reporter)
+    if snapshots:
+        snapshots.wait()
+    saved = world.gather(checkpoints.newest_step() == step if world.first else None)[0]
+    reporter.close()
+    if step < config.steps:
+        if signals.leave and world.first_of_node:
+            ledger.write("left", node=world.node, step=step)
+        leave()
+        return say_goodbye(world, signals, step, config, saved)
+    if not saved:
+        raise CheckpointError(
+            f"the last checkpoint of {config.run} was not written: make room, then run again to save it"
+        )
+    if snapshots:
+        snapshots.discard()
+    if world.first and restored.step < config.steps:
+        ledger.write("finished", step=step)
+    leave()
+    return FINISHED
+
+
+def open_snapshots(run_id: str, tensors: dict[str, torch.Tensor], world: World) -> Snapshots | None:
+    """This node's snapshots, on its first worker. Too little shared memory is said, and the run goes on without."""
+    if not world.first_of_node:
+        return None
+    try:
+        return Snapshots(shared_memory() / run_id / world.node, run_id, tensors)
+    except SnapshotError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def open_observers(config: TrainConfig, world: World, restored: Restored, ledger: Ledger) -> list[Observer]:
+    """The observers of a world, on its first worker; the ledger gets the beginning of this life."""
+    nodes = sorted(set(world.gather(world.node)))
+    if not world.first:
+        return []
+    metrics = MetricsObserver(config.run / "metrics.jsonl", restored.step, restored.reports)
+    ledger.begin_life(nodes, world.size, restored.step, restored.source, metrics.dropped)
+    observers: list[Observer] = [ConsoleObserver(config.steps, restored.step, config.observe.interval), metrics]
+    if config.observe.tensorboard:
+        observers.append(TensorBoardObserver(config.run / "tensorboard", restored.step))
+    return observers
+
+
+def pick_dtype(config: TrainConfig, world: World) -> torch.dtype:
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    return torch.bfloat16 if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def loss_function(
+    model: GPT, config: TrainConfig, dtype: torch.dtype, world: World
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(tokens, targets) to the sum of the cross-entropy, in the run's dtype and compiled where that is asked for."""
+    # The raw model is compiled, and the world stays out of the graph: a membership change recompiles nothing.
+    forward = torch.compile(model, dynamic=False) if config.compile else model
+
+    def loss_sum(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+            return forward(tokens, targets)
+
+    return loss_sum
+
+
+def arithmetic(
+    config: TrainConfig, meta: Meta, model: GPT, order: Order, world: World, dtype: torch.dtype, restored: Restored
+) -> list[str]:
+    """The batch arithmetic and where the run begins, for a person."""
+    shares = sorted(
+        {
+            config.micro_batches * (r + 1) // world.size - config.micro_batches * r // world.size
+            for r in range(world.size)
+        }
+    )
+    per_rank = " or ".join(str(count) for count in shares)
+    epochs = config.steps * config.global_batch / order.sequences
+    return [
+        f"model: {model.parameter_count():,} parameters, vocabulary {config.model.vocab_size:,};"
+        f" {str(dtype).removeprefix('torch.')} on {world.device.type}",
+        f"data: {meta.splits['train'].tokens:,} training tokens in {order.sequences:,} sequences of {config.model.block_size};"
+        f" {epochs:,.2f} epochs in {config.steps:,} steps",
+        f"batch: {config.global_batch} sequences x {config.model.block_size} = {config.tokens_per_step:,} tokens a step,"
+        f" in {config.micro_batches} micro-batches of {config.micro_batch}, {per_rank} on each of {world.size} workers",
+        f"run: {config.run}, {'from step ' + str(restored.step) if restored.step else 'from the start'}"
+        + (f" ({restored.source})" if restored.step else ""),
+    ]
+
+
+def tell_saved(result: int | OSError | None, ledger: Ledger, reporter: Reporter) -> None:
+    """Write down what became of a checkpoint. A failed one does not stop the training; the next save tries again."""
+    if isinstance(result, OSError):
+        ledger.write("save_failed", error=str(result))
+        reporter.say(
+            f"WARNING: the checkpoint could not be written ({result}); training goes on and the next save tries again"
+        )
+    elif result is not None:
+        ledger.write("saved", step=result, checkpoint=Checkpoints.name(result))
+
+
+def say_goodbye(world: World, signals: Signals, step: int, config: TrainConfig, whole: bool) -> int:
+    """The end of a life that is not the end of the run. Returns the exit code."""
+    if world.elastic:
+        return FINISHED if signals.leave else RESTART_ME
+    saved = "saved" if whole else "NOT saved on storage"
+    print(f"stopped after step {step}, {saved} in {config.run}; the same command goes on from there", flush=True)
+    return 128 + signals.number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

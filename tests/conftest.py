@@ -1,0 +1,66 @@
+"""What several rooms' tests need: prepared data, the command line, and runs to compare."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = [
+    *("--global-batch=8", "--micro-batch=2", "--model.block-size=32", "--model.n-layer=1", "--model.n-embd=32"),
+    *("--device=cpu", "--elastic.exact", "--model.dropout=0.1", "--observe.tensorboard=false"),
+]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample corpus, a token a character."""
+    folder = tmp_path_factory.mktemp("data")
+    elastic_gpt("prepare", "--sample", "--tokenizer", "char", "--output-dir", folder)
+    return folder
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One CPU thread, as nodes that share a machine have: bit for bit the same needs the same."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
+
+
+def elastic_gpt(*words: object, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end and check its exit code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic_gpt.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment(**more),
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def metrics(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    return [
+        event
+        for line in (run / "ledger.jsonl").read_text().splitlines()
+        if (event := json.loads(line))["event"] == kind
+    ]
+
+
+def assert_same_run(run: Path, undisturbed: Path) -> None:
+    """The same sequences, losses and parameters, bit for bit; each step once."""
+    kept, expected = metrics(run), metrics(undisturbed)
+    assert [line["step"] for line in kept] == list(range(1, len(expected) + 1))
+    for mine, theirs in zip(kept, expected, strict=True):
+        assert (mine["sequence_hash"], mine["loss"]) == (theirs["sequence_hash"], theirs["loss"]), (
+            f"step {mine['step']}"
+        )
+    newest = [sorted(path.glob("checkpoints/*/model.safetensors"))[-1].read_bytes() for path in (run, undisturbed)]
+    assert newest[0] == newest[1]

@@ -1,0 +1,151 @@
+"""The laws of sampling, and cached generation against generation without a cache."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model_zoo.nanogpt.model import GPT, GPTConfig
+from model_zoo.nanogpt.sampling import generate, next_token, window_start
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=37, block_size=12, n_layer=2, n_head=2, n_embd=16)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def prompt(length: int, batch: int = 1) -> Tensor:
+    return torch.randint(37, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def draws(logits: Tensor, n: int = 4000, **options: Any) -> Tensor:
+    """`n` draws from logits (V)."""
+    generator = torch.Generator().manual_seed(0)
+    return next_token(logits.expand(n, -1), generator=generator, **options)[:, 0]
+
+
+rows = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows, st.floats(0.05, 5), st.none() | st.integers(1, 15), st.none() | st.floats(0.01, 1), st.integers(0, 99))
+def test_a_draw_is_among_the_k_likeliest_and_in_the_nucleus(
+    row: list[float], temperature: float, top_k: int | None, top_p: float | None, seed: int
+) -> None:
+    logits = torch.tensor([row, row[::-1]])
+    generator = torch.Generator().manual_seed(seed)
+    drawn = next_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    assert drawn.shape == (2, 1)
+    assert drawn.dtype == torch.int64
+    for ids, numbers in zip(drawn.tolist(), logits.double(), strict=True):
+        probabilities = (numbers / temperature).softmax(-1)
+        likelier = probabilities[numbers > numbers[ids[0]]]
+        if top_k is not None:
+            assert len(likelier) < top_k
+            probabilities = probabilities / probabilities.topk(min(top_k, len(row))).values.sum()
+            likelier = probabilities[numbers > numbers[ids[0]]]
+        if top_p is not None:
+            assert likelier.sum() < top_p + 1e-5
+
+
+def test_draws_have_the_probabilities_of_the_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    cases: list[tuple[dict[str, Any], Tensor]] = [
+        ({}, logits.softmax(-1)),
+        ({"temperature": 2.0}, (logits / 2).softmax(-1)),
+        ({"top_k": 2}, torch.tensor([2.0, 1.0, -torch.inf, -torch.inf]).softmax(-1)),
+        ({"top_p": 0.9}, torch.tensor([2.0, 1.0, 0.0, -torch.inf]).softmax(-1)),  # 0.64 + 0.24 do not make 0.9
+        ({"top_k": 3, "top_p": 0.7}, torch.tensor([2.0, 1.0, -torch.inf, -torch.inf]).softmax(-1)),  # 0.67 do not
+    ]
+    for options, expected in cases:
+        found = draws(logits, **options).bincount(minlength=4) / 4000
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
+
+
+def test_top_k_keeps_k_even_where_all_are_equal() -> None:
+    assert len(draws(torch.zeros(50), top_k=7).unique()) == 7
+
+
+def test_temperature_0_and_near_0_take_the_likeliest() -> None:
+    logits = torch.tensor([1.0, 900.0, 899.0, -5.0])
+    for options in ({"temperature": 0}, {"temperature": 1e-37}, {"top_k": 1}, {"top_p": 1e-9}):
+        assert (draws(logits, 50, **options) == 1).all()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8, 9])
+def test_the_window_jumps_only_when_full_and_keeps_half_a_block(block_size: int) -> None:
+    kept = max(1, block_size // 2)
+    start = 0
+    for length in range(1, 60):
+        if length - start > block_size:
+            start = length - kept
+        assert window_start(length, block_size) == start
+        assert length <= block_size or kept <= length - start <= block_size
+
+
+@pytest.mark.parametrize("length", [1, 5, 12, 13, 40])
+def test_cached_generation_is_generation_without_a_cache_also_beyond_the_block(model: GPT, length: int) -> None:
+    """The definition: the likeliest token after the window, all of it computed anew for each token."""
+    tokens = prompt(length, batch=2)
+    expected = tokens
+    with torch.no_grad():
+        for _ in range(40):
+            window = expected[:, window_start(expected.size(1), 12) :]
+            expected = torch.cat((expected, model(window)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    found = torch.cat([tokens, *generate(model, tokens, 40, temperature=0)], dim=1)
+    assert found.tolist() == expected.tolist()
+
+
+def test_a_reply_taken_up_again_goes_on_as_if_never_interrupted(model: GPT) -> None:
+    whole = torch.cat(list(generate(model, prompt(5), 40, temperature=0)), dim=1)
+    first = torch.cat([prompt(5), whole[:, :22]], dim=1)
+    assert torch.cat(list(generate(model, first, 18, temperature=0)), dim=1).tolist() == whole[:, 22:].tolist()
+
+
+def test_the_same_seed_gives_the_same_tokens(model: GPT) -> None:
+    def run(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return [int(token) for token in generate(model, prompt(3), 30, top_p=0.95, generator=generator)]
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+def test_generation_ends_with_the_stop_id_or_with_the_last_row_that_finds_one(model: GPT) -> None:
+    rows = torch.cat(list(generate(model, prompt(4, batch=2), 40, temperature=0)), dim=1).tolist()
+    stop = next(i for i in rows[0] if i in rows[1] and rows[0].index(i) != rows[1].index(i))
+    both = list(generate(model, prompt(4, batch=2), 40, temperature=0, stop_ids=[stop]))
+    assert len(both) == max(row.index(stop) for row in rows) + 1
+    one = list(generate(model, prompt(4, batch=2)[:1], 40, temperature=0, stop_ids=[stop, 99]))
+    assert [int(token) for token in one] == rows[0][: rows[0].index(stop) + 1]
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(model: GPT) -> None:
+    drawn = torch.cat(list(generate(model, prompt(2, batch=50), 20, temperature=5.0, vocab_size=3)))
+    assert set(drawn.flatten().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_the_first_token(
+    model: GPT, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompt(2), 5, **options)
+    with pytest.raises(ValueError, match="no token to start from"):
+        generate(model, prompt(2)[:, :0], 5)
