@@ -9,6 +9,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,34 +35,28 @@ def main() -> None:
         theirs = nn.MultiheadAttention(width, heads, batch_first=True, device=device)
         ours = MultiheadAttention(width, heads).to(device)
 
-        def run_theirs(x=x, causal=causal, theirs=theirs) -> torch.Tensor:
-            return theirs(x, x, x, need_weights=False, attn_mask=causal, is_causal=True)[0]
-
-        def run_ours(x=x, ours=ours) -> torch.Tensor:
-            return ours(x, is_causal=True)
-
+        run_theirs = partial(theirs, x, x, x, need_weights=False, attn_mask=causal, is_causal=True)
+        run_ours = partial(ours, x, is_causal=True)
         forward = ratio(run_theirs, run_ours, device, backward=False)
         both = ratio(run_theirs, run_ours, device, backward=True)
         print(f"  batch {batch:>2} x {tokens:>4} tokens x {width} wide, {heads:>2} heads: ", end="")
         print(f"forward {forward:.2f}, forward and backward {both:.2f}")
 
 
-def ratio(
-    theirs: Callable[[], torch.Tensor], ours: Callable[[], torch.Tensor], device: str, *, backward: bool
-) -> float:
+def ratio(theirs: Callable[[], Any], ours: Callable[[], Any], device: str, *, backward: bool) -> float:
     return statistics.median(
         seconds(theirs, device, backward) / seconds(ours, device, backward) for _ in range(ROUNDS + 2)
     )  # the first two pairs warm up; a median of 17 does not mind them
 
 
-def seconds(run: Callable[[], torch.Tensor], device: str, backward: bool) -> float:
+def seconds(run: Callable[[], Any], device: str, backward: bool) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     with torch.set_grad_enabled(backward):
         result = run()
         if backward:
-            result.sum().backward()
+            (result[0] if isinstance(result, tuple) else result).sum().backward()  # torch's gives weights as well
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

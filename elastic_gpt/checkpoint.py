@@ -40,6 +40,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[int] | None = None
+        self.saved: int | None = None  # step of the newest checkpoint that this process has seen to be whole
 
     @staticmethod
     def name(step: int) -> str:
@@ -61,6 +62,7 @@ class Checkpoints:
                 return None
             try:
                 self._verify(step)
+                self.saved = step
                 return step
             except CheckpointError as error:
                 damaged.append(str(error))
@@ -68,7 +70,7 @@ class Checkpoints:
         if damaged and newer_than < 0:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole ({damaged[0]}): restore one from a backup,"
-                " or train into another --run"
+                " or train into another --run-dir"
             )
         return None
 
@@ -104,15 +106,20 @@ class Checkpoints:
             return None
         pending, self.pending = self.pending, None
         try:
-            return pending.result()
+            self.saved = pending.result()
+            return self.saved
         except OSError as error:  # a full or read-only volume: training goes on and the next save tries again
             return error
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor]) -> int:
         folder = self.folder / self.name(step)
-        if (folder / "MANIFEST.json").exists():
-            return step
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed save left behind
+        if (folder / "MANIFEST.json").exists():  # a step that is done again
+            try:
+                self._verify(step)
+                return step
+            except CheckpointError:
+                (folder / "MANIFEST.json").unlink()
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed or damaged save left behind
         folder.mkdir(parents=True)
         files = {}
         for part in ("model", "optimizer"):
@@ -156,7 +163,7 @@ def load_model_weights(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
         CheckpointError: if there is no run, or no checkpoint in it yet.
     """
     if not run.is_dir():
-        raise CheckpointError(f"no run directory {run}: train one with `elastic-gpt train PRESET --run {run}`")
+        raise CheckpointError(f"no run directory {run}: train one with `elastic-gpt train PRESET --run-dir {run}`")
     checkpoints = Checkpoints(run / "checkpoints")
     step = checkpoints.newest_step()
     if step is None:

@@ -17,7 +17,7 @@ HELP = (
     + "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
     + "\n\n`elastic-gpt COMMAND --help` tells more. A first run:\n\n"
     "  elastic-gpt prepare --sample --tokenizer char --output-dir data\n"
-    "  elastic-gpt launch --nodes 2 -- train debug_cpu --data.dir data --run run\n"
+    "  elastic-gpt launch --nodes 2 -- train debug_cpu --data.dir data --run-dir run\n"
     "  elastic-gpt generate run --prompt 'The '"
 )
 

@@ -42,7 +42,9 @@ class Evaluator:
                 f"val.bin holds {len(tokens)} tokens, one sequence needs {block_size + 1}: prepare more text,"
                 " a larger --val-fraction, or train with a smaller --model.block-size"
             )
-        ids = np.linspace(0, there - 1, min(sequences, there)).astype(np.int64)
+        count = min(sequences, there)
+        count -= count % micro_batch if count >= micro_batch else 0  # one shape, for a compiled model
+        ids = np.linspace(0, there - 1, count).astype(np.int64)
         self.micro_batches = [ids[start : start + micro_batch] for start in range(0, len(ids), micro_batch)]
         self.targets = len(ids) * block_size
         self.model, self.loss_sum, self.tokens, self.block_size, self.world = model, loss_sum, tokens, block_size, world

@@ -1,7 +1,7 @@
 """The one door to DLRover: its job master, and an agent on each node that starts and restarts the workers.
 
-    elastic-gpt launch --nodes 3 -- train debug_cpu --run run     # a master and three nodes on this machine
-    elastic-gpt launch --nnodes 2:4 -- train gpt2_124m --run run  # one node of a job: what a pod runs
+    elastic-gpt launch --nodes 3 -- train debug_cpu --run-dir run     # a master and three nodes on this machine
+    elastic-gpt launch --nnodes 2:4 -- train gpt2_124m --run-dir run  # one node of a job: what a pod runs
 
 The second form joins the master that DLRover's environment names (DLROVER_MASTER_ADDR, NODE_RANK ...). The first starts a
 master and gives each node such an environment (local.py), so both run the same agent. The agent is DLRover's own, with what
@@ -28,9 +28,9 @@ RESTARTS = 1000  # each loss of a peer costs a survivor one, so it only has to b
 
 HELP_EXAMPLES = """\
 On this machine, with three nodes that can be killed and replaced:
-  elastic-gpt launch --nodes 3 -- train debug_cpu --data.dir data --run run
+  elastic-gpt launch --nodes 3 -- train debug_cpu --data.dir data --run-dir run
 In a pod of an ElasticJob, or on any node where DLRover's environment names the master:
-  elastic-gpt launch --nnodes 2:4 -- train gpt2_124m --data.dir /workspace/data --run /workspace/run"""
+  elastic-gpt launch --nnodes 2:4 -- train gpt2_124m --data.dir /workspace/data --run-dir /workspace/run"""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt launch") -> int:

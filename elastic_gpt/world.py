@@ -94,9 +94,11 @@ def join(device: Device, timeout_seconds: float) -> World:
     if kind == "cuda":
         torch.cuda.set_device(where)
     if size > 1:
-        dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
-        )
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        try:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+        except RuntimeError as error:  # a peer of this rendezvous died before it came here
+            raise PeerLost(f"rank {rank} of {size} could not join its peers: {error}") from error
     return World(rank, size, local_rank, node, where, elastic)
 
 
@@ -109,14 +111,14 @@ def leave() -> None:
 class Signals:
     """What this worker was asked to do; read once a step.
 
-    An agent sends SIGTERM when it restarts its workers because the members change, and SIGUSR1 first when the node itself
-    has to go. Without an agent, SIGTERM and Ctrl-C mean going for good. A second Ctrl-C stops at once.
+    Our agent (launch.py) sends SIGTERM when it restarts its workers because the members change, and SIGUSR1 first when the
+    node itself has to go. Any other SIGTERM, and Ctrl-C, may mean going for good. A second Ctrl-C stops at once.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self) -> None:
         self.stop = self.leave = False
         self.number = 0
-        self.elastic = world.elastic
+        self.told_apart = "DLROVER_MASTER_ADDR" in os.environ
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._asked)
 
@@ -124,7 +126,7 @@ class Signals:
         if number == signal.SIGINT and self.stop:
             raise KeyboardInterrupt
         self.stop, self.number = True, number
-        self.leave = self.leave or number == signal.SIGUSR1 or not self.elastic
+        self.leave = self.leave or number == signal.SIGUSR1 or not self.told_apart
 
 
 def die_with_parent() -> None:

@@ -50,7 +50,7 @@ def main() -> int:
 
 def settings(directory: Path) -> list[str]:
     return [
-        *("shakespeare_char", "--data.dir", str(DEMO / "data"), "--run", str(directory), "--steps", str(STEPS)),
+        *("shakespeare_char", "--data.dir", str(DEMO / "data"), "--run-dir", str(directory), "--steps", str(STEPS)),
         *("--elastic.exact", "--device=cpu", "--observe.interval=100"),
         *("--evaluate.interval=400", "--checkpoint.interval=200"),
     ]
@@ -131,7 +131,8 @@ def draw(disturbed: list[dict], undisturbed: list[dict], difference: float) -> N
 
 def changes() -> list[tuple[int, str]]:
     """The membership changes of the elastic run: step, and what happened, for the picture."""
-    found, before = [], set()
+    found: list[tuple[int, str]] = []
+    before: set[str] = set()
     for event in Ledger(DEMO / "run").events():
         if event["event"] == "joined":
             nodes = {name.rpartition("egpt-")[2].partition("-")[2] for name in event["nodes"]}

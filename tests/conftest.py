@@ -42,8 +42,10 @@ def elastic_gpt(*words: object, code: int = 0, **more: str) -> subprocess.Comple
 
 
 def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl that are whole: the run may be writing."""
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def events(run: Path, kind: str) -> list[dict]:

@@ -89,7 +89,7 @@ class ObserveConfig:
 class TrainConfig:
     """A training run."""
 
-    run: Path = Path("run")
+    run_dir: Path = Path("run")
     """Run directory. A run found there is resumed."""
     steps: int = 1000
     """Optimizer updates in the whole run."""

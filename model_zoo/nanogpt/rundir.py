@@ -29,7 +29,7 @@ def open_run(config: TrainConfig, meta: Meta, world: World) -> str:
         except SettingsError as error:
             mistake = str(error)
         except OSError as error:
-            mistake = f"cannot write run directory {config.run} ({error.strerror}): choose another --run"
+            mistake = f"cannot write run directory {config.run_dir} ({error.strerror}): choose another --run-dir"
     mistake, run_id = world.gather((mistake, run_id))[0]
     if mistake:
         raise SettingsError(mistake)
@@ -38,23 +38,25 @@ def open_run(config: TrainConfig, meta: Meta, world: World) -> str:
 
 def _open(config: TrainConfig, meta: Meta) -> str:
     resolved = yaml.safe_load(settings.dump(config)) | {"data_fingerprint": fingerprint(meta)}
-    path = config.run / "config.yaml"
+    path = config.run_dir / "config.yaml"
     if path.exists():
         before, now = (settings.flatten(tree) for tree in (yaml.safe_load(path.read_text()), resolved))
         for name, value in now.items():
             fixed = any(name == part or name.startswith(f"{part}.") for part in IDENTITY)
             if fixed and before.get(name) != value:
                 raise SettingsError(
-                    f"the run in {config.run} has {name}={before.get(name)}, not {value}:"
-                    " set it back, or train into another --run"
+                    f"the run in {config.run_dir} has {name}={before.get(name)}, not {value}:"
+                    " set it back, or train into another --run-dir"
                 )
-    config.run.mkdir(parents=True, exist_ok=True)
-    run_id = Ledger(config.run).run_id()
-    tokenizer = config.run / "tokenizer"
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    run_id = Ledger(config.run_dir).run_id()
+    tokenizer = config.run_dir / "tokenizer"
     if not tokenizer.exists():  # it travels with the model
         aside = tokenizer.with_suffix(".partial")
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(config.data.dir / "tokenizer", aside / "tokenizer")
+        aside.mkdir(parents=True)
+        if (config.data.dir / "tokenizer").exists():  # bytes need no files
+            shutil.copytree(config.data.dir / "tokenizer", aside / "tokenizer")
         shutil.copy(config.data.dir / "meta.json", aside)
         aside.rename(tokenizer)
     aside = path.with_suffix(".partial")

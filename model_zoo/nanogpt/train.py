@@ -1,9 +1,9 @@
 """Train a GPT, elastically: alone, or as one worker of many that may come and go.
 
-    elastic-gpt train shakespeare_char --data.dir data --run run
-    python model_zoo/nanogpt/train.py shakespeare_char --data.dir data --run run
-    torchrun --nproc-per-node 2 model_zoo/nanogpt/train.py shakespeare_char --data.dir data --run run
-    elastic-gpt launch --nodes 3 -- train shakespeare_char --data.dir data --run run
+    elastic-gpt train shakespeare_char --data.dir data --run-dir run
+    python model_zoo/nanogpt/train.py shakespeare_char --data.dir data --run-dir run
+    torchrun --nproc-per-node 2 model_zoo/nanogpt/train.py shakespeare_char --data.dir data --run-dir run
+    elastic-gpt launch --nodes 3 -- train shakespeare_char --data.dir data --run-dir run
 
 The same command resumes a run that was interrupted: nothing but the run directory is needed.
 """
@@ -11,6 +11,7 @@ The same command resumes a run that was interrupted: nothing but the run directo
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from model_zoo.nanogpt.rundir import open_run
 from prepare.tokens import DataError, Meta, open_split, read_meta
 
 FINISHED, RESTART_ME = 0, 3  # exit codes; an agent restarts its workers after any but 0 and a user's mistake (2)
+LAST_CALL_SECONDS = 0.5
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> int:
@@ -77,7 +79,7 @@ def train(config: TrainConfig, meta: Meta) -> int:
     """One life of a run: join the world, restore, train until the end or until the world changes. Returns the exit code."""
     world = join(config.device, config.elastic.timeout_seconds)
     run_id = open_run(config, meta, world)
-    ledger = Ledger(config.run)
+    ledger = Ledger(config.run_dir)
 
     torch.manual_seed(config.seed)  # the same initial parameters everywhere
     torch.set_float32_matmul_precision("high")
@@ -114,7 +116,7 @@ def train(config: TrainConfig, meta: Meta) -> int:
 
     tensors = training_state(model, optimizer, scale.state if scale else None)
     snapshots = open_snapshots(run_id, tensors, world)
-    checkpoints = Checkpoints(config.run / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep)
     restored = restore(tensors, snapshots, checkpoints, world)
     reporter = Reporter(
         open_observers(config, world, restored, ledger),
@@ -128,7 +130,11 @@ def train(config: TrainConfig, meta: Meta) -> int:
     )
     for line in arithmetic(config, meta, model, order, world, dtype, restored):
         reporter.say(line)
-    signals = Signals(world)
+    if restored.step >= config.steps:
+        reporter.say(
+            f"nothing to do: the run is at step {restored.step} of {config.steps}; a larger --steps goes on from there"
+        )
+    signals = Signals()
 
     step, stopping, leaving = restored.step, 0, 0
     while step < config.steps and not stopping:
@@ -146,46 +152,49 @@ def train(config: TrainConfig, meta: Meta) -> int:
             optimizer.step()
         step += 1
 
-        last = step == config.steps
         snapshot = step % config.elastic.snapshot_interval == 0
-        save = last or step % config.checkpoint.interval == 0
-        evaluate = last or (config.evaluate.interval > 0 and step % config.evaluate.interval == 0)
+        save = step % config.checkpoint.interval == 0
         reporter.step(step, rate, sums, norm)
         # A GPU works on while the step before is reported; but nothing is saved before its report is written.
         stopping, leaving = reporter.drain(behind=int(world.device.type == "cuda" and not (snapshot or save)))
-        if evaluate:
+        if step == config.steps or (config.evaluate.interval > 0 and step % config.evaluate.interval == 0):
             loss = evaluator.evaluate()
             reporter.evaluation(step, loss)
             if world.first:
                 ledger.write("evaluated", step=step, loss=loss)
-        if snapshots and (snapshot or stopping):
+        if snapshots and snapshot:
             snapshots.save(step, tensors, list(reporter.recent))
-        if world.first and (save or (stopping and leaving == world.size)):
+        if world.first and save:
             checkpoints.save(step, tensors)
         tell_saved(checkpoints.finished(), ledger, reporter)
 
     # Every rank is out of the loop after the same step: at the end, or because somebody was asked to stop.
     reporter.drain()
-    tell_saved(checkpoints.finished(wait=True), ledger, reporter)
-    if snapshots:
+    finished = step >= config.steps
+    if snapshots and not finished:
+        snapshots.save(step, tensors, list(reporter.recent))
         snapshots.wait()
-    saved = world.gather(checkpoints.newest_step() == step if world.first else None)[0]
-    reporter.close()
-    if step < config.steps:
-        if signals.leave and world.first_of_node:
-            ledger.write("left", node=world.node, step=step)
-        leave()
-        return say_goodbye(world, signals, step, config, saved)
-    if not saved:
-        raise CheckpointError(
-            f"the last checkpoint of {config.run} was not written: make room, then run again to save it"
-        )
-    if snapshots:
+    if 0 < leaving < world.size and not finished:
+        time.sleep(LAST_CALL_SECONDS)  # who is asked in the same moment hears it a little later
+        leaving = sum(world.gather(signals.leave))
+    tell_saved(checkpoints.finished(wait=True), ledger, reporter)
+    if world.first and checkpoints.saved != step and (finished or leaving == world.size):
+        checkpoints.save(step, tensors)  # all of this world's memory goes
+        tell_saved(checkpoints.finished(wait=True), ledger, reporter)
+    saved = world.gather(checkpoints.saved == step)[0]
+    if snapshots and saved:
         snapshots.discard()
-    if world.first and restored.step < config.steps:
+    reporter.close()
+    if world.first and finished and restored.step < step and saved:
         ledger.write("finished", step=step)
+    if world.first_of_node and signals.leave and not finished:
+        ledger.write("left", node=world.node, step=step)
     leave()
-    return FINISHED
+    if finished and not saved:
+        raise CheckpointError(
+            f"{config.run_dir} holds no checkpoint of the last step: make room, then run again to save it"
+        )
+    return FINISHED if finished else say_goodbye(world, signals, step, config, saved)
 
 
 def open_snapshots(run_id: str, tensors: dict[str, torch.Tensor], world: World) -> Snapshots | None:
@@ -204,11 +213,11 @@ def open_observers(config: TrainConfig, world: World, restored: Restored, ledger
     nodes = sorted(set(world.gather(world.node)))
     if not world.first:
         return []
-    metrics = MetricsObserver(config.run / "metrics.jsonl", restored.step, restored.reports)
+    metrics = MetricsObserver(config.run_dir / "metrics.jsonl", restored.step, restored.reports)
     ledger.begin_life(nodes, world.size, restored.step, restored.source, metrics.dropped)
     observers: list[Observer] = [ConsoleObserver(config.steps, restored.step, config.observe.interval), metrics]
     if config.observe.tensorboard:
-        observers.append(TensorBoardObserver(config.run / "tensorboard", restored.step))
+        observers.append(TensorBoardObserver(config.run_dir / "tensorboard", restored.step))
     return observers
 
 
@@ -251,7 +260,7 @@ def arithmetic(
         f" {epochs:,.2f} epochs in {config.steps:,} steps",
         f"batch: {config.global_batch} sequences x {config.model.block_size} = {config.tokens_per_step:,} tokens a step,"
         f" in {config.micro_batches} micro-batches of {config.micro_batch}, {per_rank} on each of {world.size} workers",
-        f"run: {config.run}, {'from step ' + str(restored.step) if restored.step else 'from the start'}"
+        f"run: {config.run_dir}, {'from step ' + str(restored.step) if restored.step else 'from the start'}"
         + (f" ({restored.source})" if restored.step else ""),
     ]
 
@@ -272,7 +281,7 @@ def say_goodbye(world: World, signals: Signals, step: int, config: TrainConfig, 
     if world.elastic:
         return FINISHED if signals.leave else RESTART_ME
     saved = "saved" if whole else "NOT saved on storage"
-    print(f"stopped after step {step}, {saved} in {config.run}; the same command goes on from there", flush=True)
+    print(f"stopped after step {step}, {saved} in {config.run_dir}; the same command goes on from there", flush=True)
     return 128 + signals.number
 
 

@@ -190,7 +190,7 @@ def test_our_command_line_takes_what_a_worker_is_given(monkeypatch: pytest.Monke
         return parse(TrainConfig, flags, presets=PRESETS, prog="elastic-gpt train", environment={})
 
     config = settings(flags)
-    assert (config.data.dir, config.run) == (Path("/workspace/data"), Path("/workspace/run"))
+    assert (config.data.dir, config.run_dir) == (Path("/workspace/data"), Path("/workspace/run"))
     with pytest.raises(SettingsError):
         settings([*flags, "--optimizer.warmup-stepz=100"])
 

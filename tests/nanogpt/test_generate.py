@@ -3,6 +3,7 @@
 The runs here hold a model made by hand that recites: after each byte or character comes the next of a fixed text.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -254,9 +255,15 @@ def test_a_terminal_session_streams_and_survives_ctrl_c_in_a_reply_and_leaves_at
         wait_for("z\r\nabcdef")
         os.write(terminal, CTRL_C)
         wait_for("GPT prompt > ")
-        os.write(terminal, leave)
-        wait_for("\n")
-        assert process.wait(timeout=30) == 0
+        # A Ctrl-C in the instant between readline's printing of the prompt and its wait for keys is seen only with the
+        # next key (CPython's readline.c); a person presses again, and so do we.
+        for _ in range(6):
+            os.write(terminal, leave)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+                break
+        assert process.returncode == 0
+        said += os.read(terminal, 65536).decode()
         assert "Traceback" not in said
     finally:
         process.kill()

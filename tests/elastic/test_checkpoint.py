@@ -1,0 +1,144 @@
+"""A checkpoint is whole or absent, whatever happens while it is written."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic_gpt import checkpoint
+from elastic_gpt.checkpoint import CheckpointError, Checkpoints, load_model_weights
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {
+        "model.w": torch.full((4, 5), value),
+        "model.b": torch.full((5,), value),
+        "optimizer.step.w": torch.tensor(value),
+    }
+
+
+def write(folder: Path, *steps: int, keep: int = 5) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep)
+    for step in steps:
+        checkpoints.save(step, state(step))
+        assert checkpoints.finished(wait=True) == step
+    return checkpoints
+
+
+def test_what_is_loaded_is_what_was_saved_and_old_ones_are_dropped(tmp_path: Path) -> None:
+    checkpoints = write(tmp_path, 10, 20, 30, keep=2)
+    assert checkpoints.steps() == [20, 30]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000030"]
+    live = state(0)
+    checkpoints.load(30, live)
+    assert all(torch.equal(live[name], tensor) for name, tensor in state(30).items())
+
+
+class Killed(BaseException):
+    """What a kill -9 is to the code after it."""
+
+
+@pytest.mark.parametrize("name", ["save_file", "_flush", "_sha256", "rename", "unlink"])
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int
+) -> None:
+    checkpoints = write(tmp_path, 10, keep=1)
+    owner: object = Path if name in ("rename", "unlink") else checkpoint
+    real: Callable[..., object] = getattr(owner, name)
+    calls = []
+
+    def killed(*args: object, **more: object) -> object:
+        calls.append(args)
+        if len(calls) == call:
+            raise Killed
+        return real(*args, **more)
+
+    monkeypatch.setattr(owner, name, killed)
+    checkpoints.save(20, state(20))
+    assert checkpoints.pending
+    died = isinstance(checkpoints.pending.exception(), Killed)
+    monkeypatch.undo()
+    assert died == (len(calls) >= call)
+
+    again = Checkpoints(tmp_path)
+    newest = again.newest_step()
+    assert newest in (10, 20)
+    live = state(0)
+    again.load(newest, live)
+    assert all(torch.equal(live[tensor], value) for tensor, value in state(newest).items())
+    again.save(30, state(30))  # and what the killed save left is no hindrance
+    assert again.finished(wait=True) == 30
+    assert again.newest_step() == 30
+
+
+def test_without_the_rename_there_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints = write(tmp_path, 10, 20)
+    manifest = tmp_path / "step_00000020" / "MANIFEST.json"
+    manifest.rename(manifest.with_suffix(".json.partial"))
+    assert checkpoints.newest_step() == 10
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    checkpoints = write(tmp_path, 10, 20)
+    tensors = tmp_path / "step_00000020" / "model.safetensors"
+    if damage == "flip":
+        content = bytearray(tensors.read_bytes())
+        content[-1] ^= 1
+        tensors.write_bytes(content)
+    elif damage == "cut":
+        os.truncate(tensors, 50)
+    elif damage == "missing":
+        tensors.unlink()
+    else:
+        (tmp_path / "step_00000020" / "MANIFEST.json").write_text("{}")
+    assert checkpoints.newest_step() == 10
+    assert "step_00000020 is damaged" in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_silently(tmp_path: Path) -> None:
+    checkpoints = write(tmp_path, 10)
+    os.truncate(tmp_path / "step_00000010" / "optimizer.safetensors", 3)
+    with pytest.raises(CheckpointError, match="restore one from a backup"):
+        checkpoints.newest_step()
+    assert checkpoints.newest_step(newer_than=12) is None  # a newer snapshot makes it unimportant
+
+
+def test_a_full_disk_is_told_and_the_next_save_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = write(tmp_path, 10)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_flush", full)
+    checkpoints.save(20, state(20))
+    error = checkpoints.finished(wait=True)
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert checkpoints.newest_step() == 10
+    checkpoints.save(30, state(30))
+    assert checkpoints.finished(wait=True) == 30
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoints = write(tmp_path, 10)
+    with pytest.raises(CheckpointError, match=r"'model\.b' is in only one"):
+        checkpoints.load(10, {name: tensor for name, tensor in state(0).items() if name != "model.b"})
+
+
+def test_weights_are_found_by_the_run_directory_alone(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no run directory"):
+        load_model_weights(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        load_model_weights(tmp_path)
+    write(tmp_path / "checkpoints", 10)
+    step, weights = load_model_weights(tmp_path)
+    assert step == 10
+    assert sorted(weights) == ["b", "w"]

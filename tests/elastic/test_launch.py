@@ -1,0 +1,154 @@
+"""The real DLRover master and agents on this machine: nodes are killed, leave and join, and the run is the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from elastic_gpt.local import LocalJob
+from elastic_gpt.snapshot import shared_memory
+from tests.conftest import TINY, assert_same_run, elastic_gpt, environment, events, metrics
+
+STEPS = 900
+ARGUMENTS = [
+    *("debug_cpu", f"--steps={STEPS}", "--device=cpu", "--elastic.exact", "--model.dropout=0.1"),
+    *("--observe.tensorboard=false", "--evaluate.interval=300", "--checkpoint.interval=400"),
+]
+
+
+def wait(job: LocalJob, condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert job.running(), f"all nodes ended: see {job.logs}"
+        assert time.monotonic() < deadline, f"waited {seconds} s: see {job.logs}"
+        time.sleep(0.02)
+
+
+def processes_of(name: str) -> list[str]:
+    """Command lines of living processes whose environment or command line names the job or run `name`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and (
+                name in " ".join(process.cmdline()) or any(name in value for value in process.environ().values())
+            ):
+                found.append(f"{process.pid} {' '.join(process.cmdline())}")
+        except psutil.Error:
+            continue
+    return [line for line in found if str(os.getpid()) != line.split()[0]]
+
+
+def test_a_run_through_kills_a_preemption_and_a_join_is_the_undisturbed_run(data: Path, tmp_path: Path) -> None:
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    arguments = [*ARGUMENTS, "--data.dir", str(data)]
+    elastic_gpt("train", *arguments, "--run-dir", undisturbed)
+
+    done = lambda: len(metrics(run)) if (run / "metrics.jsonl").exists() else 0  # noqa: E731
+    lives = lambda: len(events(run, "restored")) if (run / "ledger.jsonl").exists() else 0  # noqa: E731
+    with LocalJob(["train", *arguments, "--run-dir", str(run)], least=1, most=4, threads=1) as job:
+        for _ in range(3):
+            job.add_node()
+        wait(job, lambda: done() >= 105)
+        (worker,) = job.workers_of(1)
+        known = lives()
+        os.kill(worker, signal.SIGKILL)  # a worker dies; its agent starts another
+        wait(job, lambda: lives() > known and done() >= 205)
+        known = lives()
+        job.kill(0)  # the node that holds rank 0 dies
+        wait(job, lambda: lives() > known and done() >= 305)
+        known = lives()
+        new = job.add_node()
+        wait(job, lambda: lives() > known)
+        assert any(job.node_name(new) in event["nodes"] for event in events(run, "joined"))
+        known, preempted_at = lives(), done()
+        job.terminate(2)  # a preemption: it says goodbye, and no step is lost
+        wait(job, lambda: lives() > known)
+        wait(job, lambda: not job.running() or done() == STEPS)
+        while job.running():
+            time.sleep(0.1)
+        assert job.nodes[2].returncode == 0
+        assert job.exit_code() == 0
+
+    assert_same_run(run, undisturbed)
+    assert processes_of(job.name) == []
+    assert list(shared_memory().glob(f"*/{job.name}-*")) == []
+    restored = events(run, "restored")
+    assert all(event["dropped"] <= 10 for event in restored)  # at most the steps since the last snapshot
+    assert all(event["source"].startswith("snapshot of node") for event in restored[1:])  # never by way of storage
+    assert job.node_name(0) in [event["node"] for event in events(run, "lost")]
+    (left,) = events(run, "left")
+    assert (left["node"], left["step"] >= preempted_at) == (job.node_name(2), True)
+    assert next(event for event in restored if event["time"] > left["time"])["dropped"] == 0
+
+
+def test_ctrl_c_saves_stops_everything_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
+    arguments = ["debug_cpu", *TINY, "--steps=600", "--checkpoint.interval=1000", "--data.dir", str(data), "--run-dir"]
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    command = [sys.executable, "-m", "elastic_gpt.cli", "launch", "--nodes=2", "--", "train", *arguments, str(run)]
+    launch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    deadline = time.monotonic() + 60
+    while len(metrics(run)) < 50:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    launch.send_signal(signal.SIGINT)
+    output = launch.communicate(timeout=60)[0]
+    assert launch.returncode == 130, output
+    assert "the state is saved" in output
+    stopped_at = len(metrics(run))
+    assert 50 <= stopped_at < 600
+    assert processes_of(str(run)) == []
+    saved = [event["step"] for event in events(run, "saved")]
+    assert saved == [stopped_at]  # nothing was lost, though no checkpoint was due
+
+    elastic_gpt("launch", "--nodes=2", "--", "train", *arguments, run)
+    elastic_gpt("train", *arguments, undisturbed)
+    assert_same_run(run, undisturbed)
+    assert events(run, "restored")[1]["dropped"] == 0
+
+
+def test_kill_9_of_the_launcher_leaves_no_process(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "debug_cpu", *TINY, "--steps=100000", "--data.dir", str(data), "--run-dir", str(run)]
+    command = [sys.executable, "-m", "elastic_gpt.cli", "launch", "--nodes=2", "--", *arguments]
+    launch = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    deadline = time.monotonic() + 60
+    while len(metrics(run)) < 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    launch.kill()
+    launch.wait()
+    deadline = time.monotonic() + 10
+    while left := processes_of(str(run)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def test_a_users_mistake_is_one_line_and_starts_no_process(data: Path) -> None:
+    done = elastic_gpt("launch", "--nodes=2", "--", "train", "debug_cpu", "--data.dir", data, "--stepz=3", code=2)
+    assert done.stderr == "error: unknown setting 'stepz' in the flags: did you mean 'steps'?\n"
+    assert done.stdout == ""
+    for words, cure in (
+        (["--nodes=2", "--nnodes=3:4", "--", "train", "debug_cpu"], "start between 3 and 4"),
+        (["--nnodes=4:2", "--", "train", "debug_cpu"], "--nnodes 2:4"),
+        (["--", "train", "debug_cpu"], "--nodes 3 starts three here"),
+        (["--nnodes=1:2", "--", "train", "debug_cpu"], "add --nodes N"),
+        (["--nodes=2"], "say what to launch"),
+    ):
+        done = elastic_gpt("launch", *words, code=2)
+        assert cure in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_that_crashes_each_time_ends_the_job_and_its_traceback_is_shown(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # what nobody could foresee
+    arguments = ["debug_cpu", *TINY, "--data.dir", data, "--run-dir", tmp_path / "run"]
+    done = elastic_gpt("launch", "--nodes=1", "--", "train", *arguments, code=1)
+    assert "IsADirectoryError" in done.stdout
+    assert "error: no node finished the job" in done.stdout

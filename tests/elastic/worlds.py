@@ -1,0 +1,47 @@
+"""Real worlds for tests: processes that join a gloo group, forked from a server that has torch imported."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "elastic_gpt.gradients", "model_zoo.nanogpt.model"])
+
+
+def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `function(world, *args)` on each rank of a new world; returns the results in order of rank."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    queue = CONTEXT.SimpleQueue()
+    processes = [CONTEXT.Process(target=_work, args=(rank, size, port, queue, function, args)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    results = dict(pickle.loads(queue.get()) for _ in processes)
+    for process in processes:
+        process.join()
+    failed = [result for result in results.values() if isinstance(result, Exception)]
+    if failed:
+        raise failed[0]
+    return [results[rank] for rank in range(size)]
+
+
+def _work(rank: int, size: int, port: int, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    import torch
+
+    from elastic_gpt.world import join, leave
+
+    torch.set_num_threads(1)
+    try:
+        result = function(join("cpu", 60.0), *args)
+    except Exception as error:
+        result = error
+    queue.put(
+        pickle.dumps((rank, result))
+    )  # as bytes: torch would pass tensors by a handle that dies with this process
+    leave()
