@@ -8,6 +8,7 @@ COMMANDS = {
     "prepare": ("prepare.prepare", "text files to token files: train.bin, val.bin, meta.json"),
     "train": ("model_zoo.nanogpt.train", "train a GPT on this machine, or as one worker of many"),
     "launch": ("elastic_gpt.launch", "train elastically under DLRover: several nodes here, or one node in a pod"),
+    "ledger": ("elastic_gpt.ledger", "what happened to a run, and what it cost"),
     "generate": ("model_zoo.nanogpt.generate", "talk to a trained model"),
 }
 

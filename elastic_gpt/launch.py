@@ -13,10 +13,14 @@ import contextlib
 import importlib
 import os
 import re
+import secrets
 import signal
+import subprocess
 import sys
 import time
+import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from elastic_gpt.cli import COMMANDS
@@ -93,6 +97,7 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int) -> 
         from elastic_gpt.world import die_with_parent
 
         die_with_parent()
+    worker = _standby(command)  # imports while this process does
     from dlrover.trainer.torch import elastic_run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -103,10 +108,9 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int) -> 
         f"--nproc_per_node={workers}",
         f"--max_restarts={RESTARTS}",
         # The round closes at once when all MAX nodes are there, else this many seconds after the last one joined.
-        "--rdzv_conf=join_timeout=600,lastcall_timeout=2",
-        "--module",
-        "elastic_gpt.cli",
-        *command,
+        "--rdzv_conf=join_timeout=600,lastcall_timeout=1",
+        "--no-python",
+        *worker,
     ]
     try:
         elastic_run.run(elastic_run.parse_args(arguments))
@@ -118,16 +122,31 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int) -> 
     return 0
 
 
+def _standby(command: Sequence[str]) -> list[str]:
+    """Start this node's standby process; returns the command line of a worker."""
+    if not hasattr(os, "pidfd_open"):  # not Linux
+        return [sys.executable, "-m", "elastic_gpt.cli", *command]
+    name = f"elastic-gpt-{os.getpid()}-{secrets.token_hex(8)}"
+    # What is imported only at its first use, which is in each worker: TensorBoard's writer, and for optimizers torch._dynamo.
+    modules = [COMMANDS[command[0]][0], "torch.utils.tensorboard", "torch._dynamo"]
+    subprocess.Popen([sys.executable, "-c", f"from elastic_gpt.standby import serve; serve({name!r}, {modules!r})"])
+    return [sys.executable, "-I", "-S", str(Path(__file__).with_name("standby.py")), name, *command]
+
+
 def _mend() -> None:
     """What hurts in DLRover 0.6.1, mended in this process."""
     from dlrover.python.common.constants import JobConstant
     from dlrover.python.diagnosis.common.constants import DiagnosisActionType
     from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
+    from dlrover.python.elastic_agent.torch import master_kv_store
     from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
 
     # The agents poll the rendezvous every 5 s; a membership change waits for that.
     JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.2
+
+    # The agents wait for rank 0's address in the master's store by looking every 2 s.
+    master_kv_store.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 0.05)))
 
     # It kills every process whose parent is 1 and whose environment is torchelastic's, other jobs' too. Ours die with
     # their agent (world.die_with_parent), so there is nothing to kill.

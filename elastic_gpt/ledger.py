@@ -1,14 +1,28 @@
-"""RUN/ledger.jsonl: what happened to a run, a line an event (law 8).
+"""RUN/ledger.jsonl: what happened to a run, a line an event (law 8), and what it cost.
 
-Each rendezvous begins a *life* of the run. Rank 0 of that life writes `joined` with the members and where the state came
-from; who was there before and is no more is `lost` (or `left`, if it said goodbye).
+    elastic-gpt ledger RUN
+
+Each rendezvous begins a *life* of the run. Rank 0 of that life writes who is in it, who is no more, and where the state
+came from; whoever notices the end of a life writes that; and after the first step it is known what the change cost.
 """
 
+import argparse
+import itertools
 import json
+import sys
 import time
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from elastic_gpt.settings import fail
+
+PARTS = ("detection", "rendezvous", "restore", "first_step")  # of a recovery, seconds each
 
 
 class Ledger:
@@ -58,13 +72,108 @@ class Ledger:
             dropped: steps that were done before and have to be done again.
         """
         events = self.events()
-        before: list[str] = next((event["nodes"] for event in reversed(events) if event["event"] == "joined"), [])
-        last = max((place for place, event in enumerate(events) if event["event"] == "joined"), default=0)
-        said_goodbye = {event["node"] for event in events[last:] if event["event"] == "left"}
-        finished = any(event["event"] in ("finished", "stopped") for event in events[last:])
-        for node in sorted(set(before) - set(nodes) - said_goodbye):
-            if not finished:
+        last = max((place for place, event in enumerate(events) if event["event"] == "joined"), default=None)
+        if last is not None:
+            ended = {event["event"] for event in events[last:]} & {"finished", "stopped"}
+            said_goodbye = {event["node"] for event in events[last:] if event["event"] == "left"}
+            for node in sorted(set() if ended else set(events[last]["nodes"]) - set(nodes) - said_goodbye):
                 self.write("lost", node=node, step=step)
         life = sum(event["event"] == "joined" for event in events)
         self.write("joined", life=life, nodes=nodes, world_size=world_size)
         self.write("restored", step=step, source=source, dropped=dropped)
+
+    def recovered(self, last_step: float | None, joined: float, restored: float) -> None:
+        """Write what the change of worlds cost, now that the first step after it is done.
+
+        Args:
+            last_step, joined, restored: when the last step before it was written down, when the new group was formed,
+                and when the state was back; seconds since 1970. Without a last step this is the start of the run.
+        """
+        if last_step is None:
+            return
+        # Nobody noticed anything if the whole world died.
+        noticed = [
+            event["time"] for event in self.events() if event["event"] == "interrupted" and event["time"] > last_step
+        ]
+        moments = [last_step, noticed[0] if noticed else last_step, joined, restored, time.time()]
+        seconds = [round(max(0.0, after - before), 3) for before, after in itertools.pairwise(moments)]
+        self.write("recovered", **dict(zip(PARTS, seconds, strict=True)))
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a run cost, from its ledger and metrics."""
+
+    steps: int
+    """In the kept history."""
+    dropped: int
+    """Steps that were done, lost and done again."""
+    elapsed: float
+    """Seconds from the first world to the last event, without the time between an asked stop and the next start."""
+    useful: float
+    """Seconds that the kept steps took."""
+
+    @property
+    def goodput(self) -> float:
+        """Useful step time over elapsed time, 0 to 1."""
+        return self.useful / self.elapsed if self.elapsed else 0.0
+
+
+def account(run: Path) -> Account:
+    """Add up a run."""
+    events = Ledger(run).events()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    elapsed, since = 0.0, None
+    for event in events:
+        if event["event"] == "joined" and since is None:
+            since = event["time"]
+        if event["event"] in ("stopped", "finished") and since is not None:
+            elapsed, since = elapsed + event["time"] - since, None
+    if since is not None:  # still running, or killed
+        elapsed += max(events[-1]["time"], (run / "metrics.jsonl").stat().st_mtime) - since
+    return Account(
+        steps=len(lines),
+        dropped=sum(event["dropped"] for event in events if event["event"] == "restored"),
+        elapsed=elapsed,
+        useful=sum(line["tokens"] / line["step"] / line["tokens_per_second"] for line in lines),
+    )
+
+
+def table(run: Path) -> Table:
+    """A row for each life of the run."""
+    drawn = Table("life", "workers", "nodes", "from step", "state from", "done again", *PARTS, "together")
+    before: set[str] = set()
+    row: list[str] = []
+    rows = []
+    for event in Ledger(run).events():
+        if event["event"] == "joined":
+            nodes = set(event["nodes"])
+            changes = [f"+{name}" for name in sorted(nodes - before)] + [f"-{name}" for name in sorted(before - nodes)]
+            before = nodes
+            row = [str(event["life"]), str(event["world_size"]), "\n".join(changes) or "the same"]
+            rows.append(row)
+        elif event["event"] == "restored":
+            row += [str(event["step"]), event["source"], str(event["dropped"])]
+        elif event["event"] == "recovered":
+            seconds = [event[part] for part in PARTS]
+            row += [f"{value:.2f} s" for value in [*seconds, sum(seconds)]]
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt ledger") -> int:
+    """Print the table of a run's lives, and its goodput."""
+    parser = argparse.ArgumentParser(prog, description="What happened to a run, and what it cost.", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    run = parser.parse_args(argv).run
+    if not (run / "ledger.jsonl").exists() or not (run / "metrics.jsonl").exists():
+        return fail(ValueError(f"no run in {run}: name the --run-dir of a training"))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table(run))
+    total = account(run)
+    print(
+        f"{total.steps:,} steps kept, {total.dropped:,} done again; {total.elapsed:,.1f} s elapsed,"
+        f" {total.useful:,.1f} s of them in kept steps: goodput {total.goodput:.1%}"
+    )
+    return 0

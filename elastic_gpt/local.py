@@ -132,7 +132,7 @@ class LocalJob:
             return [
                 child.pid
                 for child in psutil.Process(self.nodes[node].pid).children()
-                if "elastic_gpt.cli" in child.cmdline()
+                if {"elastic_gpt.cli", str(Path(__file__).with_name("standby.py"))} & set(child.cmdline())
             ]
         except psutil.Error:
             return []

@@ -80,6 +80,7 @@ class MetricsObserver:
     """
 
     def __init__(self, path: Path, step: int, reports: list[dict[str, Any]]) -> None:
+        self.last_step = path.stat().st_mtime if path.exists() else None  # when the last line was written
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = end = written = 0
         for line in lines:

@@ -23,6 +23,9 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 class PeerLost(RuntimeError):
     """A peer vanished or stopped answering in the middle of a collective; the world has to be formed anew."""
 
+    noticed_by: str | None = None
+    """The node whose first worker noticed it."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -73,7 +76,9 @@ class World:
         try:
             run()
         except (RuntimeError, ValueError) as error:  # gloo and NCCL have no narrower type for a lost peer
-            raise PeerLost(f"rank {self.rank} of {self.size} lost a peer: {error}") from error
+            lost = PeerLost(f"rank {self.rank} of {self.size} lost a peer: {error}")
+            lost.noticed_by = self.node if self.first_of_node else None
+            raise lost from error
 
 
 def join(device: Device, timeout_seconds: float) -> World:

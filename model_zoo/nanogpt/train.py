@@ -45,12 +45,16 @@ LAST_CALL_SECONDS = 0.5
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> int:
     """Parse settings and train. Exit codes: 0 finished, 2 a user's mistake, 3 the world has to be formed anew, 130, 143."""
     try:
-        return train(*check(sys.argv[1:] if argv is None else argv, prog))
+        config, meta = check(sys.argv[1:] if argv is None else argv, prog)
+        try:
+            return train(config, meta)
+        except PeerLost as error:
+            if error.noticed_by:
+                Ledger(config.run_dir).write("interrupted", node=error.noticed_by, cause="lost a peer")
+            print(f"{error}; this worker ends, its agent forms a new world", file=sys.stderr, flush=True)
+            os._exit(RESTART_ME)  # a process group with a dead member cannot be torn down in good order
     except (SettingsError, DataError, CheckpointError) as error:
         return settings.fail(error)
-    except PeerLost as error:
-        print(f"{error}; this worker ends, its agent forms a new world", file=sys.stderr, flush=True)
-        os._exit(RESTART_ME)  # a process group with a dead member cannot be torn down in good order
 
 
 def check(argv: Sequence[str], prog: str = "elastic-gpt train") -> tuple[TrainConfig, Meta]:
@@ -78,6 +82,7 @@ def check(argv: Sequence[str], prog: str = "elastic-gpt train") -> tuple[TrainCo
 def train(config: TrainConfig, meta: Meta) -> int:
     """One life of a run: join the world, restore, train until the end or until the world changes. Returns the exit code."""
     world = join(config.device, config.elastic.timeout_seconds)
+    joined = time.time()
     run_id = open_run(config, meta, world)
     ledger = Ledger(config.run_dir)
 
@@ -118,8 +123,10 @@ def train(config: TrainConfig, meta: Meta) -> int:
     snapshots = open_snapshots(run_id, tensors, world)
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep)
     restored = restore(tensors, snapshots, checkpoints, world)
+    observers, last_step = open_observers(config, world, restored, ledger)
+    back = time.time()
     reporter = Reporter(
-        open_observers(config, world, restored, ledger),
+        observers,
         order,
         world,
         recent=restored.reports,
@@ -157,6 +164,8 @@ def train(config: TrainConfig, meta: Meta) -> int:
         reporter.step(step, rate, sums, norm)
         # A GPU works on while the step before is reported; but nothing is saved before its report is written.
         stopping, leaving = reporter.drain(behind=int(world.device.type == "cuda" and not (snapshot or save)))
+        if world.first and step == restored.step + 1:
+            ledger.recovered(last_step, joined, back)
         if step == config.steps or (config.evaluate.interval > 0 and step % config.evaluate.interval == 0):
             loss = evaluator.evaluate()
             reporter.evaluation(step, loss)
@@ -171,6 +180,8 @@ def train(config: TrainConfig, meta: Meta) -> int:
     # Every rank is out of the loop after the same step: at the end, or because somebody was asked to stop.
     reporter.drain()
     finished = step >= config.steps
+    if world.first and not finished:
+        ledger.write("interrupted", node=world.node, cause="asked to stop", step=step)
     if snapshots and not finished:
         snapshots.save(step, tensors, list(reporter.recent))
         snapshots.wait()
@@ -189,6 +200,8 @@ def train(config: TrainConfig, meta: Meta) -> int:
         ledger.write("finished", step=step)
     if world.first_of_node and signals.leave and not finished:
         ledger.write("left", node=world.node, step=step)
+    if world.first and leaving == world.size and not finished:
+        ledger.write("stopped", step=step)
     leave()
     if finished and not saved:
         raise CheckpointError(
@@ -208,17 +221,22 @@ def open_snapshots(run_id: str, tensors: dict[str, torch.Tensor], world: World) 
         return None
 
 
-def open_observers(config: TrainConfig, world: World, restored: Restored, ledger: Ledger) -> list[Observer]:
-    """The observers of a world, on its first worker; the ledger gets the beginning of this life."""
+def open_observers(
+    config: TrainConfig, world: World, restored: Restored, ledger: Ledger
+) -> tuple[list[Observer], float | None]:
+    """The observers of a world, on its first worker; and when the last step before was written, seconds since 1970.
+
+    The ledger gets the beginning of this life.
+    """
     nodes = sorted(set(world.gather(world.node)))
     if not world.first:
-        return []
+        return [], None
     metrics = MetricsObserver(config.run_dir / "metrics.jsonl", restored.step, restored.reports)
     ledger.begin_life(nodes, world.size, restored.step, restored.source, metrics.dropped)
     observers: list[Observer] = [ConsoleObserver(config.steps, restored.step, config.observe.interval), metrics]
     if config.observe.tensorboard:
         observers.append(TensorBoardObserver(config.run_dir / "tensorboard", restored.step))
-    return observers
+    return observers, metrics.last_step
 
 
 def pick_dtype(config: TrainConfig, world: World) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""metrics.jsonl has each step of the kept history once; the console and the ledger tell what happened."""
+"""metrics.jsonl has each step of the kept history once; the console speaks now and then."""
 
 import json
 from dataclasses import asdict
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from elastic_gpt.ledger import Ledger
 from elastic_gpt.observers import ConsoleObserver, MetricsObserver
 from elastic_gpt.reports import StepReport
 
@@ -56,24 +55,3 @@ def test_the_console_says_a_line_every_interval_and_the_last(capsys: pytest.Capt
     assert [line.split(" ")[1] for line in lines] == ["10/25", "20/25", "25/25"]
     assert "100 tokens/s" in lines[0]
     assert "2 workers" in lines[0]
-
-
-def test_the_ledger_tells_lost_nodes_from_those_that_said_goodbye(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    run_id = ledger.run_id()
-    assert ledger.run_id() == run_id
-    ledger.begin_life(["a", "b", "c"], 3, 0, "start", 0)
-    ledger.write("left", node="c", step=5)
-    with ledger.path.open("a") as file:
-        file.write("half a li\n")
-    ledger.begin_life(["a", "d"], 2, 5, "snapshot of node a", 2)
-    events = ledger.events()
-    assert [event["node"] for event in events if event["event"] == "lost"] == ["b"]
-    assert [event["life"] for event in events if event["event"] == "joined"] == [0, 1]
-    assert events[-1] | {"time": 0} == {
-        "event": "restored",
-        "time": 0,
-        "step": 5,
-        "source": "snapshot of node a",
-        "dropped": 2,
-    }

@@ -1,0 +1,188 @@
+"""A standby process per node, from which each new worker is forked: no worker waits for `import torch`.
+
+    agent ── starts ──► standby (this file, `serve`): has everything imported, no thread running, no GPU touched
+      └─── starts ──► client (this file, as a script): asks the standby for a worker, hands it its arguments, environment
+                      and standard streams, passes signals on, and ends as the worker ends
+
+To the agent the client is the worker: a killed client takes its worker along, and a killed worker its client. The client runs
+with `python -I -S`, so its start costs 20 ms; it must import nothing but a few modules of the standard library.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from typing import Any
+
+LENGTH = 8  # bytes in front of each message
+
+
+def send(connection: socket.socket, message: object, descriptors: tuple[int, ...] = ()) -> None:
+    """One JSON message, and open files with it."""
+    content = json.dumps(message).encode()
+    socket.send_fds(connection, [len(content).to_bytes(LENGTH, "little")], list(descriptors))
+    connection.sendall(content)
+
+
+def receive(connection: socket.socket) -> tuple[dict, list[int]]:
+    """The next message and the files that came with it.
+
+    Raises:
+        EOFError: if the other side is gone.
+    """
+    length, descriptors, _, _ = socket.recv_fds(connection, LENGTH, 3)
+    content = bytearray()
+    while length and len(content) < int.from_bytes(length, "little"):
+        part = connection.recv(1 << 16)
+        if not part:
+            length = b""
+        content += part
+    if not length:
+        raise EOFError("the other side is gone")
+    return json.loads(content), list(descriptors)
+
+
+# --- the standby -------------------------------------------------------------------------------------------------------
+
+
+def serve(name: str, modules: list[str]) -> None:
+    """Import `modules`, then fork a worker for each client until the agent that started this process dies.
+
+    Args:
+        name: of the socket, in Linux's abstract namespace, so that nothing is left behind.
+        modules: the first holds the `main(argv, prog)` that workers run.
+    """
+    import gc
+    import importlib
+    import selectors
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"\0{name}")
+    listener.listen()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # meant for the workers, who get them from their clients
+    from elastic_gpt.world import die_with_parent
+
+    die_with_parent()
+    room, *_ = [importlib.import_module(module) for module in modules]
+    gc.freeze()  # the collector touches no imported page, so the workers share them
+
+    # Three things can happen: a client comes; a client dies, and its worker is killed; a worker ends, and its client is told.
+    events = selectors.DefaultSelector()
+    events.register(listener, selectors.EVENT_READ)
+    workers: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor that tells of the worker's end
+    clients: dict[int, int] = {}  # worker by its client's socket
+    while True:
+        for key, _ in events.select():
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                if not _same_user(connection):
+                    connection.close()
+                else:
+                    worker = _fork(connection, listener, room)
+                    ended = os.pidfd_open(worker)
+                    workers[ended], clients[connection.fileno()] = (worker, connection), worker
+                    events.register(connection, selectors.EVENT_READ)
+                    events.register(ended, selectors.EVENT_READ)
+            elif key.fd in workers:
+                worker, connection = workers.pop(key.fd)
+                events.unregister(key.fd)
+                os.close(key.fd)
+                if clients.pop(connection.fileno(), None):
+                    events.unregister(connection)
+                code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+                with connection, contextlib.suppress(OSError):
+                    send(connection, {"code": code})
+            elif key.fd in clients:  # a client says nothing after its request, so this is its end
+                events.unregister(key.fileobj)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(clients.pop(key.fd), signal.SIGKILL)
+
+
+def _same_user(connection: socket.socket) -> bool:
+    """Anybody on this machine can reach the socket; only our own user may have code run."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return bool(struct.unpack("3i", credentials)[1] == os.getuid())
+
+
+def _fork(connection: socket.socket, listener: socket.socket, room: Any) -> int:
+    """Fork a worker for the client at the other end of `connection`; returns its process id in the standby."""
+    request, streams = receive(connection)
+    worker = os.fork()
+    if worker:
+        for stream in streams:
+            os.close(stream)
+        send(connection, {"worker": worker})
+        return worker
+    try:
+        listener.close()
+        connection.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        if "OMP_NUM_THREADS" in os.environ:  # torch has read it already, in the standby's environment
+            room.torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        command, *arguments = request["command"]
+        code = room.main(arguments, prog=f"elastic-gpt {command}")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what the standby would do at its own end is not the worker's
+
+
+# --- the client, which the agent takes for the worker ----------------------------------------------------------------
+
+
+def work(name: str, command: list[str]) -> int:
+    """Have the standby `name` fork a worker that runs `command`; returns its exit code."""
+    connection = _connect(name)
+    if connection is None:  # no standby: start the slow way, which is better than not at all
+        print("warning: the standby process is gone; this worker imports torch itself", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", "elastic_gpt.cli", *command])
+    folder = os.getcwd()  # noqa: PTH109 - pathlib takes as long to import as all the rest
+    send(connection, {"command": command, "environment": dict(os.environ), "folder": folder}, (0, 1, 2))
+    try:
+        worker = receive(connection)[0]["worker"]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: os.kill(worker, number))
+        code = int(receive(connection)[0]["code"])
+    except (EOFError, ConnectionError):
+        return 128 + signal.SIGKILL  # the standby died, and its workers with it
+    if code < 0:  # killed by a signal: so is this process
+        with contextlib.suppress(OSError):  # SIGKILL cannot be caught, so there is nothing to reset
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def _connect(name: str) -> socket.socket | None:
+    deadline = time.monotonic() + 5.0
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(f"\0{name}")
+            return connection
+        except ConnectionRefusedError:  # it has not come so far yet, or it is gone
+            connection.close()
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    sys.exit(work(sys.argv[1], sys.argv[2:]))
