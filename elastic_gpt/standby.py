@@ -154,12 +154,15 @@ def work(name: str, command: list[str]) -> int:
     if connection is None:  # no standby: start the slow way, which is better than not at all
         print("warning: the standby process is gone; this worker imports torch itself", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, "-m", "elastic_gpt.cli", *command])
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a worker to pass them on to
     folder = os.getcwd()  # noqa: PTH109 - pathlib takes as long to import as all the rest
     send(connection, {"command": command, "environment": dict(os.environ), "folder": folder}, (0, 1, 2))
     try:
         worker = receive(connection)[0]["worker"]
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in signals:
             signal.signal(number, lambda number, _: os.kill(worker, number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         code = int(receive(connection)[0]["code"])
     except (EOFError, ConnectionError):
         return 128 + signal.SIGKILL  # the standby died, and its workers with it
