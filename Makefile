@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-demo: $(READY) ## the main job on this machine: prepare, train elastically with losses, compare, generate (4 minutes)
+demo: $(READY) ## the main job on this machine: prepare, train elastically with losses, compare, generate (3 minutes)
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## all tests that need no cluster

@@ -12,10 +12,12 @@ keeps its own index as a pickle; the state is the same on all ranks, so its resh
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -48,7 +50,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, oldest first."""
-        return sorted(int(path.parent.name[5:]) for path in self.folder.glob("step_*/MANIFEST.json"))
+        names = (path.parent.name for path in self.folder.glob("step_*/MANIFEST.json"))
+        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name))
 
     def newest_step(self, newer_than: int = -1) -> int | None:
         """Step of the newest whole checkpoint past `newer_than`, or None. Damaged ones are named on standard error.
@@ -75,8 +78,8 @@ class Checkpoints:
         return None
 
     @torch.no_grad()
-    def load(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy the checkpoint of `step` into the live state `tensors`."""
+    def load(self, step: int, tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """Copy the checkpoint of `step` into the live state `tensors`; returns the step reports that came with it."""
         found = self.read(step, "model") | self.read(step, "optimizer")
         if found.keys() != tensors.keys():
             odd = sorted(found.keys() ^ tensors.keys())[0]
@@ -85,6 +88,7 @@ class Checkpoints:
             )
         for name, tensor in tensors.items():
             tensor.copy_(found[name])
+        return list(json.loads((self.folder / self.name(step) / "MANIFEST.json").read_text()).get("reports", []))
 
     def read(self, step: int, part: str) -> dict[str, torch.Tensor]:
         """The tensors of one part (`model` or `optimizer`), their names with the part in front."""
@@ -94,11 +98,14 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy the state to host memory and write it in a thread; `finished` tells how that ended."""
-        self.finished(wait=True)
+    def save(self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> None:
+        """Copy the state to host memory and write it in a thread; `finished` tells how that ended.
+
+        Ask `finished` first: one save at a time.
+        """
+        assert self.pending is None
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        self.pending = self.writer.submit(self._write, step, copies)
+        self.pending = self.writer.submit(self._write, step, copies, list(reports))
 
     def finished(self, wait: bool = False) -> int | OSError | None:
         """What became of the last save: its step, the error it failed with, or None if nothing new is known."""
@@ -111,7 +118,7 @@ class Checkpoints:
         except OSError as error:  # a full or read-only volume: training goes on and the next save tries again
             return error
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor]) -> int:
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> int:
         folder = self.folder / self.name(step)
         if (folder / "MANIFEST.json").exists():  # a step that is done again
             try:
@@ -120,6 +127,20 @@ class Checkpoints:
             except CheckpointError:
                 (folder / "MANIFEST.json").unlink()
         shutil.rmtree(folder, ignore_errors=True)  # what a killed or damaged save left behind
+        try:
+            self._write_files(folder, step, tensors, reports)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # on a full disk its room is needed
+            raise
+        # Of the history that leads to this step; a damaged later one does not push out a good one.
+        for old in [past for past in self.steps() if past <= step][: -self.keep]:
+            (self.folder / self.name(old) / "MANIFEST.json").unlink()  # first no longer a checkpoint, then gone
+            shutil.rmtree(self.folder / self.name(old), ignore_errors=True)
+        return step
+
+    def _write_files(
+        self, folder: Path, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]
+    ) -> None:
         folder.mkdir(parents=True)
         files = {}
         for part in ("model", "optimizer"):
@@ -132,15 +153,12 @@ class Checkpoints:
             _flush(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         aside = folder / "MANIFEST.json.partial"
-        aside.write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files}, indent=1))
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "reports": reports}
+        aside.write_text(json.dumps(manifest, indent=1))
         _flush(aside)
         aside.rename(folder / "MANIFEST.json")
         _flush(folder)
         _flush(self.folder)
-        for old in self.steps()[: -self.keep]:
-            (self.folder / self.name(old) / "MANIFEST.json").unlink()  # first no longer a checkpoint, then gone
-            shutil.rmtree(self.folder / self.name(old), ignore_errors=True)
-        return step
 
     def _verify(self, step: int) -> None:
         folder = self.folder / self.name(step)

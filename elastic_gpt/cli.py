@@ -33,8 +33,11 @@ def main() -> int:
         cure = f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(COMMANDS)}"
         print(f"error: no command '{arguments[0]}': {cure}", file=sys.stderr)
         return 2
-    room = importlib.import_module(COMMANDS[arguments[0]][0])
-    return int(room.main(arguments[1:], prog=f"elastic-gpt {arguments[0]}"))
+    try:
+        room = importlib.import_module(COMMANDS[arguments[0]][0])
+        return int(room.main(arguments[1:], prog=f"elastic-gpt {arguments[0]}"))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

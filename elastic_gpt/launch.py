@@ -24,11 +24,21 @@ from pathlib import Path
 from typing import Any
 
 from elastic_gpt.cli import COMMANDS
+from elastic_gpt.processes import die_with_parent
 from elastic_gpt.settings import USERS_MISTAKE, fail
 
 GRACE_SECONDS = 40.0  # torchelastic gives a worker 30 s after SIGTERM
 CRASHES, CRASH_SECONDS = 3, 180.0  # this many crashes of a node's workers in this time end the node
 RESTARTS = 1000  # each loss of a peer costs a survivor one, so it only has to be out of reach
+
+
+class Leaving(BaseException):
+    """This node was asked to leave. No Exception, so that nothing on the way swallows it."""
+
+
+class MasterError(RuntimeError):
+    """DLRover's job master did not start."""
+
 
 HELP_EXAMPLES = """\
 On this machine, with three nodes that can be killed and replaced:
@@ -51,19 +61,23 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt launch") ->
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     try:
         least, most = _nodes(args.nnodes, args.nodes)
-        if not command or command[0] not in COMMANDS:
+        if not command or command[0] != "train":
             raise ValueError("say what to launch, as in `elastic-gpt launch --nodes 3 -- train debug_cpu`")
+        if args.nproc < 1:
+            raise ValueError(f"--nproc {args.nproc}: a node has at least 1 worker")
         if args.nodes is None:
             return run_node(command, least=least, most=most, workers=args.nproc)
         # A typo is told once and now, not by each worker of each node.
         if code := _check(command):
             return code
         return run_local(command, nodes=args.nodes, least=least, most=most, workers=args.nproc)
-    except ValueError as error:
+    except (ValueError, MasterError) as error:
         return fail(error)
 
 
 def _nodes(nnodes: str | None, nodes: int | None) -> tuple[int, int]:
+    if nodes is not None and nodes < 1:
+        raise ValueError(f"--nodes {nodes}: a job has at least 1 node")
     if nnodes is None:
         if nodes is None:
             raise ValueError(
@@ -93,13 +107,11 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int) -> 
     """Run DLRover's agent in this process until the job is over or this node is asked to leave (SIGTERM)."""
     if "DLROVER_MASTER_ADDR" not in os.environ:
         raise ValueError("no DLRover master in the environment (DLROVER_MASTER_ADDR): add --nodes N to start one here")
-    if "ELASTIC_GPT_LOCAL" in os.environ:  # a node of LocalJob leaves nothing behind when that is killed
-        from elastic_gpt.world import die_with_parent
-
-        die_with_parent()
+    launcher, finished = os.environ.get("ELASTIC_GPT_LOCAL", ":").split(":", 1)
+    if launcher:  # a node of LocalJob leaves nothing behind when that is killed
+        die_with_parent(int(launcher))
     worker = _standby(command)  # imports while this process does
     from dlrover.trainer.torch import elastic_run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _mend()
@@ -114,11 +126,13 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int) -> 
     ]
     try:
         elastic_run.run(elastic_run.parse_args(arguments))
-    except SignalException:
+    except Leaving:
         return 0  # asked to leave, and the workers have saved their state
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         return USERS_MISTAKE if codes == {USERS_MISTAKE} else 1
+    if finished:  # a node that has left ends with 0 as well
+        Path(finished).touch()
     return 0
 
 
@@ -129,7 +143,9 @@ def _standby(command: Sequence[str]) -> list[str]:
     name = f"elastic-gpt-{os.getpid()}-{secrets.token_hex(8)}"
     # What is imported only at its first use, which is in each worker: TensorBoard's writer, and for optimizers torch._dynamo.
     modules = [COMMANDS[command[0]][0], "torch.utils.tensorboard", "torch._dynamo"]
-    subprocess.Popen([sys.executable, "-c", f"from elastic_gpt.standby import serve; serve({name!r}, {modules!r})"])
+    subprocess.Popen(
+        [sys.executable, "-c", f"from elastic_gpt.standby import serve; serve({name!r}, {modules!r}, {os.getpid()})"]
+    )
     return [sys.executable, "-I", "-S", str(Path(__file__).with_name("standby.py")), name, *command]
 
 
@@ -140,7 +156,7 @@ def _mend() -> None:
     from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
     from dlrover.python.elastic_agent.torch import master_kv_store
     from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
-    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent, MasterRendezvousHandler
 
     # The agents poll the rendezvous every 5 s; a membership change waits for that.
     JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.2
@@ -148,26 +164,39 @@ def _mend() -> None:
     # The agents wait for rank 0's address in the master's store by looking every 2 s.
     master_kv_store.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 0.05)))
 
+    # A master that was started anew knows nothing of the agents' --nnodes and --rdzv_conf, which they tell it only once.
+    join = MasterRendezvousHandler._join_rendezvous
+
+    def join_rendezvous(self: Any) -> Any:
+        wait = int(self._rdzv_params.get("lastcall_timeout", 60))
+        self._client.report_rdzv_params(
+            self._rdzv_params.min_nodes, self._rdzv_params.max_nodes, wait, 1, self.join_timeout
+        )
+        return join(self)
+
+    MasterRendezvousHandler._join_rendezvous = join_rendezvous
+
     # It kills every process whose parent is 1 and whose environment is torchelastic's, other jobs' too. Ours die with
-    # their agent (world.die_with_parent), so there is nothing to kill.
+    # their agent (processes.py), so there is nothing to kill.
     ElasticTrainingAgent._stop_orphan_workers = lambda *_: None
 
     # We keep our own snapshots: no thread, sockets and files under /tmp/dlrover for the ones of Flash Checkpoint.
     AsyncCheckpointSaver.start_async_saving_ckpt = classmethod(lambda _: None)
 
-    # Called after each start of the workers, to put a handler that saves those snapshots in front of torchelastic's. Ours
-    # tells the workers that this node leaves for good; torchelastic then sends SIGTERM and waits for them.
+    # Called after each start of the workers, to save those snapshots at a signal. Ours tells the workers that this node
+    # leaves for good; on its way out the agent then sends them SIGTERM and waits. torchelastic's own handler raises an
+    # Exception, and DLRover's retries around each call to the master swallow it.
     def register_signal_handler(_: type) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            theirs = signal.getsignal(number)
+            signal.signal(number, leave)
 
-            def handler(number: int, frame: Any, theirs: Any = theirs) -> None:
-                for worker in _children():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(worker, signal.SIGUSR1)
-                theirs(number, frame)
-
-            signal.signal(number, handler)
+    def leave(_number: int, _frame: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # once is enough
+        for worker in _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGUSR1)
+        raise Leaving
 
     AsyncCheckpointSaver.register_signal_handler = classmethod(register_signal_handler)
 
@@ -205,15 +234,15 @@ def run_local(command: Sequence[str], *, nodes: int, least: int, most: int, work
     def ask(number: int, _frame: Any) -> None:
         asked.append(number)
 
-    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with job:
             for _ in range(nodes):
                 job.add_node()
-            while job.running() and not asked:
+            while job.running() and job.can_go_on() and not asked:
                 time.sleep(0.1)
             if asked:
-                print("stopping: the step in flight is finished and the state is saved; Ctrl-C again to stop at once")
+                print("stopping: the step in flight is finished, then the state is saved; Ctrl-C again to stop at once")
                 for node in job.running():
                     job.terminate(node)
                 deadline = time.monotonic() + GRACE_SECONDS
@@ -227,14 +256,12 @@ def run_local(command: Sequence[str], *, nodes: int, least: int, most: int, work
             signal.signal(number, handler)
 
 
-def run_master(port: int, nodes: int, name: str) -> None:
-    """DLRover's job master for this machine alone, in this process."""
+def run_master(port: int, nodes: int, name: str, launcher: int) -> None:
+    """DLRover's job master for this machine alone, in this process, as long as the process `launcher` lives."""
     import grpc
     from dlrover.python.master import main as master
 
-    from elastic_gpt.world import die_with_parent
-
-    die_with_parent()
+    die_with_parent(launcher)
     server = grpc.server
 
     def loopback_server(*args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ came from; whoever notices the end of a life writes that; and after the first st
 import argparse
 import itertools
 import json
+import os
 import sys
 import time
 import uuid
@@ -36,10 +37,16 @@ class Ledger:
         self.path = run / "ledger.jsonl"
 
     def write(self, event: str, **facts: Any) -> None:
-        """Append one event, with the time in seconds since 1970. One write, so that lines of two writers never mix."""
+        """Append one event, with the time in seconds since 1970. A full disk costs the event, not the training."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        try:
+            with self.path.open("ab+", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                unfinished = file.read(1) not in (b"", b"\n")  # what a killed writer left
+                file.write((b"\n" if unfinished else b"") + line.encode())
+        except OSError as error:
+            print(f"warning: the ledger lacks {line.strip()}: {error}", file=sys.stderr, flush=True)
 
     def events(self) -> list[dict[str, Any]]:
         """All events, oldest first. A line that a killed writer left unfinished is not one."""
@@ -62,6 +69,20 @@ class Ledger:
         self.write("created", run_id=run_id)
         return run_id
 
+    def lives(self) -> int:
+        """How many lives the run has had."""
+        return sum(event["event"] == "joined" for event in self.events())
+
+    def branches(self) -> list[tuple[int, int]]:
+        """Life and step at which each life began: what an earlier life did past that step is abandoned."""
+        found, life = [], 0
+        for event in self.events():
+            if event["event"] == "joined":
+                life = event["life"]
+            elif event["event"] == "restored":
+                found.append((life, event["step"]))
+        return found
+
     def begin_life(self, nodes: list[str], world_size: int, step: int, source: str, dropped: int) -> None:
         """Write who is here now, who is no more, and where the state came from.
 
@@ -78,8 +99,7 @@ class Ledger:
             said_goodbye = {event["node"] for event in events[last:] if event["event"] == "left"}
             for node in sorted(set() if ended else set(events[last]["nodes"]) - set(nodes) - said_goodbye):
                 self.write("lost", node=node, step=step)
-        life = sum(event["event"] == "joined" for event in events)
-        self.write("joined", life=life, nodes=nodes, world_size=world_size)
+        self.write("joined", life=self.lives(), nodes=nodes, world_size=world_size)
         self.write("restored", step=step, source=source, dropped=dropped)
 
     def recovered(self, last_step: float | None, joined: float, restored: float) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from elastic_gpt.launch import MasterError
 from elastic_gpt.settings import USERS_MISTAKE
 from elastic_gpt.snapshot import shared_memory
 
@@ -61,15 +62,15 @@ class LocalJob:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for node in range(len(self.nodes)):
-            self.kill(node)
+        for agent in self.nodes:  # their memory stays: the same command goes on from it
+            _kill_group(agent)
         self.kill_master()
         for reader in self.readers:
             reader.join(timeout=5)
 
     def start_master(self) -> None:
         """Start DLRover's job master, and wait until it listens."""
-        code = f"from elastic_gpt.launch import run_master; run_master({self.port}, {self.most}, {self.name!r})"
+        code = f"from elastic_gpt.launch import run_master; run_master({self.port}, {self.most}, {self.name!r}, {os.getpid()})"
         with (self.logs / "master.log").open("ab") as log:
             self.master = subprocess.Popen(
                 [sys.executable, "-c", code], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
@@ -78,7 +79,7 @@ class LocalJob:
         deadline = time.monotonic() + 60
         while not _listens(self.port):
             if self.master.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the DLRover master did not start: see {self.logs / 'master.log'}")
+                raise MasterError(f"the DLRover master did not start: see {self.logs / 'master.log'}")
             time.sleep(0.1)
 
     def kill_master(self) -> None:
@@ -98,7 +99,7 @@ class LocalJob:
             "POD_IP": "127.0.0.1",
             "POD_NAME": self.node_name(node),
             "ELASTIC_JOB_NAME": self.node_name(node),  # keys DLRover's sockets, so it differs between nodes of one host
-            "ELASTIC_GPT_LOCAL": "1",
+            "ELASTIC_GPT_LOCAL": f"{os.getpid()}:{self.logs / 'finished'}",  # see launch.run_node
             "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
             "OMP_NUM_THREADS": str(self.threads),
             "PYTHONUNBUFFERED": "1",
@@ -126,6 +127,14 @@ class LocalJob:
         """Numbers of the nodes whose agent lives."""
         return [node for node, agent in enumerate(self.nodes) if agent.poll() is None]
 
+    def finished(self) -> bool:
+        """Whether a node saw the job reach its end."""
+        return (self.logs / "finished").exists()
+
+    def can_go_on(self) -> bool:
+        """Whether there are enough nodes for a world; here nobody replaces a node that has ended."""
+        return self.finished() or len(self.running()) >= self.least
+
     def workers_of(self, node: int) -> list[int]:
         """Process ids of a node's workers."""
         try:
@@ -151,9 +160,10 @@ class LocalJob:
     def exit_code(self) -> int:
         """0 if a node saw the job finish; else what the last failing node ended with, and where its log is."""
         codes = [agent.wait() for agent in self.nodes]
-        if 0 in codes:
+        if self.finished():
             return 0
-        node = next((number for number, code in enumerate(codes) if code == USERS_MISTAKE), len(codes) - 1)
+        # The one whose end says most: a user's mistake, then a failure of its own; the others were stopped for it.
+        node = min(range(len(codes)), key=lambda number: (codes[number] != USERS_MISTAKE, codes[number] <= 0))
         for line in _last_traceback(self.log(node)):
             self.say(f"[node {node}] {line}")
         self.say(f"error: no node finished the job; node {node} ended with {codes[node]}: see {self.log(node)}")

@@ -5,6 +5,7 @@ metrics.jsonl  a line a step, each step once: after a restore the steps that are
 tensorboard    the same numbers as curves
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -91,9 +92,13 @@ class MetricsObserver:
         self.dropped = len(lines) - written
         self.file = path.open("ab", buffering=0)
         self.file.truncate(end)
+        self.end, self.waiting = end, b""  # whole lines end here; lines that a full disk did not take
+        reports = [report for report in reports if kept < report["step"] <= step]
+        if kept < step and (not reports or reports[0]["step"] > kept + 1):
+            upto = reports[0]["step"] - 1 if reports else step
+            print(f"warning: {path} lacks the steps {kept + 1} to {upto}", file=sys.stderr, flush=True)
         for report in reports:
-            if kept < report["step"] <= step:
-                self._write(report)
+            self._write(report)
 
     def on_step(self, report: StepReport) -> None:
         self._write(asdict(report))
@@ -105,10 +110,27 @@ class MetricsObserver:
         pass
 
     def close(self) -> None:
+        if self.waiting:
+            print(f"warning: a full disk cost lines of {self.file.name}", file=sys.stderr, flush=True)
         self.file.close()
 
     def _write(self, report: dict[str, Any]) -> None:
-        self.file.write((json.dumps(report) + "\n").encode())
+        """Append a line. A disk that is full keeps it waiting, and the training goes on."""
+        lines = self.waiting + (json.dumps(report) + "\n").encode()
+        try:
+            written = self.file.write(lines)
+        except OSError:
+            written = 0
+        if written == len(lines):
+            self.end, self.waiting = self.end + written, b""
+            return
+        if not self.waiting:
+            print(
+                f"WARNING: {self.file.name} cannot be written; training goes on, make room", file=sys.stderr, flush=True
+            )
+        self.waiting = lines
+        with contextlib.suppress(OSError):
+            self.file.truncate(self.end)
 
 
 class TensorBoardObserver:

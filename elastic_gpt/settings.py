@@ -85,7 +85,8 @@ def parse(kind: type[T], argv: Sequence[str], *, presets: Path, prog: str, envir
         if known[name] is bool:
             given[name] = (str(value).capitalize(), given[name][1])
     try:
-        return _tyro(kind, [word for name, (value, _) in given.items() for word in (f"--{name}", str(value))], prog)
+        # With the equals sign, or -3 would be taken for a flag.
+        return _tyro(kind, [f"--{name}={value}" for name, (value, _) in given.items()], prog)
     except SettingsError as error:
         origin = next((where for name, (_, where) in given.items() if f"--{name.replace('_', '-')}" in str(error)), "")
         raise SettingsError(f"{error}{f' (from {origin})' if origin else ''}") from error
@@ -139,6 +140,10 @@ def _from_preset(path: Path, known: Mapping[str, Any]) -> dict[str, tuple[Any, s
 
 
 def _from_environment(environment: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    for variable in environment:
+        if variable.startswith("EGPT_") and not variable.startswith(PREFIX):
+            name = variable.removeprefix("EGPT_").lstrip("_")
+            raise SettingsError(f"variable {variable}: a setting's has two underscores, as in {PREFIX}{name}")
     return {
         _known(variable.removeprefix(PREFIX).lower().replace("__", "."), known, f"variable {variable}"): (
             value,

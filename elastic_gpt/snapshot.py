@@ -4,14 +4,18 @@ Two buffers take turns, so one is whole at any moment. A snapshot is the file `N
 which makes it one: the json is removed before the tensors are touched and appears, by a rename, once their checksum is known.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +31,11 @@ class SnapshotError(OSError):
 class Snapshot:
     """A whole snapshot in one of the buffers."""
 
-    buffer: int
+    header: Path
     step: int
-    reports: list[dict[str, float]]
+    life: int
+    """Number of the life of the run in which it was made."""
+    reports: list[dict[str, Any]]
 
 
 def shared_memory() -> Path:
@@ -42,16 +48,17 @@ class Snapshots:
     """The snapshots of one node in one run.
 
     Args:
-        folder: in shared memory, this node's and run's own.
-        identity: of run and configuration; snapshots of another identity are not seen.
+        folder: in shared memory, the run's own; each node has a folder in it.
+        node: name of this node.
+        identity: of the run; snapshots of another run or another layout are not seen.
         tensors: the live state. Its names, shapes and dtypes fix the layout.
 
     Raises:
         SnapshotError: if shared memory cannot hold two buffers.
     """
 
-    def __init__(self, folder: Path, identity: str, tensors: dict[str, torch.Tensor]) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, node: str, identity: str, tensors: dict[str, torch.Tensor]) -> None:
+        self.run, self.folder, self.identity = folder, folder / node, identity
         self.places: dict[str, tuple[int, int]] = {}
         end = 0
         for name, tensor in tensors.items():
@@ -60,13 +67,14 @@ class Snapshots:
         self.bytes = end
         layout = json.dumps([(name, str(t.dtype), list(t.shape)) for name, t in tensors.items()])
         self.identity += f"/{zlib.crc32(layout.encode()):08x}"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            self.buffers = [self._reserve(folder / f"{number}.tensors") for number in (0, 1)]
+            folder.parent.mkdir(mode=0o700, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.buffers = [self._reserve(self.folder / f"{number}.tensors") for number in (0, 1)]
         except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise SnapshotError(
-                f"no snapshots on this node: {folder.parent} cannot hold two buffers of {end / 1e6:.0f} MB ({error.strerror});"
+                f"no snapshots on this node: {folder.parent} cannot hold two buffers of {end / 1e6:.1f} MB ({error.strerror});"
                 " enlarge /dev/shm (in a pod: a Memory volume mounted there). Until then a lost worker costs the steps"
                 " since the last checkpoint"
             ) from error
@@ -74,47 +82,65 @@ class Snapshots:
         self.checksummer = ThreadPoolExecutor(1, "snapshot")
         self.pending: Future[None] | None = None
 
-    def newest(self) -> Snapshot | None:
-        """The newest whole snapshot here, its checksum verified."""
-        found = []
-        for number in (0, 1):
-            try:
-                header = json.loads(self._header(number).read_text())
-            except (OSError, ValueError):
-                continue
-            if header["identity"] == self.identity and header["crc32"] == self._checksum(number):
-                found.append(Snapshot(number, header["step"], header["reports"]))
-        best = max(found, key=lambda snapshot: snapshot.step, default=None)
-        self.turn = 1 - best.buffer if best else 0
-        return best
+    def newest(self, valid: Callable[[int, int], bool]) -> Snapshot | None:
+        """The newest whole snapshot of the run in this machine's memory, also of a node that is no more.
+
+        Args:
+            valid: (life, step) to whether such a state is part of the run's history, and not of an abandoned end of it.
+        """
+        found = [snapshot for header in self.run.glob("*/[01].json") if (snapshot := self._read(header))]
+        mine = [snapshot for snapshot in found if snapshot.header.parent == self.folder]
+        if mine:  # the older of the own two is overwritten first
+            self.turn = 1 - int(max(mine, key=lambda snapshot: (snapshot.life, snapshot.step)).header.stem)
+        return max(
+            (snapshot for snapshot in found if valid(snapshot.life, snapshot.step)),
+            key=lambda snapshot: snapshot.step,
+            default=None,
+        )
 
     @torch.no_grad()
-    def save(self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, float]]) -> None:
+    def save(self, step: int, life: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> None:
         """Copy the state; the checksum and the commit follow in a thread while training goes on."""
         self.wait()
         number = self.turn
         self._header(number).unlink(missing_ok=True)
         for name, tensor in tensors.items():
-            self._view(number, name, tensor).copy_(tensor)
-        self.pending = self.checksummer.submit(self._commit, number, step, list(reports))
+            self._view(self.buffers[number], name, tensor).copy_(tensor)
+        header = {"identity": self.identity, "step": step, "life": life, "reports": list(reports)}
+        self.pending = self.checksummer.submit(self._commit, number, header)
         self.turn = 1 - number
 
     def wait(self) -> None:
         """Until the newest snapshot is committed."""
-        if self.pending:
-            self.pending.result()
-            self.pending = None
+        pending, self.pending = self.pending, None
+        try:
+            if pending:
+                pending.result()
+        except OSError as error:  # without its header it is none, and the one before it still is
+            print(f"warning: a snapshot could not be kept: {error}", file=sys.stderr, flush=True)
 
     @torch.no_grad()
     def load(self, snapshot: Snapshot, tensors: dict[str, torch.Tensor]) -> None:
         """Copy a snapshot into the live state."""
+        buffer = np.memmap(snapshot.header.with_suffix(".tensors"), dtype=np.uint8, mode="c")
         for name, tensor in tensors.items():
-            tensor.copy_(self._view(snapshot.buffer, name, tensor))
+            tensor.copy_(self._view(buffer, name, tensor))
+
+    def drop_others(self, nodes: list[str]) -> None:
+        """Free the memory of nodes of this run that are no more.
+
+        Args:
+            nodes: those that are.
+        """
+        for folder in self.run.glob("*"):
+            if folder.name not in nodes:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def discard(self) -> None:
-        """Free the shared memory of all nodes of the run on this machine: the run is over."""
-        self.wait()
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        """Free this node's memory: the run is over."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the last node of this machine removes the run's folder
+            self.run.rmdir()
 
     def _reserve(self, path: Path) -> np.memmap:
         with path.open("ab") as file:
@@ -124,17 +150,26 @@ class Snapshots:
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
         return np.memmap(path, dtype=np.uint8, mode="r+")
 
-    def _view(self, number: int, name: str, like: torch.Tensor) -> torch.Tensor:
+    def _view(self, buffer: np.memmap, name: str, like: torch.Tensor) -> torch.Tensor:
         start, end = self.places[name]
-        return torch.from_numpy(self.buffers[number][start:end]).view(like.dtype).view(like.shape)
+        return torch.from_numpy(buffer[start:end]).view(like.dtype).view(like.shape)
 
-    def _checksum(self, number: int) -> int:
-        return zlib.crc32(self.buffers[number].data)
+    def _read(self, header: Path) -> Snapshot | None:
+        """The snapshot that a header makes, if it is of this run and whole."""
+        try:
+            content = json.loads(header.read_text())
+            if content["identity"] != self.identity:
+                return None
+            tensors = np.memmap(header.with_suffix(".tensors"), dtype=np.uint8, mode="r")
+        except (OSError, ValueError):
+            return None
+        if content["crc32"] != zlib.crc32(tensors.data):
+            return None
+        return Snapshot(header, content["step"], content["life"], content["reports"])
 
-    def _commit(self, number: int, step: int, reports: list[dict[str, float]]) -> None:
-        header = {"identity": self.identity, "step": step, "crc32": self._checksum(number), "reports": reports}
+    def _commit(self, number: int, header: dict[str, Any]) -> None:
         aside = self._header(number).with_suffix(".partial")
-        aside.write_text(json.dumps(header))
+        aside.write_text(json.dumps(header | {"crc32": zlib.crc32(self.buffers[number].data)}))
         aside.rename(self._header(number))
 
     def _header(self, number: int) -> Path:

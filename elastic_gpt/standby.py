@@ -50,12 +50,13 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
 # --- the standby -------------------------------------------------------------------------------------------------------
 
 
-def serve(name: str, modules: list[str]) -> None:
+def serve(name: str, modules: list[str], agent: int) -> None:
     """Import `modules`, then fork a worker for each client until the agent that started this process dies.
 
     Args:
         name: of the socket, in Linux's abstract namespace, so that nothing is left behind.
         modules: the first holds the `main(argv, prog)` that workers run.
+        agent: process id of who started this.
     """
     import gc
     import importlib
@@ -66,9 +67,9 @@ def serve(name: str, modules: list[str]) -> None:
     listener.listen()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the workers, who get them from their clients
-    from elastic_gpt.world import die_with_parent
+    from elastic_gpt.processes import die_with_parent
 
-    die_with_parent()
+    die_with_parent(agent)
     room, *_ = [importlib.import_module(module) for module in modules]
     gc.freeze()  # the collector touches no imported page, so the workers share them
 
@@ -160,8 +161,13 @@ def work(name: str, command: list[str]) -> int:
     send(connection, {"command": command, "environment": dict(os.environ), "folder": folder}, (0, 1, 2))
     try:
         worker = receive(connection)[0]["worker"]
+
+        def pass_on(number: int, _frame: Any) -> None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(worker, number)
+
         for number in signals:
-            signal.signal(number, lambda number, _: os.kill(worker, number))
+            signal.signal(number, pass_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         code = int(receive(connection)[0]["code"])
     except (EOFError, ConnectionError):

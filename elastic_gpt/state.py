@@ -5,7 +5,9 @@ A restore is a collective step: the newest state that any surviving node holds i
 is read by one rank and sent to all the others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ class Restored:
     """Updates done."""
     source: str
     """`snapshot of node N`, `checkpoint step_...`, or `start`."""
-    reports: list[dict[str, float]]
+    reports: list[dict[str, Any]]
     """The step reports that came with the state, oldest first: they fill what a killed rank 0 did not write."""
 
 
@@ -50,31 +52,36 @@ def training_state(
 
 @torch.no_grad()
 def restore(
-    tensors: dict[str, torch.Tensor], snapshots: Snapshots | None, checkpoints: Checkpoints, world: World
+    tensors: dict[str, torch.Tensor],
+    snapshots: Snapshots | None,
+    checkpoints: Checkpoints,
+    valid: Callable[[int, int], bool],
+    world: World,
 ) -> Restored:
     """Fill `tensors` on every rank with the newest state there is, or with rank 0's initial values.
 
     Args:
         snapshots: this node's, on the first worker of the node; None elsewhere.
+        valid: (life, step) to whether a snapshot is part of the run's history.
 
     Raises:
-        CheckpointError: if there are checkpoints and none of them is whole: a run never starts over silently.
+        CheckpointError: on every rank, if there are checkpoints and none is whole: a run never starts over silently.
     """
-    snapshot = snapshots.newest() if snapshots else None
+    snapshot = snapshots.newest(valid) if snapshots else None
     held = world.gather(snapshot.step if snapshot else -1)
     newest = max(held)
-    stored = world.gather(checkpoints.newest_step(newer_than=newest) if world.first else None)[0]
+    stored = world.first_does(lambda: checkpoints.newest_step(newer_than=newest))
+    reports: list[dict[str, Any]] = []
     if stored is not None:
         reader, step, source = 0, stored, f"checkpoint {checkpoints.name(stored)}"
-        if world.first:
-            checkpoints.load(stored, tensors)
+        reports = world.first_does(lambda: checkpoints.load(stored, tensors))
     elif newest >= 0:
         reader, step = held.index(newest), newest
-        source = f"snapshot of node {world.gather(world.node)[reader]}"
+        source = f"snapshot of node {world.gather(snapshot.header.parent.name if snapshot else '')[reader]}"
         if world.rank == reader and snapshots and snapshot:
             snapshots.load(snapshot, tensors)
+        reports = world.gather(snapshot.reports if snapshot and world.rank == reader else [])[reader]
     else:
         reader, step, source = 0, 0, "start"
     world.broadcast(list(tensors.values()), reader)
-    reports = world.gather(snapshot.reports if snapshot and stored is None and world.rank == reader else [])[reader]
     return Restored(step, source, reports)

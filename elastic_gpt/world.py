@@ -4,19 +4,22 @@ A world lasts from one rendezvous to the next. When its members change, the agen
 one; nothing here survives that, and nothing else in the project may assume that a rank or a size does (law 7).
 """
 
-import ctypes
 import datetime
 import os
 import signal
-import sys
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from elastic_gpt.processes import die_with_parent
 
+T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -72,6 +75,23 @@ class World:
                 if there is not tensor:
                     tensor.copy_(there)
 
+    def first_does(self, work: Callable[[], T]) -> T:
+        """Have rank 0 do `work` and give its result, or its error, to every rank.
+
+        It may take longer than a collective waits for a silent peer: the ranks keep in touch meanwhile.
+        """
+        if self.size == 1:
+            return work()
+        with ThreadPoolExecutor(1) as background:
+            future = background.submit(work) if self.first else None
+            while not self.gather(future.done() if future else None)[0]:
+                time.sleep(0.02)
+        error = future.exception() if future else None
+        result, error = self.gather((future.result() if future and not error else None, error))[0]
+        if error:
+            raise error
+        return result
+
     def _collective(self, run: Any) -> None:
         try:
             run()
@@ -89,11 +109,11 @@ def join(device: Device, timeout_seconds: float) -> World:
     """
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     if elastic:
-        die_with_parent()
+        die_with_parent(os.getppid())
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     # A replaced node is a new pod. Under plain torchrun the agent's process id tells nodes apart.
-    node = os.environ.get("POD_NAME") or (f"agent{os.getppid()}" if elastic else "single")
+    node = os.environ.get("POD_NAME") or (f"{socket.gethostname()}-{os.getppid()}" if elastic else "single")
     kind = _pick(device)
     where = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -124,24 +144,15 @@ class Signals:
         self.stop = self.leave = False
         self.number = 0
         self.told_apart = "DLROVER_MASTER_ADDR" in os.environ
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._asked)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._asked)
 
     def _asked(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT and self.stop:
             raise KeyboardInterrupt
         self.stop, self.number = True, number
         self.leave = self.leave or number == signal.SIGUSR1 or not self.told_apart
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies: a killed agent leaves no orphaned worker (Linux only)."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was told
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _pick(device: Device) -> str:

@@ -130,6 +130,21 @@ class TrainConfig:
         ):
             if value < 1:
                 raise SettingsError(f"{name} is {value}: it must be at least 1")
+        for name, number in (
+            ("optimizer.learning_rate", self.optimizer.learning_rate),
+            ("elastic.timeout_seconds", self.elastic.timeout_seconds),
+        ):
+            if not number > 0:
+                raise SettingsError(f"{name} is {number}: it must be above 0")
+        for name, number in (
+            ("optimizer.clip", self.optimizer.clip),
+            ("optimizer.warmup_steps", self.optimizer.warmup_steps),
+            ("optimizer.min_learning_rate", self.optimizer.min_learning_rate),
+            ("optimizer.weight_decay", self.optimizer.weight_decay),
+            ("evaluate.interval", self.evaluate.interval),
+        ):
+            if not number >= 0:
+                raise SettingsError(f"{name} is {number}: it must not be negative")
         if self.global_batch % self.micro_batch:
             divisors = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
             closest = min(divisors, key=lambda n: abs(n - self.micro_batch))

@@ -8,11 +8,13 @@
 The same command resumes a run that was interrupted: nothing but the run directory is needed.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: its folder is on the path, where the project's should be
@@ -27,7 +29,7 @@ from elastic_gpt.evaluator import Evaluator
 from elastic_gpt.gradients import Gradients, LossScale
 from elastic_gpt.ledger import Ledger
 from elastic_gpt.observers import ConsoleObserver, MetricsObserver, TensorBoardObserver
-from elastic_gpt.order import Order, micro_batch_seed, sequence_count
+from elastic_gpt.order import Order, micro_batch_seed, sequence_count, share
 from elastic_gpt.reports import Observer, Reporter, peak_flops
 from elastic_gpt.settings import SettingsError
 from elastic_gpt.snapshot import SnapshotError, Snapshots, shared_memory
@@ -46,15 +48,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> 
     """Parse settings and train. Exit codes: 0 finished, 2 a user's mistake, 3 the world has to be formed anew, 130, 143."""
     try:
         config, meta = check(sys.argv[1:] if argv is None else argv, prog)
-        try:
-            return train(config, meta)
-        except PeerLost as error:
-            if error.noticed_by:
-                Ledger(config.run_dir).write("interrupted", node=error.noticed_by, cause="lost a peer")
-            print(f"{error}; this worker ends, its agent forms a new world", file=sys.stderr, flush=True)
-            os._exit(RESTART_ME)  # a process group with a dead member cannot be torn down in good order
+        return train(config, meta)
     except (SettingsError, DataError, CheckpointError) as error:
         return settings.fail(error)
+    except PeerLost as error:
+        if error.noticed_by:
+            Ledger(config.run_dir).write("interrupted", node=error.noticed_by, cause="lost a peer")
+        print(f"{error}; this worker ends, its agent forms a new world", file=sys.stderr, flush=True)
+        os._exit(RESTART_ME)  # a process group with a dead member cannot be torn down in good order
+    except Exception:
+        # At once: if the peers ended first, the agent would take this crash for a change of members.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def check(argv: Sequence[str], prog: str = "elastic-gpt train") -> tuple[TrainConfig, Meta]:
@@ -83,7 +89,8 @@ def train(config: TrainConfig, meta: Meta) -> int:
     """One life of a run: join the world, restore, train until the end or until the world changes. Returns the exit code."""
     world = join(config.device, config.elastic.timeout_seconds)
     joined = time.time()
-    run_id = open_run(config, meta, world)
+    signals = Signals()
+    run = open_run(config, meta, world)
     ledger = Ledger(config.run_dir)
 
     torch.manual_seed(config.seed)  # the same initial parameters everywhere
@@ -120,10 +127,11 @@ def train(config: TrainConfig, meta: Meta) -> int:
     )
 
     tensors = training_state(model, optimizer, scale.state if scale else None)
-    snapshots = open_snapshots(run_id, tensors, world)
+    snapshots = open_snapshots(run.run_id, tensors, world)
     checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep)
-    restored = restore(tensors, snapshots, checkpoints, world)
-    observers, last_step = open_observers(config, world, restored, ledger)
+    restored = restore(tensors, snapshots, checkpoints, run.valid, world)
+    nodes = sorted(set(world.gather(world.node)))
+    observers, last_step = open_observers(config, nodes, world, restored, ledger)
     back = time.time()
     reporter = Reporter(
         observers,
@@ -137,77 +145,106 @@ def train(config: TrainConfig, meta: Meta) -> int:
     )
     for line in arithmetic(config, meta, model, order, world, dtype, restored):
         reporter.say(line)
+    if snapshots:
+        snapshots.save(restored.step, run.life, tensors, restored.reports)  # now every node has it
+    if world.first and restored.step - max(checkpoints.steps(), default=0) >= config.checkpoint.interval:
+        checkpoints.save(restored.step, tensors, restored.reports)  # the one that was due died with its writer
+
     if restored.step >= config.steps:
-        reporter.say(
-            f"nothing to do: the run is at step {restored.step} of {config.steps}; a larger --steps goes on from there"
-        )
-    signals = Signals()
+        reporter.say(f"nothing to do at step {restored.step} of {config.steps}: a larger --steps goes on from there")
 
     step, stopping, leaving = restored.step, 0, 0
-    while step < config.steps and not stopping:
-        gradients.zero()
-        for index, tokens, targets in batches.step(step):
-            torch.manual_seed(micro_batch_seed(config.seed, step, index))  # dropout: the same on whichever rank
-            gradients.backward(index, loss_sum(tokens, targets), scale.factor if scale else 1.0)
-        sums = gradients.reduce(signals.stop, signals.leave)
-        finite = scale.unscale(gradients.gradient) if scale else True
-        norm = gradients.clip(config.optimizer.clip)
-        rate = config.optimizer.rate(step, config.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        if finite:
-            optimizer.step()
-        step += 1
+    with on_its_way(snapshots, checkpoints):
+        while step < config.steps and not stopping:
+            gradients.zero()
+            for index, tokens, targets in batches.step(step):
+                torch.manual_seed(micro_batch_seed(config.seed, step, index))  # dropout: the same on whichever rank
+                gradients.backward(index, loss_sum(tokens, targets), scale.factor if scale else 1.0)
+            sums = gradients.reduce(signals.stop, signals.leave)
+            finite = scale.unscale(gradients.gradient) if scale else True
+            norm = gradients.clip(config.optimizer.clip)
+            rate = config.optimizer.rate(step, config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            if finite:
+                optimizer.step()
+            step += 1
 
-        snapshot = step % config.elastic.snapshot_interval == 0
-        save = step % config.checkpoint.interval == 0
-        reporter.step(step, rate, sums, norm)
-        # A GPU works on while the step before is reported; but nothing is saved before its report is written.
-        stopping, leaving = reporter.drain(behind=int(world.device.type == "cuda" and not (snapshot or save)))
-        if world.first and step == restored.step + 1:
-            ledger.recovered(last_step, joined, back)
-        if step == config.steps or (config.evaluate.interval > 0 and step % config.evaluate.interval == 0):
-            loss = evaluator.evaluate()
-            reporter.evaluation(step, loss)
-            if world.first:
-                ledger.write("evaluated", step=step, loss=loss)
-        if snapshots and snapshot:
-            snapshots.save(step, tensors, list(reporter.recent))
-        if world.first and save:
-            checkpoints.save(step, tensors)
-        tell_saved(checkpoints.finished(), ledger, reporter)
+            snapshot = step % config.elastic.snapshot_interval == 0
+            save = step % config.checkpoint.interval == 0
+            reporter.step(step, rate, sums, norm)
+            # A GPU works on while the step before is reported; but nothing is saved before its report is written.
+            stopping, leaving = reporter.drain(behind=int(world.device.type == "cuda" and not (snapshot or save)))
+            if world.first and step == restored.step + 1:
+                ledger.recovered(last_step, joined, back)
+            if step == config.steps or (config.evaluate.interval > 0 and step % config.evaluate.interval == 0):
+                loss = evaluator.evaluate()
+                reporter.evaluation(step, loss)
+                if world.first:
+                    ledger.write("evaluated", step=step, loss=loss)
+            if snapshots and snapshot:
+                snapshots.save(step, run.life, tensors, list(reporter.recent))
+                snapshots.drop_others(nodes)
+            tell_saved(checkpoints.finished(), ledger, reporter)
+            if world.first and save:
+                if checkpoints.pending:
+                    reporter.say(f"WARNING: no checkpoint at step {step}: the one before is still being written")
+                else:
+                    checkpoints.save(step, tensors, list(reporter.recent))
 
-    # Every rank is out of the loop after the same step: at the end, or because somebody was asked to stop.
-    reporter.drain()
-    finished = step >= config.steps
-    if world.first and not finished:
-        ledger.write("interrupted", node=world.node, cause="asked to stop", step=step)
-    if snapshots and not finished:
-        snapshots.save(step, tensors, list(reporter.recent))
-        snapshots.wait()
-    if 0 < leaving < world.size and not finished:
-        time.sleep(LAST_CALL_SECONDS)  # who is asked in the same moment hears it a little later
-        leaving = sum(world.gather(signals.leave))
-    tell_saved(checkpoints.finished(wait=True), ledger, reporter)
-    if world.first and checkpoints.saved != step and (finished or leaving == world.size):
-        checkpoints.save(step, tensors)  # all of this world's memory goes
-        tell_saved(checkpoints.finished(wait=True), ledger, reporter)
-    saved = world.gather(checkpoints.saved == step)[0]
-    if snapshots and saved:
-        snapshots.discard()
-    reporter.close()
-    if world.first and finished and restored.step < step and saved:
-        ledger.write("finished", step=step)
-    if world.first_of_node and signals.leave and not finished:
-        ledger.write("left", node=world.node, step=step)
-    if world.first and leaving == world.size and not finished:
-        ledger.write("stopped", step=step)
+        # Every rank is out of the loop after the same step: at the end, or because somebody was asked to stop.
+        reporter.drain()
+        finished = step >= config.steps
+        if world.first and not finished:
+            ledger.write("interrupted", node=world.node, cause="asked to stop", step=step)
+        if snapshots:
+            if not finished:
+                snapshots.save(step, run.life, tensors, list(reporter.recent))
+            snapshots.wait()
+        if 0 < leaving < world.size and not finished:
+            time.sleep(LAST_CALL_SECONDS)  # who is asked in the same moment hears it a little later
+            leaving = sum(world.gather(signals.leave))
+
+        def settle() -> bool:
+            """Storage has this step when nodes leave, for it may not be the last node that does; and at the end."""
+            tell_saved(checkpoints.finished(wait=True), ledger, reporter)
+            if (finished or leaving) and checkpoints.saved != step:
+                checkpoints.save(step, tensors, list(reporter.recent))
+                tell_saved(checkpoints.finished(wait=True), ledger, reporter)
+            return checkpoints.saved == step
+
+        saved = world.first_does(settle)
+        if world.first_of_node and signals.leave and not finished:
+            ledger.write("left", node=world.node, step=step)
+        if world.first and not finished and leaving == world.size:
+            ledger.write("stopped", step=step)
+            where = f"saved in {config.run_dir}" if saved else "NOT saved on storage"
+            reporter.say(f"stopped after step {step}, {where}; the same command goes on from there")
+        if world.first and finished and saved and restored.step < step:
+            ledger.write("finished", step=step)
+        reporter.close()
+        if snapshots and saved and (finished or leaving == world.size):
+            snapshots.discard()
     leave()
     if finished and not saved:
         raise CheckpointError(
             f"{config.run_dir} holds no checkpoint of the last step: make room, then run again to save it"
         )
-    return FINISHED if finished else say_goodbye(world, signals, step, config, saved)
+    if finished or (world.elastic and signals.leave):
+        return FINISHED
+    return RESTART_ME if world.elastic else 128 + signals.number
+
+
+@contextlib.contextmanager
+def on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints) -> Iterator[None]:
+    """What is being saved when a peer is lost is saved to its end: it may be the newest there is."""
+    try:
+        yield
+    except PeerLost:
+        if snapshots:
+            snapshots.wait()
+        checkpoints.finished(wait=True)
+        raise
 
 
 def open_snapshots(run_id: str, tensors: dict[str, torch.Tensor], world: World) -> Snapshots | None:
@@ -215,20 +252,19 @@ def open_snapshots(run_id: str, tensors: dict[str, torch.Tensor], world: World) 
     if not world.first_of_node:
         return None
     try:
-        return Snapshots(shared_memory() / run_id / world.node, run_id, tensors)
+        return Snapshots(shared_memory() / run_id, world.node, run_id, tensors)
     except SnapshotError as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
         return None
 
 
 def open_observers(
-    config: TrainConfig, world: World, restored: Restored, ledger: Ledger
+    config: TrainConfig, nodes: list[str], world: World, restored: Restored, ledger: Ledger
 ) -> tuple[list[Observer], float | None]:
     """The observers of a world, on its first worker; and when the last step before was written, seconds since 1970.
 
     The ledger gets the beginning of this life.
     """
-    nodes = sorted(set(world.gather(world.node)))
     if not world.first:
         return [], None
     metrics = MetricsObserver(config.run_dir / "metrics.jsonl", restored.step, restored.reports)
@@ -263,12 +299,7 @@ def arithmetic(
     config: TrainConfig, meta: Meta, model: GPT, order: Order, world: World, dtype: torch.dtype, restored: Restored
 ) -> list[str]:
     """The batch arithmetic and where the run begins, for a person."""
-    shares = sorted(
-        {
-            config.micro_batches * (r + 1) // world.size - config.micro_batches * r // world.size
-            for r in range(world.size)
-        }
-    )
+    shares = sorted({len(share(config.micro_batches, rank, world.size)) for rank in range(world.size)})
     per_rank = " or ".join(str(count) for count in shares)
     epochs = config.steps * config.global_batch / order.sequences
     return [
@@ -292,15 +323,6 @@ def tell_saved(result: int | OSError | None, ledger: Ledger, reporter: Reporter)
         )
     elif result is not None:
         ledger.write("saved", step=result, checkpoint=Checkpoints.name(result))
-
-
-def say_goodbye(world: World, signals: Signals, step: int, config: TrainConfig, whole: bool) -> int:
-    """The end of a life that is not the end of the run. Returns the exit code."""
-    if world.elastic:
-        return FINISHED if signals.leave else RESTART_ME
-    saved = "saved" if whole else "NOT saved on storage"
-    print(f"stopped after step {step}, {saved} in {config.run_dir}; the same command goes on from there", flush=True)
-    return 128 + signals.number
 
 
 if __name__ == "__main__":

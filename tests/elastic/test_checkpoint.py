@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def state(value: float) -> dict[str, torch.Tensor]:
 def write(folder: Path, *steps: int, keep: int = 5) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
-        checkpoints.save(step, state(step))
+        checkpoints.save(step, state(step), [{"step": step}])
         assert checkpoints.finished(wait=True) == step
     return checkpoints
 
@@ -33,7 +34,7 @@ def test_what_is_loaded_is_what_was_saved_and_old_ones_are_dropped(tmp_path: Pat
     assert checkpoints.steps() == [20, 30]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000030"]
     live = state(0)
-    checkpoints.load(30, live)
+    assert checkpoints.load(30, live) == [{"step": 30}]
     assert all(torch.equal(live[name], tensor) for name, tensor in state(30).items())
 
 
@@ -58,7 +59,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
         return real(*args, **more)
 
     monkeypatch.setattr(owner, name, killed)
-    checkpoints.save(20, state(20))
+    checkpoints.save(20, state(20), [{"step": 20}])
     assert checkpoints.pending
     died = isinstance(checkpoints.pending.exception(), Killed)
     monkeypatch.undo()
@@ -70,7 +71,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
     live = state(0)
     again.load(newest, live)
     assert all(torch.equal(live[tensor], value) for tensor, value in state(newest).items())
-    again.save(30, state(30))  # and what the killed save left is no hindrance
+    again.save(30, state(30), [{"step": 30}])  # and what the killed save left is no hindrance
     assert again.finished(wait=True) == 30
     assert again.newest_step() == 30
 
@@ -110,6 +111,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_silently(tm
     assert checkpoints.newest_step(newer_than=12) is None  # a newer snapshot makes it unimportant
 
 
+def test_damaged_newer_checkpoints_do_not_push_out_a_good_one(tmp_path: Path) -> None:
+    write(tmp_path, 300, 400)
+    for step in (300, 400):
+        os.truncate(tmp_path / f"step_{step:08d}" / "model.safetensors", 3)
+    write(tmp_path, 250, keep=1)
+    assert Checkpoints(tmp_path).newest_step() == 250
+
+
+def test_a_folder_of_the_users_is_no_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000010.bak")
+    assert Checkpoints(tmp_path).steps() == [10]
+
+
 def test_a_full_disk_is_told_and_the_next_save_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = write(tmp_path, 10)
 
@@ -117,13 +132,14 @@ def test_a_full_disk_is_told_and_the_next_save_succeeds(tmp_path: Path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "_flush", full)
-    checkpoints.save(20, state(20))
+    checkpoints.save(20, state(20), [{"step": 20}])
     error = checkpoints.finished(wait=True)
     assert isinstance(error, OSError)
     assert error.errno == errno.ENOSPC
     monkeypatch.undo()
     assert checkpoints.newest_step() == 10
-    checkpoints.save(30, state(30))
+    assert not (tmp_path / "step_00000020").exists()  # its room is needed
+    checkpoints.save(30, state(30), [{"step": 30}])
     assert checkpoints.finished(wait=True) == 30
 
 

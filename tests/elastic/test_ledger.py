@@ -16,7 +16,7 @@ def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> Non
     ledger.begin_life(["a", "b", "c"], 3, 0, "start", 0)
     ledger.write("left", node="c", step=5)
     with ledger.path.open("a") as file:
-        file.write("half a li\n")
+        file.write("half a li")  # a killed writer's; the next event is not lost to it
     ledger.begin_life(["a", "d"], 2, 5, "snapshot of node a", 2)
     events = ledger.events()
     assert [event["node"] for event in events if event["event"] == "lost"] == ["b"]
@@ -28,6 +28,7 @@ def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> Non
         "source": "snapshot of node a",
         "dropped": 2,
     }
+    assert ledger.branches() == [(0, 0), (1, 5)]
     ledger.write("stopped", step=9)
     ledger.begin_life(["x"], 1, 9, "checkpoint", 0)  # nobody is lost that was asked to stop
     assert [event["node"] for event in ledger.events() if event["event"] == "lost"] == ["b"]

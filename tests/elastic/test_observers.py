@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,41 @@ def test_what_a_killed_rank_0_did_not_write_comes_from_the_snapshot(tmp_path: Pa
     MetricsObserver(path, 0, []).on_step(report(1))
     MetricsObserver(path, 3, [asdict(report(step, loss=9.0)) for step in (1, 2, 3)]).close()
     assert steps(path) == [(1, 1.0), (2, 9.0), (3, 9.0)]
+
+
+def test_a_hole_in_the_history_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MetricsObserver(tmp_path / "metrics.jsonl", 5, [asdict(report(5))]).close()
+    assert "lacks the steps 1 to 4" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_lines_waiting_and_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsObserver(path, 0, [])
+    metrics.on_step(report(1))
+
+    class Full:
+        """A file on a full disk: it takes half a line."""
+
+        name = str(path)
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.truncate = file, file.truncate
+
+        def write(self, content: bytes) -> int:
+            self.file.write(content[:20])
+            return 20
+
+    real = metrics.file
+    monkeypatch.setattr(metrics, "file", Full(real))
+    metrics.on_step(report(2))
+    metrics.on_step(report(3))
+    assert steps(path) == [(1, 1.0)]  # and no half line
+    monkeypatch.setattr(metrics, "file", real)
+    metrics.on_step(report(4))
+    assert steps(path) == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0)]
+    assert capsys.readouterr().err.count("make room") == 1
 
 
 def test_the_console_says_a_line_every_interval_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:

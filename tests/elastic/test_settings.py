@@ -85,6 +85,7 @@ def test_a_typo_names_itself_its_place_and_the_nearest_name_in_one_line(
         ([], {"EGPT__DTYPE": "float23"}, ["--dtype", "'float23'", "'float32'", "EGPT__DTYPE"]),
         (["--steps"], {}, ["--steps", "needs a value", "INT"]),
         (["steps", "3"], {}, ["'steps'", "--steps 100"]),
+        ([], {"EGPT_STEPS": "3"}, ["EGPT_STEPS", "EGPT__STEPS"]),
     ],
 )
 def test_a_bad_value_names_the_flag_and_where_it_came_from(
@@ -127,6 +128,9 @@ def test_every_preset_is_accepted(name: str) -> None:
         ("--micro-batch=5", "take 4"),
         ("--steps=0", "at least 1"),
         ("--checkpoint.keep=0", "at least 1"),
+        ("--optimizer.learning-rate=-3", "must be above 0"),
+        ("--optimizer.learning-rate -3", "must be above 0"),
+        ("--optimizer.clip=-1", "must not be negative"),
         ("--dtype=float16 --elastic.exact", "not with dtype float16"),
     ],
 )

@@ -1,6 +1,7 @@
 """Snapshots: one is whole at any moment, and none of another run or a damaged one is ever taken."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic_gpt.snapshot import SnapshotError, Snapshots
+from elastic_gpt.snapshot import Snapshot, SnapshotError, Snapshots
+from model_zoo.nanogpt.rundir import Run
+
+
+def always(_life: int, _step: int) -> bool:
+    return True
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -23,13 +29,13 @@ def state(value: float) -> dict[str, torch.Tensor]:
 
 
 def test_the_newest_is_found_by_the_next_worker_and_loads_what_was_saved(tmp_path: Path) -> None:
-    snapshots = Snapshots(tmp_path / "node", "run", state(0))
-    assert snapshots.newest() is None
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    assert snapshots.newest(always) is None
     for step in (10, 20, 30):
-        snapshots.save(step, state(step), [{"step": step}])
+        snapshots.save(step, 0, state(step), [{"step": step}])
     snapshots.wait()
-    again = Snapshots(tmp_path / "node", "run", state(0))
-    newest = again.newest()
+    again = Snapshots(tmp_path / "run", "node", "run", state(0))
+    newest = again.newest(always)
     assert newest is not None
     assert (newest.step, newest.reports) == (30, [{"step": 30}])
     live = state(0)
@@ -38,39 +44,88 @@ def test_the_newest_is_found_by_the_next_worker_and_loads_what_was_saved(tmp_pat
 
 
 def test_a_worker_that_comes_back_does_not_overwrite_the_newest_first(tmp_path: Path) -> None:
-    snapshots = Snapshots(tmp_path / "node", "run", state(0))
-    snapshots.save(10, state(10), [])
+    for step in (10, 20, 30):
+        snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+        snapshots.newest(always)
+        snapshots.save(step, 0, state(step), [])
+        snapshots.wait()
+    steps = [json.loads(header.read_text())["step"] for header in (tmp_path / "run" / "node").glob("*.json")]
+    assert sorted(steps) == [20, 30]
+
+
+def test_what_a_node_that_is_no_more_held_on_this_machine_is_found_and_then_dropped(tmp_path: Path) -> None:
+    Snapshots(tmp_path / "run", "old", "run", state(0)).save(10, 0, state(10), [])
+    snapshots = Snapshots(tmp_path / "run", "new", "run", state(0))
+    newest = wait_for(snapshots)
+    live = state(0)
+    snapshots.load(newest, live)
+    assert torch.equal(live["model.w"], state(10)["model.w"])
+    snapshots.drop_others(["new", "other"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["new"]
+    snapshots.discard()
+    assert not (tmp_path / "run").exists()
+
+
+def wait_for(snapshots: Snapshots) -> Snapshot:
+    deadline = time.monotonic() + 10
+    while not (newest := snapshots.newest(always)):
+        assert time.monotonic() < deadline
+    return newest
+
+
+def test_an_abandoned_end_of_the_history_is_not_taken(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    for life, step in ((0, 170), (1, 110)):  # life 1 began at 100
+        snapshots.save(step, life, state(step), [])
     snapshots.wait()
-    again = Snapshots(tmp_path / "node", "run", state(0))
-    newest = again.newest()
+    run = Run("run", 2, [(0, 0), (1, 100)])
+    newest = snapshots.newest(run.valid)
     assert newest is not None
-    again._header = lambda number: (
-        pytest.fail("killed") if number == newest.buffer else tmp_path / "node" / f"{number}.json"
-    )  # type: ignore[method-assign]
-    again.save(20, state(20), [])  # fails if it touches the buffer of step 10
+    assert newest.step == 110
+    assert not run.valid(0, 170)
+    assert run.valid(0, 100)
+
+
+def test_a_full_shared_memory_costs_the_snapshot_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    snapshots.save(10, 0, state(10), [])
+    snapshots.wait()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    snapshots.save(20, 0, state(20), [])
+    snapshots.wait()
+    assert "could not be kept" in capsys.readouterr().err
+    newest = snapshots.newest(always)
+    assert newest is not None
+    assert newest.step == 10
 
 
 def test_a_damaged_snapshot_is_not_taken_and_the_one_before_is(tmp_path: Path) -> None:
-    snapshots = Snapshots(tmp_path / "node", "run", state(0))
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
     for step in (10, 20):
-        snapshots.save(step, state(step), [])
-    newest = snapshots.newest() if snapshots.wait() is None else None
+        snapshots.save(step, 0, state(step), [])
+    newest = snapshots.newest(always) if snapshots.wait() is None else None
     assert newest is not None
-    with (tmp_path / "node" / f"{newest.buffer}.tensors").open("r+b") as file:
+    with newest.header.with_suffix(".tensors").open("r+b") as file:
         file.seek(100)
         file.write(b"?")
-    before = snapshots.newest()
+    before = snapshots.newest(always)
     assert before is not None
     assert before.step == 10
 
 
 def test_snapshots_of_another_run_or_another_model_are_not_seen(tmp_path: Path) -> None:
-    snapshots = Snapshots(tmp_path / "node", "run", state(0))
-    snapshots.save(10, state(10), [])
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    snapshots.save(10, 0, state(10), [])
     snapshots.wait()
-    assert Snapshots(tmp_path / "node", "other run", state(0)).newest() is None
+    assert Snapshots(tmp_path / "run", "node", "other run", state(0)).newest(always) is None
     transposed = state(0) | {"model.w": torch.zeros(10, 1000)}
-    assert Snapshots(tmp_path / "node", "run", transposed).newest() is None
+    assert Snapshots(tmp_path / "run", "node", "run", transposed).newest(always) is None
 
 
 def test_too_little_shared_memory_is_an_error_that_names_the_cure(
@@ -81,8 +136,8 @@ def test_too_little_shared_memory_is_an_error_that_names_the_cure(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(SnapshotError, match="enlarge /dev/shm"):
-        Snapshots(tmp_path / "node", "run", state(0))
-    assert not (tmp_path / "node").exists()
+        Snapshots(tmp_path / "run", "node", "run", state(0))
+    assert not (tmp_path / "run" / "node").exists()
 
 
 SAVER = """
@@ -90,9 +145,9 @@ import sys, torch
 from pathlib import Path
 from elastic_gpt.snapshot import Snapshots
 state = {"model.w": torch.zeros(2_000_000)}
-snapshots = Snapshots(Path(sys.argv[1]), "run", state)
+snapshots = Snapshots(Path(sys.argv[1]), "node", "run", state)
 for step in range(1, 1_000_000):
-    snapshots.save(step, {"model.w": torch.full((2_000_000,), float(step))}, [])
+    snapshots.save(step, 0, {"model.w": torch.full((2_000_000,), float(step))}, [])
     print(step, flush=True)
 """
 
@@ -101,7 +156,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_snapshot(tmp_path: Path) -> None:
     like = {"model.w": torch.zeros(2_000_000)}
     for delay in (0.11, 0.17, 0.23, 0.31):
         saver = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path / "node")], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SAVER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
         )
         assert saver.stdout
         while int(saver.stdout.readline()) < 3:
@@ -109,10 +164,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_snapshot(tmp_path: Path) -> None:
         time.sleep(delay)
         saver.send_signal(signal.SIGKILL)
         done = int(saver.communicate()[0].split()[-1])
-        snapshots = Snapshots(tmp_path / "node", "run", like)
-        newest = snapshots.newest()
+        snapshots = Snapshots(tmp_path / "run", "node", "run", like)
+        newest = snapshots.newest(always)
         assert newest is not None
         assert newest.step >= done - 1  # one may still have been without its checksum
         snapshots.load(newest, like)
         assert like["model.w"].unique().tolist() == [float(newest.step)]
-        (tmp_path / "node").rename(tmp_path / f"node-{delay}")
+        (tmp_path / "run").rename(tmp_path / f"run-{delay}")

@@ -41,7 +41,8 @@ def name(tmp_path: Path) -> Iterator[str]:
     """A running standby's name."""
     (tmp_path / "room.py").write_text(textwrap.dedent(ROOM))
     name = f"test-{secrets.token_hex(8)}"
-    code = f"import sys; from elastic_gpt.standby import serve; sys.path.insert(0, '{tmp_path}'); serve({name!r}, ['room'])"
+    code = f"import sys; sys.path.insert(0, '{tmp_path}'); from elastic_gpt.standby import serve\n"
+    code += f"serve({name!r}, ['room'], {os.getpid()})"
     server = subprocess.Popen([sys.executable, "-c", code])
     yield name
     server.kill()

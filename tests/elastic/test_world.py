@@ -12,10 +12,16 @@ import torch
 from elastic_gpt.world import Signals, World
 from tests.elastic.worlds import run_world
 
-CHILD = "from elastic_gpt.world import die_with_parent; die_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+CHILD = """
+import os, sys, time
+from elastic_gpt.processes import die_with_parent
+die_with_parent(int(sys.argv[1]))
+print("up", flush=True)
+time.sleep(60)
+"""
 PARENT = """
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())], stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)
 child.wait()
@@ -34,6 +40,11 @@ def test_a_worker_dies_with_its_agent() -> None:
         time.sleep(0.05)
 
 
+def test_a_worker_whose_agent_died_before_it_could_say_so_ends_at_once() -> None:
+    orphan = subprocess.run([sys.executable, "-c", CHILD, "1"], capture_output=True, timeout=20, check=False)
+    assert orphan.returncode == -signal.SIGKILL
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -49,6 +60,24 @@ def collectives(world: World) -> tuple[list[float], list[int], list[float]]:
     sent = torch.full((2,), float(world.rank))
     world.broadcast([sent], source=1)
     return summed.tolist(), world.gather(world.rank), sent.tolist()
+
+
+def slow_work(world: World, fail: bool) -> str:
+    def work() -> str:
+        time.sleep(1.0)
+        if fail:
+            raise ValueError(f"of rank {world.rank}")
+        return f"done by {world.rank}"
+
+    try:
+        return world.first_does(work)
+    except ValueError as error:
+        return str(error)
+
+
+def test_the_work_of_one_rank_may_outlast_the_timeout_and_its_error_reaches_all() -> None:
+    assert run_world(3, slow_work, False, timeout=0.5) == ["done by 0"] * 3
+    assert run_world(3, slow_work, True, timeout=0.5) == ["of rank 0"] * 3
 
 
 def test_sums_gathers_and_broadcasts_reach_every_rank() -> None:

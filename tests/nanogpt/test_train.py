@@ -1,5 +1,6 @@
 """The training script: alone and under torchrun, interrupted and resumed, always the same run."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -101,6 +102,36 @@ def test_an_asked_stop_loses_no_step(data: Path, undisturbed: Path, tmp_path: Pa
     assert_same_run(tmp_path / "run", undisturbed)
     restored = events(tmp_path / "run", "restored")[1]
     assert (restored["step"], restored["dropped"]) == (stopped_at, 0)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a small volume")
+def test_a_volume_that_is_full_for_a_while_costs_nothing(data: Path, tmp_path: Path) -> None:
+    volume, run, flags = tmp_path / "volume", tmp_path / "volume" / "run", ["--steps=1500", "--checkpoint.interval=100"]
+    volume.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", volume], check=False).returncode:
+        pytest.skip("no volume can be mounted here")
+    try:
+        command = [sys.executable, "-m", "elastic_gpt.cli", "train", *arguments(data, run, *flags)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        )
+        while len(metrics(run)) < 150:
+            assert process.poll() is None
+        with (volume / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while ballast.write(bytes(4096)) == 4096:
+                pass
+        full_at = len(metrics(run))
+        time.sleep(2.0)  # hundreds of steps
+        assert process.poll() is None
+        assert len(metrics(run)) < full_at + 50
+        (volume / "ballast").unlink()
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, output
+        assert "training goes on, make room" in output
+        elastic_gpt("train", *arguments(data, tmp_path / "undisturbed", *flags))
+        assert_same_run(run, tmp_path / "undisturbed")
+    finally:
+        subprocess.run(["umount", volume], check=True)
 
 
 def test_torchrun_with_two_workers_is_the_same_run(data: Path, undisturbed: Path, tmp_path: Path) -> None:
