@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("model_zoo.nanogpt.train", "train a GPT on this machine, or as one worker of many"),
     "launch": ("elastic_gpt.launch", "train elastically under DLRover: several nodes here, or one node in a pod"),
     "ledger": ("elastic_gpt.ledger", "what happened to a run, and what it cost"),
+    "drill": ("elastic_gpt.drill", "kill and scale local nodes on purpose, and prove that nothing changed"),
     "generate": ("model_zoo.nanogpt.generate", "talk to a trained model"),
 }
 
