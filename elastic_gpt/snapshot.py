@@ -5,22 +5,25 @@ which makes it one: the json is removed before the tensors are touched and appea
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 ALIGNMENT = 64  # bytes; a tensor's place in the buffer
+LEFT_OVER_SECONDS = 3600.0
 
 
 class SnapshotError(OSError):
@@ -44,6 +47,20 @@ def shared_memory() -> Path:
     return root / f"elastic-gpt-{os.getuid()}"
 
 
+def sweep(root: Path) -> None:
+    """Free what killed jobs left in shared memory: folders that nobody holds and that are older than an hour.
+
+    The hour lets a job that was killed be taken up again from its memory.
+    """
+    for tensors in root.glob("*/*/0.tensors"):
+        with contextlib.suppress(OSError), tensors.open("rb") as file:  # another may sweep at the same time
+            newest = max(path.stat().st_mtime for path in tensors.parent.iterdir())
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its worker lives
+            if time.time() - newest > LEFT_OVER_SECONDS:
+                shutil.rmtree(tensors.parent, ignore_errors=True)
+                tensors.parent.parent.rmdir()
+
+
 class Snapshots:
     """The snapshots of one node in one run.
 
@@ -59,6 +76,7 @@ class Snapshots:
 
     def __init__(self, folder: Path, node: str, identity: str, tensors: dict[str, torch.Tensor]) -> None:
         self.run, self.folder, self.identity = folder, folder / node, identity
+        self.held: list[IO[bytes]] = []
         self.places: dict[str, tuple[int, int]] = {}
         end = 0
         for name, tensor in tensors.items():
@@ -69,6 +87,7 @@ class Snapshots:
         self.identity += f"/{zlib.crc32(layout.encode()):08x}"
         try:
             folder.parent.mkdir(mode=0o700, exist_ok=True)
+            sweep(folder.parent)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.buffers = [self._reserve(self.folder / f"{number}.tensors") for number in (0, 1)]
         except OSError as error:
@@ -143,6 +162,8 @@ class Snapshots:
             self.run.rmdir()
 
     def _reserve(self, path: Path) -> np.memmap:
+        self.held.append(path.open("ab"))  # and kept open: `sweep` sees by the lock that somebody is there
+        fcntl.flock(self.held[-1], fcntl.LOCK_SH)
         with path.open("ab") as file:
             if os.fstat(file.fileno()).st_size != self.bytes:
                 file.truncate(0)

@@ -73,6 +73,8 @@ class ElasticConfig:
     """Sum gradients so that parameters are equal bit for bit at every world size on the same kind of device."""
     snapshot_interval: int = 10
     """Steps between snapshots in host memory: the most that the loss of a worker or a node costs."""
+    grace_seconds: float = 25.0
+    """How long a node that is asked to leave waits for the state to be on storage (a pod has 30 s in all)."""
     timeout_seconds: float = 120.0
     """How long a collective waits for a silent peer before the world is formed anew."""
 

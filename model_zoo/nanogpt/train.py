@@ -204,13 +204,20 @@ def train(config: TrainConfig, meta: Meta) -> int:
         if 0 < leaving < world.size and not finished:
             time.sleep(LAST_CALL_SECONDS)  # who is asked in the same moment hears it a little later
             leaving = sum(world.gather(signals.leave))
+        deadline = time.monotonic() + config.elastic.grace_seconds
 
         def settle() -> bool:
             """Storage has this step when nodes leave, for it may not be the last node that does; and at the end."""
-            tell_saved(checkpoints.finished(wait=True), ledger, reporter)
-            if (finished or leaving) and checkpoints.saved != step:
+
+            def wait() -> None:
+                while checkpoints.pending and (finished or time.monotonic() < deadline):
+                    time.sleep(0.01)
+                    tell_saved(checkpoints.finished(), ledger, reporter)
+
+            wait()
+            if (finished or leaving) and checkpoints.saved != step and not checkpoints.pending:
                 checkpoints.save(step, tensors, list(reporter.recent))
-                tell_saved(checkpoints.finished(wait=True), ledger, reporter)
+                wait()
             return checkpoints.saved == step
 
         saved = world.first_does(settle)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic_gpt.snapshot import Snapshot, SnapshotError, Snapshots
+from elastic_gpt.snapshot import LEFT_OVER_SECONDS, Snapshot, SnapshotError, Snapshots
 from model_zoo.nanogpt.rundir import Run
 
 
@@ -138,6 +138,20 @@ def test_too_little_shared_memory_is_an_error_that_names_the_cure(
     with pytest.raises(SnapshotError, match="enlarge /dev/shm"):
         Snapshots(tmp_path / "run", "node", "run", state(0))
     assert not (tmp_path / "run" / "node").exists()
+
+
+def test_what_a_killed_job_left_is_swept_and_what_lives_or_is_recent_is_not(tmp_path: Path) -> None:
+    living = Snapshots(tmp_path / "living", "node", "run", state(0))
+    for name in ("dead", "recent"):
+        (tmp_path / name / "node").mkdir(parents=True)
+        (tmp_path / name / "node" / "0.tensors").touch()
+    long_ago = time.time() - 2 * LEFT_OVER_SECONDS
+    for name in ("dead", "living"):
+        for path in (tmp_path / name / "node").iterdir():
+            os.utime(path, (long_ago, long_ago))
+    Snapshots(tmp_path / "new", "node", "run", state(0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "new", "recent"]
+    living.discard()
 
 
 SAVER = """
