@@ -257,11 +257,14 @@ def draw(run: Path, undisturbed: Path, path: Path) -> None:
         ylabel="training loss (nats a token)",
         title=f"The loss curve does not notice: largest difference {difference:.1g}",
     )
-    loss.legend(loc="upper right")
+    loss.legend(loc="center right")
     world.step(steps, [line["world_size"] for line in mine], where="post", color="#33658a")
     most = max(line["world_size"] for line in mine)
     world.set(ylabel="workers", xlabel="step", ylim=(0, most + 0.5), yticks=range(most + 1))
+    marks: dict[int, str] = {}
     for step, text in changes(run):
+        marks[step] = f"{marks[step]}, then {text}" if step in marks else text
+    for step, text in marks.items():
         for axis in (loss, world):
             axis.axvline(step, color="#888888", linewidth=0.8, linestyle=":")
         loss.annotate(

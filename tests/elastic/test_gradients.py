@@ -76,6 +76,21 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens() -> None:
         torch.testing.assert_close(gradients.gradient, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_exact_sums_do_not_depend_on_the_order_even_where_float64_sums_do() -> None:
+    tiny = 2.0**-46
+    results = []
+    for values in ([256.0, *[tiny] * 4, -256.0], [*[tiny] * 4, 256.0, -256.0]):
+        assert (sum(values) == 0.0) == (values[0] == 256.0)  # in float64 the order decides
+        parameter = torch.nn.Parameter(torch.ones(1))
+        gradients = Gradients([parameter], single(), micro_batches=6, tokens=1, exact=True)
+        gradients.zero()
+        for index, value in enumerate(values):
+            gradients.backward(index, (parameter * torch.tensor(value)).sum())
+        gradients.reduce(stop=False, leave=False)
+        results.append(gradients.gradient.item())
+    assert results[0] == results[1]
+
+
 def stops(world: World) -> list[float]:
     parameter = torch.nn.Parameter(torch.zeros(3))
     gradients = Gradients([parameter], world, micro_batches=1, tokens=1, exact=False)
