@@ -29,6 +29,7 @@ format: $(READY) ## let ruff format and mend what it can
 
 bench: $(READY) ## the benchmarks that need no GPU; figures are in docs/BENCHMARKS.md
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/gradients.py
 
 clean: ## what make demo and make test left behind, but for the data and runs of your own
 	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

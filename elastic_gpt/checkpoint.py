@@ -2,26 +2,30 @@
 
     RUN/checkpoints/step_00001000/model.safetensors       parameters, by their names in the model
                                   optimizer.safetensors   the optimizer's moments, by moment and parameter
-                                  MANIFEST.json           sizes and sha256 of both; its rename into place is the commit
+                                  MANIFEST.json           sizes and sha256 of both; its rename (or PUT) into place is the commit
 
 A folder without a manifest is not a checkpoint. Loading verifies each file; a damaged checkpoint is named and the one
 before it is taken. Tensors are safetensors and the rest is JSON: nothing in it is code. (torch.distributed.checkpoint
 keeps its own index as a pickle; the state is the same on all ranks, so its resharding would buy nothing here.)
 """
 
+import contextlib
+import functools
 import hashlib
 import json
-import os
 import re
-import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from elastic_gpt.storage import Unreachable, open_storage
 
 FORMAT_VERSION = 1
 
@@ -34,12 +38,16 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        folder: RUN/checkpoints.
+        place: a folder (RUN/checkpoints), or an fsspec URL (s3://bucket/run).
         keep: newest ones that are kept.
     """
 
-    def __init__(self, folder: Path, keep: int = 1) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, place: Path | str, keep: int = 1) -> None:
+        try:
+            self.storage = open_storage(place)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        self.keep = keep
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[int] | None = None
         self.saved: int | None = None  # step of the newest checkpoint that this process has seen to be whole
@@ -50,7 +58,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, oldest first."""
-        names = (path.parent.name for path in self.folder.glob("step_*/MANIFEST.json"))
+        names = self.storage.manifests()
         return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name))
 
     def newest_step(self, newer_than: int = -1) -> int | None:
@@ -72,7 +80,7 @@ class Checkpoints:
                 print(f"warning: {error}; the one before it is tried", file=sys.stderr)
         if damaged and newer_than < 0:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole ({damaged[0]}): restore one from a backup,"
+                f"no checkpoint in {self.storage} is whole ({damaged[0]}): restore one from a backup,"
                 " or train into another --run-dir"
             )
         return None
@@ -84,19 +92,22 @@ class Checkpoints:
         if found.keys() != tensors.keys():
             odd = sorted(found.keys() ^ tensors.keys())[0]
             raise CheckpointError(
-                f"{self.folder / self.name(step)} is of another model: '{odd}' is in only one of the two"
+                f"{self.storage}/{self.name(step)} is of another model: '{odd}' is in only one of the two"
             )
         for name, tensor in tensors.items():
             tensor.copy_(found[name])
-        return list(json.loads((self.folder / self.name(step) / "MANIFEST.json").read_text()).get("reports", []))
+        return list(self._manifest(step).get("reports", []))
 
     def read(self, step: int, part: str) -> dict[str, torch.Tensor]:
         """The tensors of one part (`model` or `optimizer`), their names with the part in front."""
-        path = self.folder / self.name(step) / f"{part}.safetensors"
+        file = f"{part}.safetensors"
         try:
-            return {f"{part}.{name}": tensor for name, tensor in load_file(path).items()}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from error
+            with self._whole(step, file) as path:
+                return {f"{part}.{name}": tensor for name, tensor in load_file(path).items()}
+        except Unreachable:
+            raise
+        except (OSError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {self.storage}/{self.name(step)}/{file}: {error}") from error
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> None:
         """Copy the state to host memory and write it in a thread; `finished` tells how that ended.
@@ -119,59 +130,57 @@ class Checkpoints:
             return error
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> int:
-        folder = self.folder / self.name(step)
-        if (folder / "MANIFEST.json").exists():  # a step that is done again
+        folder = self.name(step)
+        if folder in self.storage.manifests():  # a step that is done again
             try:
                 self._verify(step)
                 return step
             except CheckpointError:
-                (folder / "MANIFEST.json").unlink()
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed or damaged save left behind
+                self.storage.delete(f"{folder}/MANIFEST.json")
+        self.storage.delete_folder(folder)  # what a killed or damaged save left behind
         try:
             self._write_files(folder, step, tensors, reports)
         except OSError:
-            shutil.rmtree(folder, ignore_errors=True)  # on a full disk its room is needed
+            self.storage.delete_folder(folder)  # on a full disk its room is needed
             raise
         # Of the history that leads to this step; a damaged later one does not push out a good one.
         for old in [past for past in self.steps() if past <= step][: -self.keep]:
-            (self.folder / self.name(old) / "MANIFEST.json").unlink()  # first no longer a checkpoint, then gone
-            shutil.rmtree(self.folder / self.name(old), ignore_errors=True)
+            self.storage.delete(f"{self.name(old)}/MANIFEST.json")  # first no longer a checkpoint, then gone
+            self.storage.delete_folder(self.name(old))
         return step
 
     def _write_files(
-        self, folder: Path, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]
+        self, folder: str, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]
     ) -> None:
-        folder.mkdir(parents=True)
         files = {}
         for part in ("model", "optimizer"):
-            path = folder / f"{part}.safetensors"
             inside = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
-            try:
-                save_file(inside, path)
-            except SafetensorError as error:  # how safetensors reports an error of the file system
-                raise OSError(str(error)) from error
-            _flush(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        aside = folder / "MANIFEST.json.partial"
+            write = functools.partial(_save_tensors, inside)
+            files[f"{part}.safetensors"] = self.storage.write_file(f"{folder}/{part}.safetensors", write, _fingerprint)
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "reports": reports}
-        aside.write_text(json.dumps(manifest, indent=1))
-        _flush(aside)
-        aside.rename(folder / "MANIFEST.json")
-        _flush(folder)
-        _flush(self.folder)
+        self.storage.write_text(f"{folder}/MANIFEST.json", json.dumps(manifest, indent=1))
 
     def _verify(self, step: int) -> None:
-        folder = self.folder / self.name(step)
         try:
-            manifest = json.loads((folder / "MANIFEST.json").read_text())
-            for name, expected in manifest["files"].items():
-                path = folder / name
-                if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-                    raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written")
+            for name in self._manifest(step)["files"]:
+                with self._whole(step, name):
+                    pass
         except (OSError, ValueError, KeyError) as error:
-            if isinstance(error, CheckpointError):
+            if isinstance(error, CheckpointError | Unreachable):
                 raise
-            raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from error
+            raise CheckpointError(f"checkpoint {self.storage}/{self.name(step)} is damaged: {error}") from error
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        return json.loads(self.storage.read_text(f"{self.name(step)}/MANIFEST.json"))
+
+    @contextlib.contextmanager
+    def _whole(self, step: int, name: str) -> Iterator[Path]:
+        """A local path with a file of the checkpoint, checked against the manifest."""
+        with self.storage.open_file(f"{self.name(step)}/{name}") as path:
+            if _fingerprint(path) != self._manifest(step)["files"][name]:
+                folder = f"{self.storage}/{self.name(step)}"
+                raise CheckpointError(f"checkpoint {folder} is damaged: {name} is not what was written")
+            yield path
 
 
 def load_model_weights(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
@@ -182,7 +191,9 @@ def load_model_weights(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
     """
     if not run.is_dir():
         raise CheckpointError(f"no run directory {run}: train one with `elastic-gpt train PRESET --run-dir {run}`")
-    checkpoints = Checkpoints(run / "checkpoints")
+    config = run / "config.yaml"
+    settings = yaml.safe_load(config.read_text()) if config.exists() else {}
+    checkpoints = Checkpoints(settings.get("checkpoint", {}).get("dir") or run / "checkpoints")
     step = checkpoints.newest_step()
     if step is None:
         raise CheckpointError(
@@ -196,10 +207,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Have the file system write a file or a folder's entries out."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        save_file(tensors, path)
+    except SafetensorError as error:  # how safetensors reports an error of the file system
+        raise OSError(str(error)) from error

@@ -106,7 +106,7 @@ class Gradients:
             self.total[: len(self.gradient)].mul_(QUANTUM)
             self.buffer.copy_(self.total)
         # One slot per micro-batch, added up in the same order everywhere: the loss does not depend on the world either.
-        return StepSums(self.losses.double().sum(), self.stops.clone())
+        return StepSums(self.losses.sum(), self.stops.clone())
 
     def clip(self, limit: float) -> torch.Tensor:
         """Scale the gradient down to the norm `limit` (0: leave it); return its norm before, a scalar on the device."""

@@ -90,7 +90,7 @@ class Reporter:
 
     def step(self, step: int, rate: float, sums: StepSums, norm: torch.Tensor) -> None:
         """Queue a step: updates done, learning rate, and what the ranks found together."""
-        numbers = torch.cat([torch.stack([sums.loss.float(), norm]), sums.stops])
+        numbers = torch.cat([torch.stack([sums.loss, norm]), sums.stops])
         self.pending.append((step, rate, _to_host(numbers)))
 
     def drain(self, behind: int = 0) -> tuple[int, int]:

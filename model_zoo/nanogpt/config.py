@@ -65,6 +65,8 @@ class CheckpointConfig:
     """Steps between checkpoints on storage. One is written after the last step and on Ctrl-C as well."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    dir: str | None = None
+    """Where checkpoints are kept: a folder, or an fsspec URL such as s3://bucket/run. None: RUN_DIR/checkpoints."""
 
 
 @dataclass(frozen=True)

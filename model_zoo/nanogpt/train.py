@@ -34,6 +34,7 @@ from elastic_gpt.reports import Observer, Reporter, peak_flops
 from elastic_gpt.settings import SettingsError
 from elastic_gpt.snapshot import SnapshotError, Snapshots, shared_memory
 from elastic_gpt.state import Restored, restore, training_state
+from elastic_gpt.storage import Unreachable
 from elastic_gpt.world import PeerLost, Signals, World, join, leave
 from model_zoo.nanogpt.config import PRESETS, TrainConfig
 from model_zoo.nanogpt.model import GPT
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> 
             Ledger(config.run_dir).write("interrupted", node=error.noticed_by, cause="lost a peer")
         print(f"{error}; this worker ends, its agent forms a new world", file=sys.stderr, flush=True)
         os._exit(RESTART_ME)  # a process group with a dead member cannot be torn down in good order
+    except Unreachable as error:  # an agent tries again, and gives up when that does not help
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except Exception:
         # At once: if the peers ended first, the agent would take this crash for a change of members.
         traceback.print_exc()
@@ -90,6 +94,10 @@ def train(config: TrainConfig, meta: Meta) -> int:
     world = join(config.device, config.elastic.timeout_seconds)
     joined = time.time()
     signals = Signals()
+    if config.elastic.exact and world.device.type == "mps":
+        raise SettingsError(
+            "elastic.exact sums in float64, which Apple GPUs do not have: leave it out, or take --device cpu"
+        )
     run = open_run(config, meta, world)
     ledger = Ledger(config.run_dir)
 
@@ -128,7 +136,7 @@ def train(config: TrainConfig, meta: Meta) -> int:
 
     tensors = training_state(model, optimizer, scale.state if scale else None)
     snapshots = open_snapshots(run.run_id, tensors, world)
-    checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(config.checkpoint.dir or config.run_dir / "checkpoints", config.checkpoint.keep)
     restored = restore(tensors, snapshots, checkpoints, run.valid, world)
     nodes = sorted(set(world.gather(world.node)))
     observers, last_step = open_observers(config, nodes, world, restored, ledger)

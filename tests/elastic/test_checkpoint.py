@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic_gpt import checkpoint
+from elastic_gpt import checkpoint, storage
 from elastic_gpt.checkpoint import CheckpointError, Checkpoints, load_model_weights
 
 
@@ -48,7 +48,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int
 ) -> None:
     checkpoints = write(tmp_path, 10, keep=1)
-    owner: object = Path if name in ("rename", "unlink") else checkpoint
+    owner: object = {"rename": Path, "unlink": Path, "_flush": storage}.get(name, checkpoint)
     real: Callable[..., object] = getattr(owner, name)
     calls = []
 
@@ -131,7 +131,7 @@ def test_a_full_disk_is_told_and_the_next_save_succeeds(tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(storage, "_flush", full)
     checkpoints.save(20, state(20), [{"step": 20}])
     error = checkpoints.finished(wait=True)
     assert isinstance(error, OSError)

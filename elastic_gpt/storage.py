@@ -1,0 +1,174 @@
+"""Where checkpoints are kept: a local folder, or a place that fsspec reaches (s3://bucket/run). Files by relative name.
+
+Both storages make a file appear whole or not at all: the folder by a rename, the object store because a PUT of one
+object is atomic. Every failure is an OSError, so that who saves can go on and try again.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec  # type: ignore[import-untyped]
+
+
+class Unreachable(OSError):
+    """The storage does not answer: what it holds is unknown, and so neither damaged nor absent."""
+
+
+class Storage(Protocol):
+    """Files by their names relative to one place; `step_00000010/MANIFEST.json` is one."""
+
+    def manifests(self) -> list[str]:
+        """Names of the folders that hold a MANIFEST.json."""
+
+    def read_text(self, name: str) -> str: ...
+
+    def write_text(self, name: str, text: str) -> None:
+        """Whole or not at all, and on storage for good when this returns."""
+
+    def write_file(self, name: str, write: Callable[[Path], Any], check: Callable[[Path], Any]) -> Any:
+        """Have `write` make a local file, put it under `name`; returns `check` of what was written."""
+
+    def open_file(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """A local path with the content of `name`, for as long as the context lasts."""
+
+    def delete(self, name: str) -> None: ...
+
+    def delete_folder(self, name: str) -> None:
+        """Remove what is left of a folder without a manifest; what cannot be removed now stays."""
+
+
+class LocalStorage:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def manifests(self) -> list[str]:
+        return [path.parent.name for path in self.folder.glob("*/MANIFEST.json")]
+
+    def read_text(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def write_text(self, name: str, text: str) -> None:
+        path = self.folder / name
+        aside = path.with_name(f"{path.name}.partial")
+        aside.write_text(text)
+        _flush(aside)
+        aside.rename(path)
+        _flush(path.parent)
+        _flush(self.folder)
+
+    def write_file(self, name: str, write: Callable[[Path], Any], check: Callable[[Path], Any]) -> Any:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+        _flush(path)
+        return check(path)
+
+    @contextlib.contextmanager
+    def open_file(self, name: str) -> Iterator[Path]:
+        yield self.folder / name
+
+    def delete(self, name: str) -> None:
+        (self.folder / name).unlink()
+
+    def delete_folder(self, name: str) -> None:
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+class RemoteStorage:
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            # Never from a cache: another process may have written since.
+            self.files, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except ImportError as error:
+            protocol = url.partition("://")[0]
+            package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "oci": "ocifs", "abfs": "adlfs"}.get(protocol)
+            cure = f"pip install {package}" if package else str(error)
+            raise ValueError(f"checkpoint.dir {url}: no package for {protocol}:// is installed: {cure}") from error
+        except ValueError as error:
+            raise ValueError(f"checkpoint.dir {url}: {error}") from error
+
+    def __str__(self) -> str:
+        return self.url
+
+    def manifests(self) -> list[str]:
+        with _as_os_error(f"list {self.url}"):
+            # Not glob and exists: they take an error for an absence, and the run would start from zero.
+            folders = [name.rstrip("/").rsplit("/", 1)[-1] for name in self._list(self.root)]
+            return [f for f in folders if any(n.endswith("/MANIFEST.json") for n in self._list(f"{self.root}/{f}"))]
+
+    def _list(self, folder: str) -> list[str]:
+        try:
+            return self.files.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
+
+    def read_text(self, name: str) -> str:
+        with _as_os_error(f"read {self.url}/{name}"):
+            return self.files.cat_file(f"{self.root}/{name}").decode()
+
+    def write_text(self, name: str, text: str) -> None:
+        with _as_os_error(f"write {self.url}/{name}"):
+            self.files.pipe_file(f"{self.root}/{name}", text.encode())
+
+    def write_file(self, name: str, write: Callable[[Path], Any], check: Callable[[Path], Any]) -> Any:
+        with tempfile.TemporaryDirectory(prefix="elastic-gpt-") as folder:
+            path = Path(folder) / "file"
+            write(path)
+            checked = check(path)
+            with _as_os_error(f"write {self.url}/{name}"):
+                self.files.put_file(str(path), f"{self.root}/{name}")
+            return checked
+
+    @contextlib.contextmanager
+    def open_file(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="elastic-gpt-") as folder:
+            path = Path(folder) / "file"
+            with _as_os_error(f"read {self.url}/{name}"):
+                self.files.get_file(f"{self.root}/{name}", str(path))
+            yield path
+
+    def delete(self, name: str) -> None:
+        with _as_os_error(f"delete {self.url}/{name}"):
+            self.files.rm_file(f"{self.root}/{name}")
+
+    def delete_folder(self, name: str) -> None:
+        with contextlib.suppress(OSError), _as_os_error(f"delete {self.url}/{name}"):
+            self.files.rm(f"{self.root}/{name}", recursive=True)
+
+
+def open_storage(place: Path | str) -> Storage:
+    """The storage of a folder or an fsspec URL.
+
+    Raises:
+        ValueError: if nothing installed knows the URL's protocol.
+    """
+    return RemoteStorage(place) if "://" in str(place) and isinstance(place, str) else LocalStorage(Path(place))
+
+
+@contextlib.contextmanager
+def _as_os_error(what: str) -> Iterator[None]:
+    """The libraries below fsspec have errors of their own for a network that fails."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise Unreachable(f"cannot {what}: {type(error).__name__}: {error}") from error
+
+
+def _flush(path: Path) -> None:
+    """Have the file system write a file or a folder's entries out."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
