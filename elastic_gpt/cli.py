@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -39,6 +40,9 @@ def main() -> int:
         return int(room.main(arguments[1:], prog=f"elastic-gpt {arguments[0]}"))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # as in `elastic-gpt train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> 
     """Parse settings and train. Exit codes: 0 finished, 2 a user's mistake, 3 the world has to be formed anew, 130, 143."""
     try:
         config, meta = check(sys.argv[1:] if argv is None else argv, prog)
+    except (SettingsError, DataError) as error:
+        return settings.fail(error)
+    try:
         return train(config, meta)
     except (SettingsError, DataError, CheckpointError) as error:
         return settings.fail(error)
