@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from random import Random
 
-from elastic_gpt.drill import Drill, compare, draw
+from elastic_gpt.compare import compare, draw
+from elastic_gpt.drill import Drill
 from elastic_gpt.local import LocalJob
 
 DEMO = Path("demo")

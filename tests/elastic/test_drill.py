@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_gpt.drill import compare
+from elastic_gpt.compare import compare
 from tests.conftest import TINY, elastic_gpt
 
 

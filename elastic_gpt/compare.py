@@ -1,0 +1,91 @@
+"""Two runs of one configuration, laid over each other: step by step, in figures and as a picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_gpt.ledger import Ledger
+from elastic_gpt.observers import read_metrics
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs of one configuration, step by step."""
+
+    same_steps: bool
+    """Each step stands once, from the first to the last, in both."""
+    same_sequences: bool
+    """Each step used the same sequences in the same order."""
+    loss_difference: float
+    """Largest over all steps, nats a token."""
+    same_parameters: bool
+    """The last checkpoints are equal bit for bit."""
+
+
+def compare(run: Path, undisturbed: Path) -> Comparison:
+    mine, theirs = read_metrics(run), read_metrics(undisturbed)
+    both = list(zip(mine, theirs, strict=False))
+    last = [sorted(path.glob("checkpoints/step_*/model.safetensors"))[-1] for path in (run, undisturbed)]
+    return Comparison(
+        same_steps=[line["step"] for line in mine]
+        == [line["step"] for line in theirs]
+        == list(range(1, len(theirs) + 1)),
+        same_sequences=all(a["sequence_hash"] == b["sequence_hash"] for a, b in both),
+        loss_difference=max(abs(a["loss"] - b["loss"]) for a, b in both),
+        same_parameters=last[0].read_bytes() == last[1].read_bytes(),
+    )
+
+
+def changes(run: Path) -> list[tuple[int, str]]:
+    """The membership changes of a run: step, and what happened."""
+    found: list[tuple[int, str]] = []
+    before: set[str] = set()
+    for event in Ledger(run).events():
+        if event["event"] == "joined":
+            nodes = {name.partition("-node-")[2] or name for name in event["nodes"]}
+            parted, new, before = before - nodes, nodes - before, nodes
+        if event["event"] == "restored" and event["step"]:
+            what = [f"-{node}" for node in sorted(parted)] + [f"+{node}" for node in sorted(new)]
+            found.append((event["step"], " ".join([*what, f"({event['dropped']})"])))
+    return found
+
+
+def draw(run: Path, undisturbed: Path, path: Path) -> None:
+    """Both loss curves over each other, the number of workers, and the changes of membership."""
+    import matplotlib.pyplot as plt  # a second to import, and a laptop that looks at ledgers may lack it
+
+    mine, theirs = read_metrics(run), read_metrics(undisturbed)
+    steps = [line["step"] for line in mine]
+    figure, (loss, world) = plt.subplots(
+        2, 1, figsize=(11, 6.5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    loss.plot(
+        [line["step"] for line in theirs],
+        [line["loss"] for line in theirs],
+        color="#b8c4d6", linewidth=5, label="undisturbed, 1 process",
+    )  # fmt: skip
+    loss.plot(steps, [line["loss"] for line in mine], color="#c8553d", linewidth=1, label="elastic, nodes come and go")
+    difference = compare(run, undisturbed).loss_difference
+    loss.set(
+        ylabel="training loss (nats a token)",
+        title=f"The loss curve does not notice: largest difference {difference:.1g}",
+    )
+    loss.legend(loc="center right")
+    world.step(steps, [line["world_size"] for line in mine], where="post", color="#33658a")
+    most = max(line["world_size"] for line in mine)
+    world.set(ylabel="workers", xlabel="step", ylim=(0, most + 0.5), yticks=range(most + 1))
+    marks: dict[int, str] = {}
+    for step, text in changes(run):
+        marks[step] = f"{marks[step]}, then {text}" if step in marks else text
+    for step, text in marks.items():
+        for axis in (loss, world):
+            axis.axvline(step, color="#888888", linewidth=0.8, linestyle=":")
+        loss.annotate(
+            text, (step, 0.98), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
+            fontsize=8, color="#555555", rotation=90, verticalalignment="top",
+        )  # fmt: skip
+    world.annotate(
+        "+n: node n joined; -n: it is gone; (k): k steps were done again",
+        (0.01, 0.08), xycoords="axes fraction", fontsize=8, color="#555555",
+    )  # fmt: skip
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
