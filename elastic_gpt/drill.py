@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -254,16 +255,19 @@ def finish(arguments: list[str], run: Path, *, nodes: int, steps: int) -> None:
 
 
 def table(happened: list[Event]) -> Table:
-    """A row for each kind of event."""
-    drawn = Table("event", "times", "steps done again, most", "allowed", "seconds to the next step, median", "most")
+    """A row for each kind of event. A new node needs seconds to start; the others train on until it is there."""
+    drawn = Table(
+        "event", "times", "done again, most", "allowed", "s to the next step, median", "most", "s stood still, median"
+    )
     for kind in sorted({event.kind for event in happened}):
         these = [event for event in happened if event.kind == kind]
-        seconds = sorted(event.seconds for event in these)
-        recovery = (
-            (f"{seconds[len(seconds) // 2]:.1f}", f"{seconds[-1]:.1f}") if seconds[-1] else ("not interrupted", "")
-        )
         most = max(event.dropped for event in these)
-        drawn.add_row(kind, str(len(these)), str(most), str(these[0].allowed), *recovery)
+        row = [kind, str(len(these)), str(most), str(these[0].allowed)]
+        if these[0].parts:
+            seconds = [event.seconds for event in these]
+            still = statistics.median(sum(event.parts.values()) for event in these)
+            row += [f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}", f"{still:.1f}"]
+        drawn.add_row(*(row if these[0].parts else [*row, "not interrupted"]))
     return drawn
 
 
