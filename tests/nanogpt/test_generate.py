@@ -51,7 +51,7 @@ def write_run(folder: Path, tokenizer: Tokenizer, model: GPT, step: int = 7) -> 
     (folder / "tokenizer/meta.json").write_text(json.dumps(asdict(meta)))
     (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1, "model": asdict(model.config)}))
     checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(step, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    checkpoints.save(step, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, [])
     assert checkpoints.finished(wait=True) == step
     return folder
 
