@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from elastic_gpt.checkpoint import Checkpoints
 from elastic_gpt.settings import parse
-from elastic_gpt.snapshot import shared_memory
+from elastic_gpt.snapshot import Snapshots, shared_memory
+from elastic_gpt.world import PeerLost
 from model_zoo.nanogpt.config import PRESETS, OptimizerConfig, TrainConfig
+from model_zoo.nanogpt.train import on_its_way
 from tests.conftest import TINY, assert_same_run, elastic_gpt, environment, events, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +231,27 @@ def test_bfloat16_and_float16_train_too(data: Path, tmp_path: Path) -> None:
         elastic_gpt("train", *arguments(data, run, "--steps=30", "--elastic.exact=false", f"--dtype={dtype}"))
         losses = [line["loss"] for line in metrics(run)]
         assert losses[-1] < losses[0] - 0.3
+
+
+def test_what_is_being_saved_when_a_peer_is_lost_is_saved_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"model.w": torch.ones(3), "optimizer.step.w": torch.tensor(1.0)}
+    snapshots = Snapshots(tmp_path / "shm", "node", "run", tensors)
+    checksum = zlib.crc32
+
+    def slow(*content: Any) -> int:
+        time.sleep(0.5)
+        return checksum(*content)
+
+    monkeypatch.setattr(zlib, "crc32", slow)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(PeerLost), on_its_way(snapshots, checkpoints):  # noqa: PT012 - the loss comes after the saves
+        snapshots.save(10, 0, tensors, [])
+        checkpoints.save(10, tensors, [])
+        raise PeerLost("in the next step")
+    assert len(list((tmp_path / "shm" / "node").glob("*.json"))) == 1  # already there: the process ends now
+    assert (tmp_path / "checkpoints" / "step_00000010" / "MANIFEST.json").exists()
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
