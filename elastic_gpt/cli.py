@@ -7,8 +7,12 @@ import sys
 
 COMMANDS = {
     "prepare": ("prepare.prepare", "text files to token files: train.bin, val.bin, meta.json"),
+    "inspect": ("prepare.look", "what is in prepared data: a table, a histogram, a full check"),
+    "convert": ("prepare.convert", "prepared data in nanoGPT's or llm.c's format"),
     "train": ("model_zoo.nanogpt.train", "train a GPT on this machine, or as one worker of many"),
     "launch": ("elastic_gpt.launch", "train elastically under DLRover: several nodes here, or one node in a pod"),
+    "master": ("elastic_gpt.master", "DLRover's job master, scaling a running job: what a job's master pod runs"),
+    "job": ("elastic_gpt.jobs.commands", "the same on Kubernetes: submit, watch, scale, suspend, talk to the model"),
     "ledger": ("elastic_gpt.ledger", "what happened to a run, and what it cost"),
     "drill": ("elastic_gpt.drill", "kill and scale local nodes on purpose, and prove that nothing changed"),
     "generate": ("model_zoo.nanogpt.generate", "talk to a trained model"),

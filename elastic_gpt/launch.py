@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import importlib
 import os
-import re
 import secrets
 import signal
 import subprocess
@@ -25,10 +24,13 @@ from typing import Any
 
 from elastic_gpt.cli import COMMANDS
 from elastic_gpt.processes import die_with_parent
-from elastic_gpt.settings import USERS_MISTAKE, fail
+from elastic_gpt.rendezvous import Lease
+from elastic_gpt.settings import USERS_MISTAKE, fail, node_range
 
 GRACE_SECONDS = 40.0  # torchelastic gives a worker 30 s after SIGTERM
-CRASHES, CRASH_SECONDS = 3, 180.0  # this many crashes of a node's workers in this time end the node
+# Exit code of a node's workers: this many in so many seconds end the node. An exception is 1; a world that cannot be formed
+# is 4, which may also be a peer's death in that moment. A lost peer and a storage that is away (3) are never too many.
+CRASHES = {1: (3, 180.0), 4: (10, 1800.0)}
 RESTARTS = 1000  # each loss of a peer costs a survivor one, so it only has to be out of reach
 
 
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt launch") ->
     parser.add_argument("--nodes", type=int, metavar="N", help="start a master and N nodes on this machine")
     parser.add_argument("--nnodes", metavar="MIN:MAX", help="the job's least and most nodes (default: 1:N)")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="workers a node: its GPUs, or 1 (default: 1)")
+    parser.add_argument(
+        "--network-check", action="store_true", help="test each node and its links before it trains (GPUs)"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="as in `-- train PRESET ...`")
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -66,7 +71,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt launch") ->
         if args.nproc < 1:
             raise ValueError(f"--nproc {args.nproc}: a node has at least 1 worker")
         if args.nodes is None:
-            return run_node(command, least=least, most=most, workers=args.nproc)
+            return run_node(command, least=least, most=most, workers=args.nproc, network_check=args.network_check)
         # A typo is told once and now, not by each worker of each node.
         if code := _check(command):
             return code
@@ -84,10 +89,7 @@ def _nodes(nnodes: str | None, nodes: int | None) -> tuple[int, int]:
                 "say how many nodes: --nodes 3 starts three here, --nnodes 2:4 joins a job as one of 2 to 4"
             )
         nnodes = f"1:{nodes}"
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", nnodes)
-    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= least <= most:
-        raise ValueError(f"--nnodes {nnodes} is not MIN:MAX with 1 <= MIN <= MAX: write for example --nnodes 2:4")
+    least, most = node_range(nnodes)
     if nodes is not None and not least <= nodes <= most:
         raise ValueError(f"--nodes {nodes} is outside --nnodes {nnodes}: start between {least} and {most}")
     return least, most
@@ -103,7 +105,7 @@ def _check(command: Sequence[str]) -> int:
     return 0
 
 
-def run_node(command: Sequence[str], *, least: int, most: int, workers: int) -> int:
+def run_node(command: Sequence[str], *, least: int, most: int, workers: int, network_check: bool = False) -> int:
     """Run DLRover's agent in this process until the job is over or this node is asked to leave (SIGTERM)."""
     if "DLROVER_MASTER_ADDR" not in os.environ:
         raise ValueError("no DLRover master in the environment (DLROVER_MASTER_ADDR): add --nodes N to start one here")
@@ -121,6 +123,7 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int) -> 
         f"--max_restarts={RESTARTS}",
         # The round closes at once when all MAX nodes are there, else this many seconds after the last one joined.
         "--rdzv_conf=join_timeout=600,lastcall_timeout=1",
+        *(["--network-check"] if network_check else []),
         "--no-python",
         *worker,
     ]
@@ -151,6 +154,7 @@ def _standby(command: Sequence[str]) -> list[str]:
 
 def _mend() -> None:
     """What hurts in DLRover 0.6.1, mended in this process."""
+    from dlrover.python.common import env_utils
     from dlrover.python.common.constants import JobConstant
     from dlrover.python.diagnosis.common.constants import DiagnosisActionType
     from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
@@ -176,6 +180,19 @@ def _mend() -> None:
 
     MasterRendezvousHandler._join_rendezvous = join_rendezvous
 
+    # It forms a new world without the nodes that have not noticed yet (rendezvous.py).
+    next_rendezvous = MasterRendezvousHandler.next_rendezvous
+    lease: list[Lease] = []
+
+    def next_and_hold(self: Any) -> Any:
+        found = next_rendezvous(self)
+        if not lease:
+            lease.append(Lease(self._client.kv_store_set, env_utils.get_node_id()))
+        lease[0].hold()
+        return found
+
+    MasterRendezvousHandler.next_rendezvous = next_and_hold
+
     # It kills every process whose parent is 1 and whose environment is torchelastic's, other jobs' too. Ours die with
     # their agent (processes.py), so there is nothing to kill.
     ElasticTrainingAgent._stop_orphan_workers = lambda *_: None
@@ -193,6 +210,8 @@ def _mend() -> None:
     def leave(_number: int, _frame: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # once is enough
+        for held in lease:
+            held.release()
         for worker in _children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGUSR1)
@@ -201,21 +220,33 @@ def _mend() -> None:
     AsyncCheckpointSaver.register_signal_handler = classmethod(register_signal_handler)
 
     # It restarts whatever fails. A worker that ends with a user's mistake would make it again, and so would one that crashes
-    # of itself (an exception is exit code 1; a lost peer is 3, a kill is negative) soon after each start.
+    # of itself soon after each start.
     diagnose = DiagnosisAgent.diagnose_training_failure
-    crashes: list[float] = []
+    crashes = Crashes()
 
     def diagnose_training_failure(self: Any) -> Any:
         action = diagnose(self)
         codes = {failure.exitcode for failure in self._agent_context.run_result.failures.values()}
-        if 1 in codes:
-            crashes.append(time.monotonic())
-        crash_loop = len(crashes) >= CRASHES and crashes[-1] - crashes[-CRASHES] < CRASH_SECONDS
-        if USERS_MISTAKE in codes or crash_loop:
+        if crashes.too_many(codes) or USERS_MISTAKE in codes:
             action._action_type = DiagnosisActionType.RELAUNCH_WORKER  # which ends this agent
         return action
 
     DiagnosisAgent.diagnose_training_failure = diagnose_training_failure
+
+
+class Crashes:
+    """What this node's workers ended with, and when."""
+
+    def __init__(self) -> None:
+        self.ends: dict[int, list[float]] = {code: [] for code in CRASHES}  # exit code to times of a monotonic clock
+
+    def too_many(self, codes: set[int]) -> bool:
+        """Whether the workers that have just ended with `codes` should not be started again."""
+        now = time.monotonic()
+        for code in codes & CRASHES.keys():
+            self.ends[code].append(now)
+        recent = {code: sum(now - end < CRASHES[code][1] for end in ends) for code, ends in self.ends.items()}
+        return any(recent[code] >= CRASHES[code][0] for code in recent)
 
 
 def _children() -> list[int]:
@@ -254,22 +285,3 @@ def run_local(command: Sequence[str], *, nodes: int, least: int, most: int, work
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def run_master(port: int, nodes: int, name: str, launcher: int) -> None:
-    """DLRover's job master for this machine alone, in this process, as long as the process `launcher` lives."""
-    import grpc
-    from dlrover.python.master import main as master
-
-    die_with_parent(launcher)
-    server = grpc.server
-
-    def loopback_server(*args: Any, **kwargs: Any) -> Any:
-        made = server(*args, **kwargs)
-        listen = made.add_insecure_port
-        made.add_insecure_port = lambda address: listen(address.replace("[::]", "127.0.0.1"))
-        return made
-
-    grpc.server = loopback_server  # it would listen on all interfaces
-    sys.argv = ["master", "--platform", "local", "--port", str(port), "--node_num", str(nodes), "--job_name", name]
-    os._exit(master.main())

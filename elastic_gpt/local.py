@@ -49,14 +49,13 @@ class LocalJob:
         self.command, self.least, self.most, self.workers, self.say = list(command), least, most, workers, say
         self.threads = threads or max(1, (os.cpu_count() or 1) // (most * workers))
         self.name = f"egpt-{secrets.token_hex(3)}"
-        self.logs = Path(tempfile.gettempdir()) / f"elastic-gpt-{os.getuid()}" / self.name
+        self.logs = Path(tempfile.mkdtemp(prefix=f"elastic-gpt-{self.name}-"))  # this user's alone
         self.nodes: list[subprocess.Popen[str]] = []
         self.readers: list[threading.Thread] = []
         self.master: subprocess.Popen[bytes] | None = None
         self.port = _free_port()
 
     def __enter__(self) -> "LocalJob":
-        self.logs.mkdir(parents=True)
         self.say(f"logs: {self.logs}")
         self.start_master()
         return self
@@ -70,10 +69,11 @@ class LocalJob:
 
     def start_master(self) -> None:
         """Start DLRover's job master, and wait until it listens."""
-        code = f"from elastic_gpt.launch import run_master; run_master({self.port}, {self.most}, {self.name!r}, {os.getpid()})"
+        arguments = (self.port, self.most, self.name, os.getpid(), self.master is not None)
+        code = f"from elastic_gpt.master import run_local; run_local{arguments!r}"
         with (self.logs / "master.log").open("ab") as log:
             self.master = subprocess.Popen(
-                [sys.executable, "-c", code], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                [sys.executable, "-c", code], stdout=log, stderr=log, stdin=subprocess.PIPE, start_new_session=True
             )
         self.say(f"[master] process {self.master.pid}, 127.0.0.1:{self.port}")
         deadline = time.monotonic() + 60
@@ -114,6 +114,7 @@ class LocalJob:
         )  # fmt: skip
         self.nodes.append(agent)
         self.say(f"[node {node}] process {agent.pid}")
+        threading.Thread(target=self._tell_end, args=(node,), daemon=True).start()
         for stream in (agent.stdout, agent.stderr):
             reader = threading.Thread(target=self._relay, args=(node, stream, stream is agent.stdout), daemon=True)
             reader.start()
@@ -135,16 +136,27 @@ class LocalJob:
         """Whether there are enough nodes for a world; here nobody replaces a node that has ended."""
         return self.finished() or len(self.running()) >= self.least
 
+    def standby_of(self, node: int) -> int | None:
+        """Process id of a node's standby, None if it has none."""
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.nodes[node].pid).children():
+                if "elastic_gpt.standby" in " ".join(child.cmdline()):
+                    return child.pid
+        return None
+
     def workers_of(self, node: int) -> list[int]:
-        """Process ids of a node's workers."""
-        try:
-            return [
-                child.pid
-                for child in psutil.Process(self.nodes[node].pid).children()
-                if {"elastic_gpt.cli", str(Path(__file__).with_name("standby.py"))} & set(child.cmdline())
-            ]
-        except psutil.Error:
-            return []
+        """Process ids of what trains on a node: the standby's children; without one, children of the agent."""
+        with contextlib.suppress(psutil.Error):
+            standby = self.standby_of(node)
+            forked = psutil.Process(standby).children() if standby else []
+            started = psutil.Process(self.nodes[node].pid).children()
+            return [child.pid for child in forked + [one for one in started if "elastic_gpt.cli" in one.cmdline()]]
+        return []
+
+    def kill_agent(self, node: int) -> None:
+        """kill -9 of a node's agent alone; all it started has to end by itself."""
+        self.nodes[node].kill()
+        self.nodes[node].wait()
 
     def kill(self, node: int) -> None:
         """kill -9 of a whole node; what it held in shared memory goes with it."""
@@ -171,6 +183,14 @@ class LocalJob:
 
     def log(self, node: int) -> Path:
         return self.logs / f"node-{node}.log"
+
+    def _tell_end(self, node: int) -> None:
+        """Tell the master when a node has ended, as the API server does on Kubernetes: nobody need wait for it."""
+        self.nodes[node].wait()
+        with contextlib.suppress(OSError, ValueError):  # the master may have ended, too
+            if self.master and self.master.stdin:
+                self.master.stdin.write(f"{node}\n".encode())
+                self.master.stdin.flush()
 
     def _relay(self, node: int, stream: Any, output: bool) -> None:
         """Everything goes to the node's log; what its workers say to a person is also said here, with the node's number."""

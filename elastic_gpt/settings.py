@@ -11,6 +11,7 @@ import difflib
 import io
 import itertools
 import os
+import re
 import sys
 import types
 import typing
@@ -45,6 +46,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     close.sort(key=lambda other: other.rpartition(".")[0] != section)  # the section that was named comes first
     return f": did you mean '{close[0]}'?" if close else f": choose from {', '.join(names)}"
+
+
+def node_range(nnodes: str) -> tuple[int, int]:
+    """The least and the most nodes of a job, from `MIN:MAX` or one number for both. Raises ValueError for others."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", nnodes)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError(f"--nnodes {nnodes} is not MIN:MAX with 1 <= MIN <= MAX: write for example --nnodes 2:4")
+    return least, most
 
 
 def field_types(kind: type) -> dict[str, Any]:

@@ -1,0 +1,12 @@
+"""The same job on Kubernetes, through DLRover: manifests, and a client for them. Runs without torch.
+
+spec.py      what a person decides about a job
+manifest.py  JobSpec -> plain dicts, by pure functions
+render.py    plain dicts -> YAML with notes
+client.py    the API server (the only user of the `kubernetes` package)
+state.py     what the API server told -> what became of a job, in words
+actions.py   submit, scale, suspend, wait, logs, delete ...
+watch.py     the live table
+doctor.py    what a cluster lacks
+commands.py  the command line
+"""

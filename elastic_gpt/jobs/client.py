@@ -1,0 +1,282 @@
+"""The API server: the one user of the `kubernetes` package. Objects come and go as plain dicts.
+
+Configuration is looked for as kubectl does: --kubeconfig, the variable KUBECONFIG, ~/.kube/config, then the service account of
+the pod that this runs in.
+"""
+
+import json
+import os
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import urllib3.exceptions
+import yaml
+from kubernetes import client, config, stream
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config.config_exception import ConfigException
+
+from elastic_gpt.jobs.manifest import GROUP, Tree
+
+CONNECT_SECONDS, READ_SECONDS = 5, 30
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+OPERATOR_VERSION = "v0.6.1"
+_DLROVER = "intelligent-machine-learning/dlrover"
+INSTALL_OPERATOR = (
+    f'kubectl apply -k "https://github.com/{_DLROVER}//go/elasticjob/config/manifests/bases?ref={OPERATOR_VERSION}"'
+)
+# The definition in there is an older one, without spec.suspend, which the API server then drops without a word.
+INSTALL_DEFINITION = (
+    f"kubectl apply -f https://raw.githubusercontent.com/{_DLROVER}/{OPERATOR_VERSION}/go/elasticjob/config/crd/bases/"
+    "elastic.iml.github.io_elasticjobs.yaml"
+)
+
+# Kind -> API and resource; the last says whether it lives in a namespace.
+KINDS = {
+    "Namespace": ("/api/v1", "namespaces", False),
+    "Node": ("/api/v1", "nodes", False),
+    "PersistentVolumeClaim": ("/api/v1", "persistentvolumeclaims", True),
+    "Pod": ("/api/v1", "pods", True),
+    "Secret": ("/api/v1", "secrets", True),
+    "Service": ("/api/v1", "services", True),
+    "ServiceAccount": ("/api/v1", "serviceaccounts", True),
+    "ConfigMap": ("/api/v1", "configmaps", True),
+    "Event": ("/api/v1", "events", True),
+    "Deployment": ("/apis/apps/v1", "deployments", True),
+    "Job": ("/apis/batch/v1", "jobs", True),
+    "StorageClass": ("/apis/storage.k8s.io/v1", "storageclasses", False),
+    "Role": ("/apis/rbac.authorization.k8s.io/v1", "roles", True),
+    "RoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "rolebindings", True),
+    "CustomResourceDefinition": ("/apis/apiextensions.k8s.io/v1", "customresourcedefinitions", False),
+    "ElasticJob": (f"/apis/{GROUP}/v1alpha1", "elasticjobs", True),
+}
+
+
+class ClusterError(ValueError):
+    """What the cluster refused, in one line with the cure."""
+
+
+class NotFoundError(ClusterError):
+    """No such object."""
+
+
+class ExistsError(ClusterError):
+    """An object of this name is there already."""
+
+
+class ForbiddenError(ClusterError):
+    """The user may not do this."""
+
+
+class UnknownKindError(ClusterError):
+    """The cluster knows no ElasticJobs."""
+
+
+class UnreachableError(ClusterError):
+    """The server does not answer, for now."""
+
+
+class Cluster:
+    """A connection to one cluster and one namespace of it. Every method raises ClusterError."""
+
+    def __init__(self, api: client.ApiClient, namespace: str, kubectl_flags: tuple[str, ...] = ()) -> None:
+        self.api, self.namespace = api, namespace
+        self.kubectl_flags = kubectl_flags  # with which kubectl talks to the same cluster
+
+    @classmethod
+    def connect(cls, *, kubeconfig: str | None, context: str | None, namespace: str | None, default: str) -> "Cluster":
+        """Args:
+        namespace: as given by the user; None: the context's, and `default` where that names none.
+        """
+        settings = client.Configuration()
+        here = default
+        path = kubeconfig or os.environ.get("KUBECONFIG") or str(Path(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION))
+        files = [Path(one).expanduser() for one in path.split(os.pathsep) if one]
+        if kubeconfig or context or any(file.exists() for file in files):
+            try:
+                contexts, active = config.list_kube_config_contexts(config_file=path)
+                names = [one["name"] for one in contexts]
+                if context and context not in names:
+                    raise ClusterError(f"no context '{context}' in {path}: choose from {', '.join(names)}")
+                config.load_kube_config(config_file=path, context=context, client_configuration=settings)
+            except (ConfigException, yaml.YAMLError, OSError, TypeError, KeyError) as error:
+                raise ClusterError(f"{path}: {_line(error)}; name another file with --kubeconfig") from error
+            chosen = next((one for one in contexts if one["name"] == context), active) or {}
+            here = chosen.get("context", {}).get("namespace") or default
+        else:
+            try:
+                config.load_incluster_config(client_configuration=settings)
+            except ConfigException:
+                raise ClusterError(
+                    f"no cluster: {path} is not there; set KUBECONFIG or --kubeconfig to the file that your cluster's"
+                    " provider gives"
+                ) from None
+            here = SERVICE_ACCOUNT.read_text().strip()
+        settings.retries = 1
+        flags = (f"--kubeconfig={kubeconfig}",) * bool(kubeconfig) + (f"--context={context}",) * bool(context)
+        return cls(client.ApiClient(settings), namespace or here, flags)
+
+    @property
+    def server(self) -> str:
+        return str(self.api.configuration.host)
+
+    def version(self) -> str:
+        """Of the server's Kubernetes."""
+        return str(self._object("GET", "/version").get("gitVersion", ""))
+
+    def get(self, kind: str, name: str, namespace: str | None = None) -> Tree:
+        return self._object("GET", f"{self._path(kind, namespace)}/{name}")
+
+    def find(self, kind: str, name: str, namespace: str | None = None) -> Tree | None:
+        """The object, or None where there is none."""
+        try:
+            return self.get(kind, name, namespace)
+        except NotFoundError:
+            return None
+
+    def select(
+        self, kind: str, *, labels: str = "", namespace: str | None = None, everywhere: bool = False
+    ) -> list[Tree]:
+        path = self._path(kind, namespace, everywhere=everywhere)
+        answer = self._object("GET", path, query={"labelSelector": labels} if labels else {})
+        return list(answer.get("items") or [])
+
+    def create(self, tree: Tree, *, dry_run: bool = False) -> Tree:
+        """Raises ExistsError if it is there. `dry_run`: the server checks everything and keeps nothing."""
+        path = self._path(tree["kind"], tree["metadata"].get("namespace"))
+        query = {"fieldManager": "elastic-gpt"} | ({"dryRun": "All"} if dry_run else {})
+        return self._object("POST", path, body=tree, query=query)
+
+    def patch(self, kind: str, name: str, changes: Tree) -> Tree:
+        """A JSON merge patch: what `changes` names is replaced, in one transaction."""
+        return self._object("PATCH", f"{self._path(kind)}/{name}", body=changes, content="application/merge-patch+json")
+
+    def delete(self, kind: str, name: str) -> bool:
+        """True where there was one. What it owns goes after it."""
+        try:
+            self._object("DELETE", f"{self._path(kind)}/{name}", query={"propagationPolicy": "Background"})
+        except NotFoundError:
+            return False
+        return True
+
+    def allowed(self, verb: str, kind: str, namespace: str | None = None, subresource: str = "") -> bool:
+        """Whether this user may do that."""
+        api, resource, namespaced = KINDS[kind]
+        group = api.split("/")[2] if api.startswith("/apis/") else ""
+        what = {"verb": verb, "group": group, "resource": resource, "subresource": subresource}
+        if namespaced:
+            what["namespace"] = namespace or self.namespace
+        review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+        body = review | {"spec": {"resourceAttributes": what}}
+        answer = self._object("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=body)
+        return bool(answer["status"]["allowed"])
+
+    def log(self, pod: str, *, tail: int | None = None, previous: bool = False) -> list[str]:
+        """The lines of a pod's log, each with its time in front. Empty for a pod that has not started."""
+        query: dict[str, Any] = {"timestamps": "true"} | ({"tailLines": tail} if tail is not None else {})
+        return list(self._lines(pod, query | ({"previous": "true"} if previous else {})))
+
+    def follow(self, pod: str, *, since: str = "", tail: int | None = None) -> Iterator[str]:
+        """The lines of a pod's log as they come, each with its time in front, until the pod ends or the connection does."""
+        query: dict[str, Any] = {"timestamps": "true", "follow": "true"}
+        query |= {"sinceTime": since} if since else {"tailLines": tail} if tail is not None else {}
+        return self._lines(pod, query)
+
+    def attach(self, pod: str, container: str) -> Any:
+        """A websocket with the pod's terminal (kubernetes.stream.ws_client.WSClient)."""
+        core = client.CoreV1Api(self.api)
+        try:
+            return stream.stream(
+                core.connect_get_namespaced_pod_attach, pod, self.namespace, container=container,
+                stdin=True, stdout=True, stderr=True, tty=True, _preload_content=False,
+            )  # fmt: skip
+        except ApiException as error:
+            raise ClusterError(f"pod {pod} cannot be attached to: {_line(error.reason)}") from error
+
+    def _lines(self, pod: str, query: dict[str, Any]) -> Iterator[str]:
+        path = f"{self._path('Pod')}/{pod}/log"
+        # A quiet pod is no broken connection, so a stream has no time limit.
+        limit = (CONNECT_SECONDS, None if "follow" in query else READ_SECONDS)
+        response = self._call("GET", path, query=query, stream=True, timeout=limit)
+        rest = b""
+        try:
+            for piece in response.stream(amt=None, decode_content=False):
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    yield line.decode(errors="replace")
+        except (urllib3.exceptions.HTTPError, OSError):
+            pass  # the caller asks again, from the last line on
+        finally:
+            response.close()
+        if rest:
+            yield rest.decode(errors="replace")
+
+    def _path(self, kind: str, namespace: str | None = None, *, everywhere: bool = False) -> str:
+        api, resource, namespaced = KINDS[kind]
+        return f"{api}/namespaces/{namespace or self.namespace}/{resource}" if namespaced and not everywhere else (
+            f"{api}/{resource}"
+        )  # fmt: skip
+
+    def _object(self, method: str, path: str, **how: Any) -> Tree:
+        return dict(json.loads(self._call(method, path, **how).data))
+
+    def _call(
+        self, method: str, path: str, *, body: Tree | None = None, query: dict[str, Any] | None = None,
+        content: str = "application/json", stream: bool = False, timeout: Any = (CONNECT_SECONDS, READ_SECONDS),
+    ) -> Any:  # fmt: skip
+        headers: dict[str, str] = {"Accept": "*/*" if stream else "application/json", "Content-Type": content}
+        self.api.update_params_for_auth(headers, [], ["BearerToken"])
+        url = self.server + path + (f"?{urlencode(query)}" if query else "")
+        try:
+            response = self.api.rest_client.pool_manager.request(
+                method, url, body=json.dumps(body) if body is not None else None, headers=headers,
+                preload_content=False, timeout=urllib3.Timeout(connect=timeout[0], read=timeout[1]),
+            )  # fmt: skip
+            if response.status >= 300:
+                raise self._refused(response.status, response.data, path, body)
+            if not stream:
+                response.data  # noqa: B018  reads it, so that what breaks breaks here
+        except (urllib3.exceptions.HTTPError, OSError, ssl.SSLError) as error:
+            raise UnreachableError(
+                f"{self.server} does not answer ({_reason(error)}): is it the right --context, and is the cluster up?"
+            ) from error
+        return response
+
+    def _refused(self, status: int, data: bytes, path: str, body: Tree | None) -> ClusterError:
+        """The error for a status of the server's."""
+        try:
+            told = json.loads(data)
+            message, reason = _line(told.get("message", "")), told.get("reason", "")
+        except ValueError:
+            message, reason = _line(data.decode(errors="replace"))[:200], ""
+        if status == 404 and reason != "NotFound" and GROUP in path:
+            return UnknownKindError(
+                f"this cluster knows no ElasticJobs: install DLRover's operator: {INSTALL_OPERATOR}"
+            )
+        if status == 404:
+            return NotFoundError(message)
+        if status == 401:
+            return ClusterError(f"{self.server} does not know you ({message}): log in again, or take another --context")
+        if status == 403:
+            return ForbiddenError(f"not allowed: {message}; `elastic-gpt job doctor` tells which rights are needed")
+        if status == 409 and reason == "AlreadyExists":
+            return ExistsError(message)
+        what = f"{body['kind']} {body['metadata']['name']}: " if body and "kind" in body and "name" in body.get(
+            "metadata", {}
+        ) else ""  # fmt: skip
+        return ClusterError(f"{what}{message or f'the server answers {status}'}")
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause of a failed connection, in a few words."""
+    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason:
+        error = error.reason
+    text = _line(error)
+    return text.rpartition(": ")[2].strip("()'") or type(error).__name__

@@ -1,0 +1,261 @@
+"""What a cluster lacks for a job, and the command that mends it."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from elastic_gpt.jobs import actions, manifest, state
+from elastic_gpt.jobs.client import INSTALL_DEFINITION, INSTALL_OPERATOR, Cluster, ClusterError, UnknownKindError
+from elastic_gpt.jobs.manifest import Tree
+
+OPERATOR, OPERATOR_NAMESPACE = "dlrover-controller-manager", "dlrover"
+
+# Where there is nothing at all: storage on a single machine, as in kind; GPUs with NVIDIA's driver and container toolkit there.
+INSTALL_STORAGE = "kubectl apply -f https://raw.githubusercontent.com/rancher/local-path-provisioner/v0.0.31/deploy/local-path-storage.yaml"
+INSTALL_GPUS = (
+    "kubectl apply -f https://raw.githubusercontent.com/NVIDIA/k8s-device-plugin/v0.17.0/deployments/static/"
+    "nvidia-device-plugin.yml"
+)
+
+# What a provisioner's name tells of the access modes it offers.
+MANY = (
+    *("nfs", "cephfs", "efs", "filestore", "azurefile", "file.csi.azure", "lustre", "longhorn", "juicefs", "gluster"),
+    *("beegfs", "portworx", "weka", "gpfs", "spectrumscale", "trident", "quobyte"),
+)
+ONE = (
+    *("ebs", "disk.csi", "azure-disk", "gce-pd", "pd.csi", "local-path", "hostpath", "rbd", "cinder", "diskplugin"),
+    *("no-provisioner", "vsphere-volume", "topolvm", "openebs.io/local"),
+)
+
+# What the commands need: verb, kind, subresource, and for what.
+RIGHTS = (
+    ("list", "ElasticJob", "", "list, status, watch"),
+    ("create", "ElasticJob", "", "submit"),
+    ("patch", "ElasticJob", "", "scale, suspend, resume"),
+    ("delete", "ElasticJob", "", "delete"),
+    ("list", "Pod", "", "status, watch, wait"),
+    ("get", "Pod", "log", "logs, and step and loss in watch"),
+    ("create", "Pod", "", "prompt"),
+    ("create", "Pod", "attach", "prompt"),
+    ("list", "Event", "", "watch"),
+    ("create", "Job", "", "submit"),
+    ("create", "PersistentVolumeClaim", "", "submit"),
+    ("create", "Role", "", "submit"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    well: bool | None
+    """None: cannot be told from here."""
+    found: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        mark = {True: "ok", False: "MISSING", None: "unknown"}[self.well]
+        return f"{mark:<8} {self.what}: {self.found}" + (
+            f"\n         {self.cure}" if self.cure and not self.well else ""
+        )
+
+
+def doctor(cluster: Cluster, *, volume: str) -> int:
+    """Print what is there and what is not. Exit code 1 if something is missing."""
+    findings = [Finding("server", True, f"{cluster.server}, Kubernetes {cluster.version()}")]
+    actions.say(str(findings[0]))
+    for check in (_definition, _operator, _namespace, _rights, _volume, _gpus, _images):
+        try:
+            found = list(check(cluster, volume))
+        except ClusterError as error:
+            found = [Finding(check.__name__.strip("_"), None, str(error).partition(";")[0])]
+        for one in found:
+            actions.say(str(one))
+        findings += found
+    return int(any(one.well is False for one in findings))
+
+
+def _definition(cluster: Cluster, _: str) -> Iterator[Finding]:
+    try:
+        jobs = cluster.select("ElasticJob")
+    except UnknownKindError:
+        yield Finding("ElasticJob", False, "this cluster does not know the kind", INSTALL_OPERATOR)
+        return
+    yield Finding("ElasticJob", True, f"known; {len(jobs)} in namespace {cluster.namespace}")
+    definition = cluster.get("CustomResourceDefinition", "elasticjobs.elastic.iml.github.io")
+    fields = [version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+              for version in definition["spec"]["versions"] if version["name"] == "v1alpha1"]  # fmt: skip
+    if not any("suspend" in one for one in fields):
+        yield Finding("suspend", False, "the definition of ElasticJobs is an old one without it", INSTALL_DEFINITION)
+
+
+def _operator(cluster: Cluster, _: str) -> Iterator[Finding]:
+    deployments = [one for one in cluster.select("Deployment", everywhere=True) if one["metadata"]["name"] == OPERATOR]
+    if not deployments:
+        yield Finding("operator", False, f"no deployment {OPERATOR} in any namespace", INSTALL_OPERATOR)
+    for one in deployments:
+        where = one["metadata"]["namespace"]
+        if one.get("status", {}).get("availableReplicas"):
+            yield Finding("operator", True, f"{OPERATOR} runs in namespace {where}")
+            continue
+        pods = cluster.select("Pod", namespace=where, labels="control-plane=controller-manager")
+        troubles = [trouble for pod in pods if (trouble := state.pod_trouble(pod))]
+        yield Finding(
+            "operator", False, "; ".join([f"{OPERATOR} in namespace {where} is not available", *troubles]),
+            f"kubectl -n {where} describe pods -l control-plane=controller-manager",
+        )  # fmt: skip
+
+
+def _namespace(cluster: Cluster, _: str) -> Iterator[Finding]:
+    name = cluster.namespace
+    there = cluster.find("Namespace", name)
+    if there is None:
+        yield Finding(
+            "namespace", False, f"{name} is not there", f"kubectl create namespace {name}, or let submit make it"
+        )
+        return
+    yield Finding("namespace", True, name)
+    account = cluster.find("ServiceAccount", manifest.MASTER)
+    yield (
+        Finding("master's account", True, f"serviceaccount/{manifest.MASTER}")
+        if account
+        else Finding("master's account", None, f"no serviceaccount {manifest.MASTER} yet; submit makes it")
+    )
+
+
+def _rights(cluster: Cluster, _: str) -> Iterator[Finding]:
+    lacking = [one for one in RIGHTS if not cluster.allowed(one[0], one[1], subresource=one[2])]
+    if not lacking:
+        yield Finding("your rights", True, f"all that the commands need in namespace {cluster.namespace}")
+        return
+    told = [f"{verb} {kind.lower()}s{f'/{sub}' if sub else ''} (for {use})" for verb, kind, sub, use in lacking]
+    bind = f"kubectl -n {cluster.namespace} create rolebinding"
+    cures = []
+    if any(kind == "ElasticJob" for _, kind, _, _ in lacking):
+        verbs = "get,list,watch,create,patch,delete"
+        cures = [f"kubectl create clusterrole elasticjob-user --verb={verbs} --resource=elasticjobs.{manifest.GROUP}",
+                 f"{bind} elasticjob-user --clusterrole=elasticjob-user --user=YOU"]  # fmt: skip
+    if any(kind != "ElasticJob" for _, kind, _, _ in lacking):
+        cures.append(f"{bind} elastic-gpt-user --clusterrole=admin --user=YOU")
+    yield Finding(
+        "your rights", False, f"in namespace {cluster.namespace} you may not {'; '.join(told)}",
+        "an administrator: " + " && ".join(cures),
+    )  # fmt: skip
+
+
+def _volume(cluster: Cluster, volume: str) -> Iterator[Finding]:
+    claim = cluster.find("PersistentVolumeClaim", volume)
+    classes = {one["metadata"]["name"]: one for one in cluster.select("StorageClass")}
+    if claim:
+        phase = claim.get("status", {}).get("phase", "Pending")
+        modes = ", ".join(claim["spec"]["accessModes"])
+        kind = classes.get(claim["spec"].get("storageClassName", ""), {})
+        late = kind.get("volumeBindingMode") == "WaitForFirstConsumer"
+        events = state.job_events(volume, volume, cluster.select("Event"))
+        told = next((one.message for one in reversed(events) if one.warning and one.about == volume), "")
+        yield Finding(
+            "volume", True if phase == "Bound" else None if late and not told else False,
+            f"{volume} is {phase} ({modes})" + (": bound when the first pod comes" if late and phase == "Pending" else "")
+            + (f": {told}" if told and phase != "Bound" else ""),
+            f"kubectl -n {cluster.namespace} describe pvc {volume}; another class or mode: delete the claim, then submit with"
+            " --storage-class or --access-mode ReadWriteOnce (one machine)",
+        )  # fmt: skip
+        return
+    default = [name for name, one in classes.items() if is_default(one)]
+    many = [name for name, one in classes.items() if offers_many(one["provisioner"])]
+    unclear = [name for name, one in classes.items() if offers_many(one["provisioner"]) is None]
+    listed = ", ".join(f"{name} ({one['provisioner']})" for name, one in classes.items()) or "none"
+    if not classes:
+        yield Finding("storage", False, "no storage class", INSTALL_STORAGE)
+        return
+    yield Finding(
+        "storage", True if default else None, f"classes: {listed}; default: {', '.join(default) or 'none'}",
+        "name one: --storage-class",
+    )  # fmt: skip
+    fits = set(default) & set(many)
+    yield Finding(
+        "ReadWriteMany",
+        True if fits else None if many or set(default) & set(unclear) else False,
+        f"the default offers it, by its name: {', '.join(fits)}" if fits
+        else f"by their names, these offer it: {', '.join(many)}" if many
+        else f"cannot be told of {', '.join(unclear)}" if unclear else "no class offers it, by their names",
+        f"--storage-class {many[0]}" if many else "nodes on several machines need it (NFS, CephFS, EFS, Filestore ...);"
+        " on a single machine: --access-mode ReadWriteOnce",
+    )  # fmt: skip
+
+
+def is_default(storage_class: Tree) -> bool:
+    annotations = storage_class["metadata"].get("annotations", {})
+    return bool(annotations.get("storageclass.kubernetes.io/is-default-class") == "true")
+
+
+def offers_many(provisioner: str) -> bool | None:
+    """Whether a provisioner offers ReadWriteMany, as far as its name tells; None where it does not."""
+    name = provisioner.lower()
+    if any(word in name for word in MANY):
+        return True
+    return False if any(word in name for word in ONE) else None
+
+
+def _gpus(cluster: Cluster, _: str) -> Iterator[Finding]:
+    machines = {one["metadata"]["name"]: allocatable_gpus(one) for one in cluster.select("Node")}
+    found = ", ".join(f"{name} {count}" for name, count in machines.items() if count)
+    yield (
+        Finding("GPUs", True, f"{sum(machines.values())} on {len(machines)} machines: {found}")
+        if found
+        else Finding(
+            "GPUs", False, f"none of {len(machines)} machines offers nvidia.com/gpu",
+            f"{INSTALL_GPUS}; to train on CPUs: submit --gpus 0",
+        )
+    )  # fmt: skip
+
+
+def allocatable_gpus(machine: Tree) -> int:
+    if machine["spec"].get("unschedulable"):
+        return 0
+    return int(machine.get("status", {}).get("allocatable", {}).get("nvidia.com/gpu", 0))
+
+
+def _images(cluster: Cluster, _: str) -> Iterator[Finding]:
+    """Whether an image can be pulled shows only when a pod does; what earlier pods met with is told."""
+    try:
+        jobs = cluster.select("ElasticJob")
+    except UnknownKindError:
+        jobs = []
+    pods = cluster.select("Pod")
+    for image, secrets in sorted(images(jobs).items()):
+        missing = [name for name in secrets if cluster.find("Secret", name) is None]
+        troubles = {
+            trouble for pod in pods if image in _images_of(pod) and "Pull" in (trouble := state.pod_trouble(pod))
+        }
+        ran = [pod["spec"].get("nodeName", "?") for pod in pods if image in _images_of(pod) and _started(pod)]
+        if missing:
+            cure = f"kubectl -n {cluster.namespace} create secret docker-registry {missing[0]} --docker-server=... ..."
+            yield Finding("image", False, f"{image}: no secret {missing[0]}", cure)
+        elif troubles:
+            cure = "push it, mend its name (--image), or give --pull-secret; on kind: kind load docker-image"
+            yield Finding("image", False, f"{image}: {'; '.join(sorted(troubles))}", cure)
+        elif ran:
+            yield Finding("image", True, f"{image}: was pulled on {', '.join(sorted(set(ran)))}")
+        else:
+            yield Finding("image", None, f"{image}: no pod has tried to pull it yet")
+    if not jobs:
+        yield Finding("image", None, "whether one can be pulled shows when the first pod does")
+
+
+def images(jobs: Iterable[Tree]) -> dict[str, set[str]]:
+    """Images of ElasticJobs, with the names of their pull secrets."""
+    found: dict[str, set[str]] = {}
+    specs = (replica["template"]["spec"] for job in jobs for replica in job["spec"]["replicaSpecs"].values())
+    for spec in specs:
+        for container in spec["containers"]:
+            found.setdefault(container["image"], set()).update(one["name"] for one in spec.get("imagePullSecrets", []))
+    return found
+
+
+def _images_of(pod: Tree) -> list[str]:
+    return [one["image"] for one in itertools.chain(pod["spec"]["containers"], pod["spec"].get("initContainers", []))]
+
+
+def _started(pod: Tree) -> bool:
+    statuses = [*(pod["status"].get("initContainerStatuses") or []), *(pod["status"].get("containerStatuses") or [])]
+    return any(one.get("imageID") for one in statuses)

@@ -1,0 +1,234 @@
+"""JobSpec -> manifests: plain dicts from pure functions. Nothing here knows a cluster."""
+
+from collections.abc import Callable
+from typing import Any
+
+from elastic_gpt.jobs.spec import UPLOADED, WORKSPACE, JobSpec
+
+Tree = dict[str, Any]
+
+MASTER = "elastic-gpt-master"  # the service account of all masters in a namespace
+JOB_LABEL = "elastic-gpt.io/job"
+USER = 10001  # of the image
+GROUP = "elastic.iml.github.io"
+
+MASTER_RULES: list[Tree] = [
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch", "create", "delete"]},
+    {"apiGroups": [""], "resources": ["services"], "verbs": ["get", "create", "patch"]},
+    {"apiGroups": [GROUP], "resources": ["elasticjobs"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [GROUP], "resources": ["elasticjobs/finalizers"], "verbs": ["update"]},
+]
+
+# Taints and labels of spot machines: GKE, AKS, EKS and Karpenter.
+SPOT_TAINTS = [
+    {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
+    {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Equal", "value": "spot", "effect": "NoSchedule"},
+]
+SPOT_LABELS = {
+    "cloud.google.com/gke-spot": "true",
+    "kubernetes.azure.com/scalesetpriority": "spot",
+    "eks.amazonaws.com/capacityType": "SPOT",
+    "karpenter.sh/capacity-type": "spot",
+}
+GPU_TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+
+
+def namespace(spec: JobSpec) -> list[Tree]:
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    return [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": spec.namespace, "labels": labels}}]
+
+
+def volume(spec: JobSpec) -> list[Tree]:
+    claim: Tree = {"accessModes": [spec.access_mode], "resources": {"requests": {"storage": spec.volume_size}}}
+    if spec.storage_class:
+        claim["storageClassName"] = spec.storage_class
+    return [_object("v1", "PersistentVolumeClaim", spec, spec.volume, {"spec": claim}, labels={})]
+
+
+def rbac(spec: JobSpec) -> list[Tree]:
+    """What a master may do in its namespace. Workers have no rights at all."""
+    group = "rbac.authorization.k8s.io"
+    binding = {
+        "roleRef": {"apiGroup": group, "kind": "Role", "name": MASTER},
+        "subjects": [{"kind": "ServiceAccount", "name": MASTER, "namespace": spec.namespace}],
+    }
+    return [
+        _object("v1", "ServiceAccount", spec, MASTER, {}, labels={}),
+        _object(f"{group}/v1", "Role", spec, MASTER, {"rules": MASTER_RULES}, labels={}),
+        _object(f"{group}/v1", "RoleBinding", spec, MASTER, binding, labels={}),
+    ]
+
+
+def text(spec: JobSpec) -> list[Tree]:
+    """The text that travels with the job, if any does."""
+    return [_object("v1", "ConfigMap", spec, f"{spec.name}-text", {"data": dict(spec.upload)})] if spec.upload else []
+
+
+def prepare(spec: JobSpec) -> list[Tree]:
+    """Text to tokens, once. None for a job that takes the data of another."""
+    if spec.data_of:
+        return []
+    texts = [*spec.texts, *(str(UPLOADED / name) for name, _ in spec.upload)] or ["--sample"]
+    args = ["elastic-gpt", "prepare", *texts, f"--output-dir={spec.data_dir}", f"--tokenizer={spec.tokenizer}"]
+    container = _container(spec, "prepare", args, cpu="2", memory="2Gi", mounts=[_mount("workspace", str(WORKSPACE))])
+    volumes = [_workspace(spec)]
+    if spec.upload:
+        container["volumeMounts"].append({**_mount("text", str(UPLOADED)), "readOnly": True})
+        volumes.append({"name": "text", "configMap": {"name": f"{spec.name}-text"}})
+    template = {"metadata": {"labels": {JOB_LABEL: spec.name}}, "spec": _pod(spec, [container], volumes)}
+    job = {"backoffLimit": 2, "template": template}
+    return [_object("batch/v1", "Job", spec, f"{spec.name}-prepare", {"spec": job})]
+
+
+def elasticjob(spec: JobSpec) -> list[Tree]:
+    """DLRover's job: a master, which makes the worker pods."""
+    replicas = {
+        "dlrover-master": {"replicas": 1, "restartCount": 100, "template": {"spec": _master(spec)}},
+        "worker": {
+            "replicas": spec.nodes,
+            "restartCount": 100,
+            "autoScale": False,
+            "template": {"spec": _worker(spec)},
+        },
+    }
+    job = {"distributionStrategy": "AllreduceStrategy", "optimizeMode": "single-job", "replicaSpecs": replicas}
+    return [_object(f"{GROUP}/v1alpha1", "ElasticJob", spec, spec.name, {"spec": job})]
+
+
+def prompt(spec: JobSpec) -> list[Tree]:
+    """A pod in which a person talks to the model."""
+    args = ["elastic-gpt", "generate", spec.run_dir]
+    mount = {**_mount("workspace", str(WORKSPACE)), "readOnly": True}
+    memory = f"{2 + -(-4 * 2 * spec.parameters // 2**30)}Gi"  # torch, and the weights while they are read
+    container = _container(spec, "prompt", args, cpu="1", memory=memory, mounts=[mount])
+    container |= {"stdin": True, "stdinOnce": True, "tty": True}
+    return [_object("v1", "Pod", spec, f"{spec.name}-prompt", {"spec": _pod(spec, [container], [_workspace(spec)])})]
+
+
+def shell(spec: JobSpec) -> list[Tree]:
+    """A pod that only holds the volume: to copy texts to it, and to look at runs."""
+    mounts = [_mount("workspace", str(WORKSPACE))]
+    container = _container(spec, "shell", ["sleep", "infinity"], cpu="1", memory="2Gi", mounts=mounts)
+    return [_object("v1", "Pod", spec, f"{spec.name}-shell", {"spec": _pod(spec, [container], [_workspace(spec)])})]
+
+
+PARTS: dict[str, Callable[[JobSpec], list[Tree]]] = {
+    "namespace": namespace,
+    "volume": volume,
+    "rbac": rbac,
+    "text": text,
+    "prepare": prepare,
+    "job": elasticjob,
+    "prompt": prompt,
+    "shell": shell,
+}
+"""In the order in which they are applied."""
+JOB_PARTS = ("namespace", "volume", "rbac", "text", "prepare", "job")
+
+
+def manifests(spec: JobSpec, parts: tuple[str, ...] = JOB_PARTS) -> list[Tree]:
+    """The objects of these parts; as it comes, of those that make a job."""
+    return [tree for part in PARTS if part in parts for tree in PARTS[part](spec)]
+
+
+def _master(spec: JobSpec) -> Tree:
+    args = ["elastic-gpt", "master", f"--namespace={spec.namespace}", f"--job-name={spec.name}"]
+    container = _container(spec, "main", args, cpu="1", memory="2Gi", mounts=[])
+    account = {"serviceAccountName": MASTER, "automountServiceAccountToken": True}
+    return _pod(spec, [container], [], **account, affinity=_prefer("NotIn") if spec.spot else {})
+
+
+def _worker(spec: JobSpec) -> Tree:
+    args = ["elastic-gpt", "launch", f"--nnodes={spec.min_nodes}:{spec.max_nodes}", f"--nproc={spec.workers}"]
+    args += ["--network-check"] if spec.network_check else []
+    args += [
+        "--",
+        "train",
+        spec.used_preset,
+        f"--data.dir={spec.data_dir}",
+        f"--run-dir={spec.run_dir}",
+        *spec.arguments,
+    ]
+    workspace = _mount("workspace", str(WORKSPACE))
+    mounts = [workspace, _mount("snapshots", "/dev/shm")]
+    # DLRover adds its environment to the container that is called main.
+    main = _container(spec, "main", args, cpu=str(spec.used_cpus), memory=f"{spec.memory_gib}Gi", mounts=mounts)
+    main["env"] += [{"name": name, "value": value} for name, value in spec.env]
+    if spec.gpus:
+        for bound in ("requests", "limits"):
+            main["resources"][bound]["nvidia.com/gpu"] = str(spec.gpus)
+    wait = ["sh", "-c", f"until test -e {spec.data_dir}/meta.json; do sleep 2; done"]
+    waiting = _container(
+        spec, "wait-for-data", wait, cpu="100m", memory="64Mi", mounts=[{**workspace, "readOnly": True}]
+    )
+    snapshots = {"name": "snapshots", "emptyDir": {"medium": "Memory", "sizeLimit": f"{spec.shm_gib}Gi"}}
+    return _pod(
+        spec,
+        [main],
+        [_workspace(spec), snapshots],
+        terminationGracePeriodSeconds=30,
+        initContainers=[waiting],
+        nodeSelector=dict(spec.node_selector),
+        affinity=_prefer("In") if spec.spot else {},
+        tolerations=[GPU_TAINT] * bool(spec.gpus) + SPOT_TAINTS * spec.spot,
+    )
+
+
+def _object(version: str, kind: str, spec: JobSpec, name: str, rest: Tree, labels: Tree | None = None) -> Tree:
+    metadata: Tree = {"name": name, "namespace": spec.namespace}
+    labels = {JOB_LABEL: spec.name} if labels is None else labels
+    return {"apiVersion": version, "kind": kind, "metadata": metadata | ({"labels": labels} if labels else {}), **rest}
+
+
+def _pod(spec: JobSpec, containers: list[Tree], volumes: list[Tree], **more: Any) -> Tree:
+    """A pod that a namespace with the policy `restricted` admits. What is empty in `more` is left out."""
+    context: Tree = {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER}
+    if volumes:
+        context |= {"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"}
+    pod: Tree = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "imagePullSecrets": [{"name": spec.pull_secret}] if spec.pull_secret else [],
+        "securityContext": context | {"seccompProfile": {"type": "RuntimeDefault"}},
+        "initContainers": [],
+        **more,
+        "containers": containers,
+        "volumes": [*volumes, {"name": "scratch", "emptyDir": {}}],
+    }
+    return {key: value for key, value in pod.items() if value not in ([], {})}
+
+
+def _container(spec: JobSpec, name: str, args: list[str], *, cpu: str, memory: str, mounts: list[Tree]) -> Tree:
+    resources = {"cpu": cpu, "memory": memory}
+    return {
+        "name": name,
+        "image": spec.used_image,
+        "imagePullPolicy": "IfNotPresent",
+        "args": args,
+        # What is written outside the volume (compiled kernels, sockets) goes to a folder that ends with the pod.
+        "env": [{"name": "HOME", "value": "/tmp"}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "resources": {"requests": resources, "limits": dict(resources)},
+        "volumeMounts": [*mounts, _mount("scratch", "/tmp")],
+    }
+
+
+def _mount(name: str, path: str) -> Tree:
+    return {"name": name, "mountPath": path}
+
+
+def _workspace(spec: JobSpec) -> Tree:
+    return {"name": "workspace", "persistentVolumeClaim": {"claimName": spec.volume}}
+
+
+def _prefer(operator: str) -> Tree:
+    """Spot machines (In), or others (NotIn), where there are some."""
+    words = [{"key": key, "operator": operator, "values": [value]} for key, value in SPOT_LABELS.items()]
+    # A spot machine has one of the labels; another one has none.
+    terms = [[word] for word in words] if operator == "In" else [words]
+    preferred = [{"weight": 100, "preference": {"matchExpressions": term}} for term in terms]
+    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}

@@ -1,0 +1,129 @@
+"""Plain dicts -> YAML, with notes where a field does not say why it is as it is."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from elastic_gpt.jobs.manifest import Tree
+
+_MASTER = "spec/replicaSpecs/dlrover-master"
+_WORKER = "spec/replicaSpecs/worker"
+_POD = f"{_WORKER}/template/spec"
+_MAIN = f"{_POD}/containers/main"
+
+# By kind and path; in a list, an element goes by its name, or by a flag without its value.
+NOTES: dict[str, dict[str, str]] = {
+    "Namespace": {
+        "": "The jobs' own namespace. DLRover's operator lives in `dlrover` and looks into all of them.",
+        "metadata/labels": "All pods run without root and without privileges; the API server refuses one that would not.",
+    },
+    "PersistentVolumeClaim": {
+        "": "One volume for all pods: /workspace/JOB/data (tokens) and /workspace/JOB/run (checkpoints, metrics, ledger).",
+        "spec/accessModes": "ReadWriteMany: pods on several machines; the storage class must offer it (NFS, CephFS, EFS ...).\n"
+        "ReadWriteOnce: all pods on one machine, as in kind and minikube (local-path, hostpath).",
+        "spec/resources/requests/storage": "A checkpoint takes 12 bytes a parameter, GPT-2 124M 1.5 GB; three are kept.",
+    },
+    "Role": {
+        "": "What a master may do: make and replace the pods of its job in this namespace, and read how many are wanted.\n"
+        "Workers talk to the master alone and have no rights at all.",
+        "rules/{elasticjobs/finalizers}": "The pods' owner references block the owner's deletion; some clusters (OpenShift)\n"
+        "ask for this right before they allow it.",
+    },
+    "ConfigMap": {"": "The text that `prepare` reads."},
+    "Job": {
+        "": "Text to tokens, once: train.bin, val.bin and last of all meta.json.",
+        "spec/template/spec/securityContext/fsGroup": "Makes the volume writable for the image's user.",
+    },
+    "ElasticJob": {
+        "": "Comments say what DLRover 0.6.1 makes of a field where that is not what the field says.\n"
+        "No label app.kubernetes.io/name here: the operator copies labels to the master, and would lose sight of it.",
+        f"{_MASTER}/restartCount": "The default is 0: the first lost master fails the job. One that exits with 1 does anyhow.",
+        f"{_MASTER}/template/spec/containers/main/image": "Not the operator's default: master and agents are of one version.",
+        f"{_MASTER}/template/spec/containers/main/args/elastic-gpt": "DLRover's master, which scales a running job as well.",
+        f"{_WORKER}/replicas": "How many nodes are wanted now, from the least to the most of --nnodes:\n"
+        "`elastic-gpt job scale`, `kubectl patch` and `kubectl edit` change it while the job runs.",
+        f"{_WORKER}/restartCount": "How many pods may fail; the default is 3.",
+        f"{_POD}/terminationGracePeriodSeconds": "What a preempted node has for saving its state. DLRover clears this\n"
+        "field and Kubernetes then takes its default, 30: a larger number here would be an empty promise.",
+        f"{_POD}/securityContext/fsGroupChangePolicy": "Else each new node walks through all checkpoints before it starts.",
+        f"{_POD}/affinity": "Preferred, not required: without spot machines the job runs on others.",
+        f"{_POD}/initContainers/wait-for-data": "Lets everything be applied at once; prepare writes meta.json last.",
+        f"{_MAIN}/args/--nnodes=": "Fixed for the life of the job. With fewer nodes than the least, training waits.",
+        f"{_MAIN}/args/--nproc=": "Workers on a node: one for each of its GPUs.",
+        f"{_MAIN}/args/--network-check": "Finds a bad machine or link; repeated, by DLRover, at every change of members.",
+        f"{_MAIN}/resources/requests": "DLRover makes the limits of cpu and memory equal to these.",
+        f"{_MAIN}/resources/requests/memory": "Holds /dev/shm below, too.",
+        f"{_POD}/volumes/snapshots": "Two snapshots of 12 bytes a parameter, and NCCL's buffers; else it has 64 MB.",
+    },
+    "Pod": {
+        "spec/containers/prompt/stdinOnce": "The pod ends when the person leaves.",
+    },
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:  # noqa: ARG002
+        return super().increase_indent(flow, False)
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, data: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+def _list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.SequenceNode:
+    """Short lists of words on one line; command lines and objects an element a line."""
+    words = all(isinstance(item, str) and item[:1] != "-" for item in data) and len(" ".join(data)) < 60
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=words)
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_representer(list, _list)
+
+
+def to_yaml(trees: list[Tree], heading: str = "") -> str:
+    """All objects as one YAML stream, each with its notes; `heading` is a comment at the top."""
+    return (f"# {heading}\n" if heading else "") + "---\n".join(map(_document, trees))
+
+
+def _document(tree: Tree) -> str:
+    body = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)
+    notes = NOTES.get(tree["kind"], {})
+    lines = body.splitlines(keepends=True)
+    for path, line, column in sorted(_places(yaml.compose(body, Loader=yaml.SafeLoader), ""), key=lambda p: -p[1]):
+        for note in reversed(notes.get(path, "").splitlines()):
+            lines.insert(line, f"{' ' * column}# {note}\n")
+    return "".join(lines)
+
+
+def _places(node: Any, path: str) -> Iterator[tuple[str, int, int]]:
+    """Path, line and column of the document, of each key and of each element of a list."""
+    if not path:
+        yield "", 0, 0
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = f"{path}/{key.value}".lstrip("/")
+            yield below, key.start_mark.line, key.start_mark.column
+            yield from _places(value, below)
+    elif isinstance(node, yaml.SequenceNode):
+        for element in node.value:
+            name = _name(element)
+            yield f"{path}/{name}", element.start_mark.line, element.start_mark.column - 2
+            yield from _places(element, f"{path}/{name}")
+
+
+def _name(element: Any) -> str:
+    """What an element of a list is called in a path: its name, its resources in braces, or a flag without its value."""
+    if isinstance(element, yaml.ScalarNode):
+        flag, equals, _ = str(element.value).partition("=")
+        return flag + equals
+    if isinstance(element, yaml.MappingNode):
+        fields = {key.value: value for key, value in element.value}
+        if "name" in fields:
+            return str(fields["name"].value)
+        if "resources" in fields:
+            return "{" + ",".join(item.value for item in fields["resources"].value) + "}"
+    return ""

@@ -1,0 +1,228 @@
+"""What a person decides about a job; the manifests follow from it."""
+
+import importlib.metadata
+import importlib.resources
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import yaml
+
+from elastic_gpt.settings import SettingsError, find_preset
+
+WORKSPACE = PurePosixPath("/workspace")  # where all pods see the volume
+UPLOADED = PurePosixPath("/text")  # where the prepare Job sees text that came along
+LONGEST_NAME = (
+    37  # of the names made of a job's, elasticjob-NAME-dlrover-master is the longest; a service has 63 characters
+)
+LARGEST_UPLOAD = 1_000_000  # bytes; what etcd takes in one object, less what is around the text
+
+AccessMode = Literal["ReadWriteMany", "ReadWriteOnce"]
+ACCESS_MODES: tuple[AccessMode, ...] = ("ReadWriteMany", "ReadWriteOnce")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A training job on Kubernetes. Raises SettingsError, in one line with the cure, where it makes none."""
+
+    name: str = "elastic-gpt"
+    """Of the ElasticJob, and of its folder on the volume. DLRover's operator wants it unique in the cluster."""
+    namespace: str = "training"
+    image: str = ""
+    """For all pods. Empty: elastic-gpt:VERSION, with -cpu where there are no GPUs."""
+    pull_secret: str = ""
+    """Name of a secret with the registry's password."""
+    preset: str = ""
+    """Of `elastic-gpt train`. Empty: gpt2_124m, or debug_cpu where there are no GPUs."""
+    arguments: tuple[str, ...] = ()
+    """Flags of `elastic-gpt train` after the preset."""
+    nodes: int = 2
+    """To start with; `job scale` changes it."""
+    min_nodes: int = 1
+    """With fewer than these, training waits."""
+    max_nodes: int = 4
+    """Fixed for the life of the job."""
+    gpus: int = 1
+    """A node, and workers on it. 0: one worker on CPUs."""
+    cpus: int = 0
+    """A node. 0: 4 a GPU, or 2."""
+    memory: int = 0
+    """GiB a node, with the snapshots in it. 0: what the model needs."""
+    network_check: bool = False
+    """Let DLRover try out each node and the network between them, at every change of members."""
+    spot: bool = False
+    """Tolerate spot (preemptible) machines, and prefer them."""
+    node_selector: tuple[tuple[str, str], ...] = ()
+    """Labels that a worker's machine must have."""
+    env: tuple[tuple[str, str], ...] = ()
+    """Environment variables of the workers."""
+    volume: str = "elastic-gpt"
+    """The PersistentVolumeClaim that all pods mount."""
+    volume_size: str = "20Gi"
+    access_mode: AccessMode = "ReadWriteMany"
+    storage_class: str = ""
+    """Empty: the cluster's default."""
+    data_of: str = ""
+    """The job on this volume whose data are used. Empty: this one's own, which a prepare Job makes."""
+    texts: tuple[str, ...] = ()
+    """Text files on the volume, below /workspace, or URLs. None, and no upload: Python's own documentation."""
+    upload: tuple[tuple[str, str], ...] = ()
+    """Names and contents of text files that travel in a ConfigMap."""
+    tokenizer: str = "gpt2"
+
+    def __post_init__(self) -> None:
+        for what, name, longest in (
+            ("job name", self.name, LONGEST_NAME),
+            ("--namespace", self.namespace, 63),
+            ("--volume", self.volume, 63),
+            ("--data-of", self.data_of or self.name, LONGEST_NAME),
+        ):
+            if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > longest:
+                raise SettingsError(
+                    f"{what} '{name}': take small letters, digits and dashes, a letter first, at most {longest} of them"
+                )
+        if not 1 <= self.min_nodes <= self.max_nodes:
+            raise SettingsError(
+                f"--min-nodes {self.min_nodes} and --max-nodes {self.max_nodes} are no range: the least is 1"
+            )
+        if not self.min_nodes <= self.nodes <= self.max_nodes:
+            raise SettingsError(
+                f"--nodes {self.nodes} is outside {self.min_nodes} to {self.max_nodes}: change it,"
+                " --min-nodes or --max-nodes"
+            )
+        for flag, number in (("--gpus", self.gpus), ("--cpus", self.cpus), ("--memory", self.memory)):
+            if number < 0:
+                raise SettingsError(f"{flag} {number}: it must not be negative")
+        if not re.fullmatch(r"[1-9][0-9]*(Mi|Gi|Ti)", self.volume_size):
+            raise SettingsError(f"--volume-size '{self.volume_size}': write a size such as 20Gi")
+        for path in self.texts:
+            if not _elsewhere(path):
+                raise SettingsError(f"--text {path}: pods see what is on the volume, which is below {WORKSPACE}")
+        if self.data_of and (self.texts or self.upload):
+            raise SettingsError("--text and --data-of: the text is prepared, or the data of another job are taken")
+        if self.network_check and not self.gpus:
+            raise SettingsError("--network-check: DLRover checks GPUs and their network only; leave it out")
+        if self.memory and self.memory <= self.shm_gib:
+            raise SettingsError(
+                f"--memory {self.memory}: the snapshots alone take {self.shm_gib} GiB; take {self.memory_gib_needed}"
+            )
+
+    @property
+    def used_preset(self) -> str:
+        return self.preset or ("gpt2_124m" if self.gpus else "debug_cpu")
+
+    @property
+    def used_image(self) -> str:
+        version = importlib.metadata.version("elastic-gpt")
+        return self.image or f"elastic-gpt:{version}{'' if self.gpus else '-cpu'}"
+
+    @property
+    def data_dir(self) -> str:
+        return str(WORKSPACE / (self.data_of or self.name) / "data")
+
+    @property
+    def run_dir(self) -> str:
+        return str(WORKSPACE / self.name / "run")
+
+    @property
+    def workers(self) -> int:
+        """On a node."""
+        return self.gpus or 1
+
+    @property
+    def used_cpus(self) -> int:
+        return self.cpus or 4 * self.gpus or 2
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, as near as memory needs to be known; with GPT-2's vocabulary where the data decide on it."""
+        shape = {"n_layer": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 0}
+        shape |= {name: int(value) for name, value in preset_model(self.used_preset).items() if name in shape}
+        shape |= _shape_in(self.arguments, shape)
+        width = shape["n_embd"]
+        vocabulary = shape["vocab_size"] or 50257
+        return 12 * shape["n_layer"] * width * width + (vocabulary + shape["block_size"]) * width
+
+    @property
+    def shm_gib(self) -> int:
+        """/dev/shm: two snapshots of 12 bytes a parameter (AdamW's state in float32), and NCCL's buffers."""
+        return math.ceil(2 * 12 * self.parameters / 2**30) + bool(self.gpus)
+
+    @property
+    def memory_gib_needed(self) -> int:
+        """/dev/shm, and for each worker its libraries and twice the state: once to train on CPUs, once to restore."""
+        each = (4 if self.gpus else 2) + math.ceil(2 * 12 * self.parameters / 2**30)
+        return self.shm_gib + self.workers * each
+
+    @property
+    def memory_gib(self) -> int:
+        return self.memory or self.memory_gib_needed
+
+
+def presets() -> Path:
+    """The folder of the presets of `elastic-gpt train`."""
+    # By name: this package is below the models, and importing one would import torch.
+    return Path(str(importlib.resources.files("model_zoo.nanogpt"))) / "presets"
+
+
+def preset_model(name: str) -> Mapping[str, int]:
+    """The model section of a preset. Raises SettingsError, with the nearest name, where there is no such preset."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise SettingsError(f"--preset {name}: the image has no file of yours; name a preset and add flags after --")
+    tree = yaml.safe_load(find_preset(name, presets()).read_text(encoding="utf-8"))
+    return dict(tree.get("model", {}))
+
+
+def _shape_in(arguments: tuple[str, ...], shape: Mapping[str, int]) -> dict[str, int]:
+    """`--model.n-layer=6`, or the same in two words, as {"n_layer": 6}."""
+    found: dict[str, int] = {}
+    if not arguments:
+        return found
+    for word, following in zip(arguments, (*arguments[1:], ""), strict=True):
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--model.").replace("-", "_")
+        if flag.startswith("--model.") and name in shape:
+            value = value if equals else following
+            if not value.isdecimal():
+                raise SettingsError(f"{flag} '{value}': give a number")
+            found[name] = int(value)
+    return found
+
+
+def _elsewhere(path: str) -> bool:
+    """Whether a text lies on the volume or at a URL."""
+    return "://" in path or PurePosixPath(path).is_relative_to(WORKSPACE)
+
+
+def read_texts(paths: list[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Sort out --text: what pods find by themselves, and the files here that have to travel.
+
+    Raises:
+        SettingsError: for a file that is not there, is not UTF-8, or is too large to travel.
+    """
+    there, here = [], {}
+    for path in paths:
+        if _elsewhere(path):
+            there.append(path)
+            continue
+        try:
+            here[Path(path).name] = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SettingsError(f"--text {path}: not UTF-8 at byte {error.start}; convert it with iconv") from error
+        except OSError as error:
+            raise SettingsError(
+                f"--text {path}: {error.strerror}; name a file here, or one on the volume as {WORKSPACE}/..."
+            ) from error
+        if not re.fullmatch(r"[-._a-zA-Z0-9]+", Path(path).name):
+            raise SettingsError(
+                f"--text {path}: a ConfigMap takes letters, digits, '-', '_' and '.' in names; rename it"
+            )
+    if sum(len(text.encode()) for text in here.values()) > LARGEST_UPLOAD:
+        raise SettingsError(
+            "--text: up to 1 MB travels with the job; copy a larger text to the volume with `kubectl cp` and name it"
+            f" {WORKSPACE}/... (examples/elasticjob/README.md shows how)"
+        )
+    return tuple(there), tuple(here.items())

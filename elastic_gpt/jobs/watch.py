@@ -1,0 +1,114 @@
+"""A job as it goes: a live table on a terminal, elsewhere a line for each change."""
+
+import contextlib
+import sys
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from elastic_gpt.jobs import actions, state
+from elastic_gpt.jobs.client import Cluster, ClusterError
+from elastic_gpt.jobs.state import Event, JobState, Progress
+
+EVENTS = 5
+COLORS = {"Running": "green", "Succeeded": "green", "Failed": "red", "Pending": "yellow", "Leaving": "yellow"}
+
+
+def status(cluster: Cluster, name: str) -> int:
+    """The job at this moment."""
+    job, progress, events = look(cluster, name)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(picture(job, progress, events))
+    return 0
+
+
+def watch(cluster: Cluster, name: str) -> int:
+    """Until the job has ended, or Ctrl-C. The exit code is the job's."""
+    if not sys.stdout.isatty():
+        return _lines(cluster, name)
+    job: JobState | None = None
+    with Live(console=Console(highlight=False), auto_refresh=False) as live:
+        for job in actions.looks(cluster, name, None):
+            _, progress, events = look(cluster, name, job)
+            live.update(picture(job, progress, events), refresh=True)
+            if job.ended:
+                break
+    return 0 if job and job.phase == "Succeeded" else 1
+
+
+def _lines(cluster: Cluster, name: str) -> int:
+    tell, told = actions.Told(), ""
+    for job in actions.looks(cluster, name, None):
+        _, progress, events = look(cluster, name, job)
+        tell([job.headline(), *job.troubles(), *(str(event) for event in events if event.warning)])
+        if progress and str(progress) != told:
+            told = str(progress)
+            actions.say(told)
+        if job.ended:
+            return 0 if job.phase == "Succeeded" else 1
+    return 1
+
+
+def look(cluster: Cluster, name: str, job: JobState | None = None) -> tuple[JobState, Progress | None, list[Event]]:
+    """All there is to show. What this user may not read, or cannot just now, is left out."""
+    job = job or actions.read(cluster, name)
+    progress, events = None, []
+    with contextlib.suppress(ClusterError):
+        progress = state.progress(actions.tails(cluster, job))
+    with contextlib.suppress(ClusterError):
+        events = state.job_events(name, "", cluster.select("Event"))[-EVENTS:]
+    return job, progress, events
+
+
+def picture(job: JobState, progress: Progress | None, events: list[Event]) -> RenderableType:
+    """The job as a table of its pods, with a line above and the last events below."""
+    table = Table(
+        "pod", "rank", "phase", "restarts", "machine", "age", "", box=None, pad_edge=False, header_style="bold"
+    )
+    for node in (*job.others, *job.nodes):
+        table.add_row(
+            node.name,
+            "" if node.rank is None else str(node.rank),
+            Text(node.phase, COLORS.get(node.phase, "")),
+            str(node.restarts or ""),
+            node.host,
+            state.age(node.created),
+            Text(node.reason, "red" if node.phase == "Failed" else "yellow"),
+        )
+    head = Text.assemble((job.name, "bold"), f" in {job.namespace}: {job.headline()}, {state.age(job.created)} old")
+    going = f"{progress} ({state.age(progress.time)} ago)" if progress else "no step has been reported yet"
+    happened = [
+        Text(
+            f"{state.age(event.time):>4} {event}", "yellow" if event.warning else "", overflow="ellipsis", no_wrap=True
+        )
+        for event in events
+    ]
+    return Group(
+        head, *([] if job.ended and not progress else [Text(going)]), "", table, *([""] if happened else []), *happened
+    )
+
+
+def jobs(cluster: Cluster, *, everywhere: bool) -> int:
+    """A line for each job."""
+    found = cluster.select("ElasticJob", everywhere=everywhere)
+    if not found:
+        where = "in this cluster" if everywhere else f"in namespace {cluster.namespace}; -A looks in all"
+        actions.say(f"no jobs {where}; `elastic-gpt job submit` makes one")
+        return 0
+    pods = cluster.select("Pod", labels=state.JOB_NAME, everywhere=everywhere)
+    table = Table(
+        *(["namespace"] * everywhere), "job", "phase", "nodes", "range", "image", "age", box=None, pad_edge=False
+    )
+    for tree in found:
+        name, namespace = tree["metadata"]["name"], tree["metadata"]["namespace"]
+        of = [pod for pod in pods if pod["metadata"]["namespace"] == namespace
+              and pod["metadata"]["labels"][state.JOB_NAME] == name]  # fmt: skip
+        job = state.job_state(tree, of)
+        table.add_row(
+            *([namespace] * everywhere), name, Text(job.phase, COLORS.get(job.phase, "")),
+            f"{job.running}/{job.wanted}", f"{job.least}:{job.most}", job.image, state.age(job.created),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    return 0

@@ -1,0 +1,224 @@
+"""DLRover's job master, with what it lacks: a job's nodes follow `replicas` and `suspend` while it runs.
+
+    elastic-gpt master --namespace training --job-name gpt      # what a job's master pod runs
+
+DLRover 0.6.1 reads `spec.replicaSpecs.worker.replicas` once, and `spec.suspend` only keeps it from starting nodes. Here the
+ElasticJob is read again and again, so `elastic-gpt job scale`, `kubectl patch` and `kubectl edit` all do the same, a client
+may die half-way, and a master that was itself replaced carries on. A node is taken away as Kubernetes takes pods away: SIGTERM,
+upon which it finishes the step in flight, saves the state and goes.
+"""
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from elastic_gpt.jobs.state import wanted_nodes
+from elastic_gpt.processes import die_with_parent
+from elastic_gpt.rendezvous import Leases, wait_for_members
+from elastic_gpt.settings import fail
+
+PORT = 50001  # DLRover's service for the master points there
+POLL_SECONDS = 2.0
+LOST_SECONDS = 30.0  # a node that has had no pod for this long has been forgotten, by a master that was lost
+ALIVE = ("Initial", "Pending", "Running")
+
+
+class Node(Protocol):
+    """What we read of DLRover's record of a node. A replacement is a new record with a higher id and the same rank."""
+
+    id: int
+    rank_index: int
+    name: str
+    status: str
+    relaunchable: bool
+
+
+def decide(nodes: Iterable[Node], wanted: int) -> tuple[list[int], list[Node]]:
+    """What makes a job of `nodes` one of `wanted` nodes: the ranks to start a node for, and the nodes that are to go.
+
+    What DLRover replaces of its own accord (failed, killed and deleted nodes) is left to it.
+    """
+    newest: dict[int, Node] = {}
+    for node in sorted(nodes, key=lambda node: node.id):
+        newest[node.rank_index] = node
+    if any(node.status == "Succeeded" for node in newest.values()):
+        return [], []  # the training is over: a node that came now would wait for company for ever
+    # A node that was taken away is Deleted, and was marked so that DLRover does not replace it.
+    absent = [
+        rank
+        for rank in range(wanted)
+        if rank not in newest or (newest[rank].status == "Deleted" and not newest[rank].relaunchable)
+    ]
+    leaving = [node for rank, node in sorted(newest.items()) if rank >= wanted and node.status in ALIVE]
+    return absent, leaving
+
+
+class Scaling:
+    """Makes a running job's nodes what its ElasticJob says."""
+
+    def __init__(self, job_manager: Any, job_name: str) -> None:
+        """Args:
+        job_manager: DLRover's DistributedJobManager, started.
+        """
+        self._manager = job_manager
+        self._job_name = job_name
+        self._wanted: int | None = None
+        self._without_pod: dict[int, float] = {}  # node id to when that was first seen
+        # The master ends when all nodes have exited. That of a suspended job has to wait.
+        pending = job_manager.pend_without_workers
+        job_manager.pend_without_workers = lambda: self._wanted == 0 or pending()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="scaling", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.reconcile()
+            except Exception as error:  # the API server is away, a pod has just gone: the next look finds out
+                print(f"scaling: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            time.sleep(POLL_SECONDS)
+
+    def reconcile(self) -> None:
+        """Read the job once and do what it takes."""
+        job = self._manager._k8s_client.get_custom_resource(
+            name=self._job_name, group="elastic.iml.github.io", version="v1alpha1", plural="elasticjobs"
+        )
+        if not job:
+            return
+        wanted = wanted_nodes(job)
+        if wanted != self._wanted:
+            print(f"scaling: the job asks for {wanted} nodes", flush=True)
+            self._wanted = wanted
+        manager = self._manager._worker_manager
+        nodes = list(manager._get_mutable_nodes().values())
+        absent, leaving = decide(nodes, wanted)
+        for node in leaving:
+            self._remove(node)
+        plan = self._plan()
+        plan.launch_nodes = [self._new_node(rank) for rank in absent] + self._lost(nodes)
+        if plan.launch_nodes:
+            print(f"scaling: starting {', '.join(node.name for node in plan.launch_nodes)}", flush=True)
+            self._manager._scaler.scale(plan)
+
+    def _remove(self, node: Any) -> None:
+        print(f"scaling: {node.name} is to leave", flush=True)
+        node.relaunchable = False
+        node.is_released = True
+        self._manager._job_context.update_job_node(node)
+        plan = self._plan()
+        plan.remove_nodes = [node]
+        self._manager._scaler._remove_nodes(plan)  # scale(plan) would do the same, but waits while a job is suspended
+        if node.status == "Initial":  # it never had a pod, so no event will say that it is gone
+            node.update_status("Deleted")
+
+    def _new_node(self, rank: int) -> Any:
+        from dlrover.python.common.node import Node
+
+        manager = self._manager._worker_manager
+        number = manager.get_next_node_id()
+        resource = self._manager._job_resource.get_node_group_resource("worker").node_resource
+        node = Node(
+            "worker",
+            number,
+            config_resource=resource,
+            name=manager._new_node_name_fn("worker", number),
+            rank_index=rank,
+            max_relaunch_count=manager._max_relaunch_num,
+            service_addr=manager._new_service_fn("worker", rank),
+        )
+        manager._update_node(node)
+        return node
+
+    def _lost(self, nodes: Iterable[Any]) -> list[Any]:
+        """Nodes that a lost master had planned and no pod was made for: the new one finds others running and starts none."""
+        planned = {
+            node.id: node for node in nodes if node.status == "Initial" and node.rank_index < (self._wanted or 0)
+        }
+        queued = {node.id for node in self._manager._scaler._create_node_queue}
+        now = time.monotonic()
+        self._without_pod = {number: self._without_pod.get(number, now) for number in planned if number not in queued}
+        lost = [planned[number] for number, since in self._without_pod.items() if now - since > LOST_SECONDS]
+        for node in lost:
+            del self._without_pod[node.id]
+        return lost
+
+    @staticmethod
+    def _plan() -> Any:
+        from dlrover.python.master.scaler.base_scaler import ScalePlan
+
+        return ScalePlan()
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt master") -> int:
+    """Exit codes: 0 the job succeeded, 1 it failed, 2 a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog, description="DLRover's job master with live scaling: what a job's master pod runs.", allow_abbrev=False
+    )
+    parser.add_argument("--namespace", required=True, metavar="NAME", help="of the ElasticJob")
+    parser.add_argument("--job-name", required=True, metavar="NAME", help="the ElasticJob")
+    args = parser.parse_args(argv)
+    if not (os.environ.get("KUBERNETES_SERVICE_HOST") or os.environ.get("KUBECONFIG")):
+        return fail(
+            ValueError("no cluster: this runs in the master pod of an ElasticJob; elsewhere name one with KUBECONFIG")
+        )
+    from dlrover.python.master import dist_master
+    from dlrover.python.master.node import dist_job_manager
+
+    # It would end the job at the fifth pod that failed, killed ones included, whatever the job's restartCount says.
+    dist_job_manager._MAX_POD_RELAUNCH_COUNT = sys.maxsize
+
+    class Master(dist_master.DistributedJobMaster):
+        def prepare(self) -> None:
+            wait_for_members(Leases(), restarted=self.job_manager._has_running_workers())
+            super().prepare()  # starts the first nodes, or finds those of the master before
+            Scaling(self.job_manager, args.job_name).start()
+
+    dist_master.DistributedJobMaster = Master
+    return _run_dlrover(
+        "--platform=pyk8s",
+        f"--namespace={args.namespace}",
+        f"--job_name={args.job_name}",
+        f"--port={PORT}",
+        "--pre_check_ops=[]",
+        "--pending_fail_strategy=0",  # else the job fails once it has waited 15 minutes for a node that finds no room
+    )
+
+
+def run_local(port: int, nodes: int, name: str, launcher: int, restarted: bool) -> None:
+    """The job master for this machine alone, in this process, as long as the process `launcher` lives.
+
+    Standard input tells the numbers of nodes that have ended, a line each: here there are no pods to watch.
+    """
+    import grpc
+
+    die_with_parent(launcher)
+    leases = Leases()
+    wait_for_members(leases, restarted=restarted)
+
+    def listen_for_ends() -> None:
+        for line in sys.stdin:
+            leases.gone(int(line))
+
+    threading.Thread(target=listen_for_ends, daemon=True).start()
+    server = grpc.server
+
+    def loopback_server(*args: Any, **kwargs: Any) -> Any:
+        made = server(*args, **kwargs)
+        listen = made.add_insecure_port
+        made.add_insecure_port = lambda address: listen(address.replace("[::]", "127.0.0.1"))
+        return made
+
+    grpc.server = loopback_server  # it would listen on all interfaces
+    os._exit(_run_dlrover("--platform=local", f"--port={port}", f"--node_num={nodes}", f"--job_name={name}"))
+
+
+def _run_dlrover(*arguments: str) -> int:
+    from dlrover.python.master import main as master
+
+    sys.argv = ["master", *arguments]
+    return int(master.main() or 0)

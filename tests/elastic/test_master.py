@@ -1,0 +1,72 @@
+"""What a running job is made to be: pure decisions. The real master is in tests/cluster."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from elastic_gpt.jobs.state import wanted_nodes
+from elastic_gpt.master import decide
+
+
+@dataclass
+class Record:
+    """As much of DLRover's record of a node as the decision reads."""
+
+    id: int
+    rank_index: int
+    status: str = "Running"
+    relaunchable: bool = True
+    name: str = ""
+
+
+def job(replicas: int, *, nnodes: str | None = "1:4", suspend: bool = False, split: bool = False) -> dict[str, Any]:
+    args = ["elastic-gpt", "launch", *(["--nnodes", nnodes] if split else [f"--nnodes={nnodes}"] if nnodes else [])]
+    worker = {"replicas": replicas, "template": {"spec": {"containers": [{"args": args}]}}}
+    return {"spec": {"suspend": suspend, "replicaSpecs": {"worker": worker}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (job(3), 3),
+        (job(9), 4),
+        (job(0), 1),
+        (job(1, nnodes="2:4"), 2),
+        (job(9, split=True), 4),
+        (job(7, nnodes=None), 7),
+        (job(3, suspend=True), 0),
+    ],
+)
+def test_replicas_are_followed_between_minimum_and_maximum(given: dict[str, Any], wanted: int) -> None:
+    assert wanted_nodes(given) == wanted
+
+
+def test_nothing_is_done_where_all_is_well() -> None:
+    assert decide([Record(0, 0), Record(1, 1, "Pending"), Record(2, 2, "Initial")], 3) == ([], [])
+
+
+def test_missing_ranks_are_started_and_the_highest_leave() -> None:
+    nodes = [Record(0, 0), Record(1, 1), Record(2, 2)]
+    assert decide(nodes, 5) == ([3, 4], [])
+    assert decide(nodes, 1) == ([], nodes[1:])
+    assert decide(nodes, 0) == ([], nodes)
+
+
+def test_what_dlrover_replaces_is_left_to_it() -> None:
+    for status in ("Failed", "Deleted"):
+        assert decide([Record(0, 0, status), Record(1, 1)], 2) == ([], [])
+    # Its replacement is a new record of the same rank.
+    nodes = [Record(0, 0, "Failed", relaunchable=False), Record(1, 1), Record(2, 0)]
+    assert decide(nodes, 2) == ([], [])
+    assert decide(nodes, 1) == ([], [nodes[1]])
+
+
+def test_a_rank_that_was_taken_away_can_come_back() -> None:
+    nodes = [Record(0, 0), Record(1, 1, "Deleted", relaunchable=False)]
+    assert decide(nodes, 1) == ([], [])
+    assert decide(nodes, 2) == ([1], [])
+
+
+def test_no_node_is_started_for_a_job_whose_training_is_over() -> None:
+    assert decide([Record(0, 0, "Succeeded"), Record(1, 1)], 4) == ([], [])

@@ -1,0 +1,416 @@
+"""What each action does to a cluster, what it says, and what it refuses."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from elastic_gpt.jobs import actions, client
+from elastic_gpt.jobs.manifest import manifests
+from elastic_gpt.jobs.spec import JobSpec
+from tests.jobs.cluster import StubCluster
+
+Job = Callable[..., int]
+Output = pytest.CaptureFixture[str]
+STEP = "step {step}/100 · loss 2.5000 · 1,234 tokens/s · lr 1.00e-03 · norm 0.500 · {workers} workers · 0:10 left"
+BATCH = "batch: 8 sequences x 32 = 256 tokens a step, in 4 micro-batches of 2, 2 on each of {workers} workers"
+
+
+def entry(second: int, text: str) -> str:
+    return f"2026-11-21T10:00:{second:02d}.000000001Z {text}"
+
+
+def running(stub: StubCluster, nodes: int = 2, **changes: Any) -> dict[str, Any]:
+    """A job that trains on `nodes` nodes."""
+    for tree in manifests(JobSpec(nodes=nodes)):
+        stub.add(tree)
+    tree = stub.get("ElasticJob", "elastic-gpt")
+    assert tree
+    tree["status"] = {"phase": "Running"} | changes
+    for rank in range(nodes):
+        stub.worker("elastic-gpt", rank)
+    labels = {"elasticjob.dlrover/name": "elastic-gpt", "elasticjob.dlrover/replica-type": "dlrover-master"}
+    stub.pod("elasticjob-elastic-gpt-dlrover-master-0", labels)
+    stub.logs["elastic-gpt-edljob-worker-0"] = [
+        entry(1, BATCH.format(workers=nodes)),
+        entry(2, STEP.format(step=10, workers=nodes)),
+    ]
+    return tree
+
+
+def later(action: Callable[[], Any]) -> None:
+    threading.Timer(0.3, action).start()
+
+
+def test_submit_makes_everything_in_order(stub: StubCluster, job: Job, capsys: Output) -> None:
+    assert job("submit", "mine", "--gpus", 0) == 0
+    told = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert told == [
+        "namespace/training", "persistentvolumeclaim/elastic-gpt", "serviceaccount/elastic-gpt-master",
+        "role/elastic-gpt-master", "rolebinding/elastic-gpt-master", "job/mine-prepare", "elasticjob/mine",
+    ]  # fmt: skip
+    tree = stub.get("ElasticJob", "mine")
+    assert tree
+    assert tree["spec"]["replicaSpecs"]["worker"]["replicas"] == 2
+
+
+def test_submit_again_changes_nothing_not_even_a_scaled_number(stub: StubCluster, job: Job, capsys: Output) -> None:
+    assert job("submit") == 0
+    tree = stub.get("ElasticJob", "elastic-gpt")
+    assert tree
+    tree["spec"]["replicaSpecs"]["worker"]["replicas"] = 4
+    tree["spec"]["envs"] = {}  # what a server fills in
+    capsys.readouterr()
+    assert job("submit") == 0
+    assert "elasticjob/elastic-gpt unchanged" in capsys.readouterr().out
+    assert tree["spec"]["replicaSpecs"]["worker"]["replicas"] == 4
+
+
+def test_submit_goes_on_where_a_killed_client_stopped(stub: StubCluster, job: Job) -> None:
+    for tree in manifests(JobSpec(), ("namespace", "volume")):
+        stub.add(tree)
+    assert job("submit") == 0
+    assert stub.get("ElasticJob", "elastic-gpt")
+
+
+def test_submit_refuses_to_change_a_job_that_is_there(stub: StubCluster, job: Job, capsys: Output) -> None:
+    assert job("submit") == 0
+    assert job("submit", "--", "--steps=5") == 2
+    assert "is there with other settings: `elastic-gpt job delete elastic-gpt` first" in capsys.readouterr().err
+    tree = stub.get("ElasticJob", "elastic-gpt")
+    assert tree
+    tree["status"] = {"phase": "Failed"}
+    assert job("submit") == 2
+    assert "has ended (Failed)" in capsys.readouterr().err
+
+
+def test_dry_runs_keep_nothing(stub: StubCluster, job: Job, capsys: Output) -> None:
+    assert job("submit", "--dry-run=client") == 0
+    assert stub.requests == []
+    assert job("submit", "--dry-run=server") == 2  # the namespace is not there
+    assert "kubectl create namespace training" in capsys.readouterr().err
+    stub.add({"kind": "Namespace", "metadata": {"name": "training"}})
+    before = dict(stub.objects)
+    assert job("submit", "--dry-run=server") == 0
+    assert stub.objects == before
+
+
+def test_a_user_who_may_not_make_namespaces_can_submit(stub: StubCluster, job: Job, capsys: Output) -> None:
+    stub.add({"kind": "Namespace", "metadata": {"name": "training"}})
+    stub.forbidden = {"Namespace"}
+    assert job("submit") == 0
+    assert "namespace/training: not allowed" in capsys.readouterr().out
+
+
+def test_a_cluster_without_the_operator_is_told_how_to_get_it(stub: StubCluster, job: Job, capsys: Output) -> None:
+    stub.unknown = {"ElasticJob"}
+    for words in (["submit"], ["status", "x"], ["list"], ["scale", "x", "--nodes", "1"]):
+        assert job(*words) == 2
+        assert "knows no ElasticJobs: install DLRover's operator: kubectl apply -k" in capsys.readouterr().err
+    assert stub.objects == {}
+
+
+def test_a_typo_in_a_jobs_name_gets_the_nearest(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    assert job("status", "elastic-gtp") == 2
+    assert "no job 'elastic-gtp' in namespace training: did you mean 'elastic-gpt'?" in capsys.readouterr().err
+    assert job("delete", "elastic-gtp") == 2
+
+
+def test_forbidden_is_one_line(stub: StubCluster, job: Job, capsys: Output) -> None:
+    stub.forbidden = {"ElasticJob"}
+    assert job("list") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "not allowed" in error
+    assert "job doctor" in error
+
+
+@pytest.mark.parametrize("namespace", [None, "mine"])
+def test_the_namespace_is_the_flags_then_the_contexts_then_training(
+    stub: StubCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: Job, namespace: str | None
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(stub.kubeconfig(tmp_path, namespace)))
+    assert job("list") == 0
+    assert stub.requests[-1][1].split("/")[5] == (namespace or "training")
+    assert job("list", "-n", "theirs") == 0
+    assert stub.requests[-1][1].split("/")[5] == "theirs"
+    assert job("list", "--context", "stubb") == 2
+
+
+def test_no_cluster_at_all_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, job: Job
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    assert job("list") == 2
+    assert "set KUBECONFIG or --kubeconfig" in capsys.readouterr().err
+    (tmp_path / "broken").write_text("{")
+    assert job("list", "--kubeconfig", tmp_path / "broken") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_in_a_pod_its_own_account_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kubernetes.config import incluster_config
+
+    for name, content in (("token", "secret"), ("ca.crt", "certificate"), ("namespace", "theirs")):
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    monkeypatch.setattr(client, "SERVICE_ACCOUNT", tmp_path / "namespace")
+    monkeypatch.setattr(client.client, "ApiClient", lambda settings: SimpleNamespace(configuration=settings))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    cluster = client.Cluster.connect(kubeconfig=None, context=None, namespace=None, default="training")
+    assert (cluster.server, cluster.namespace) == ("https://10.0.0.1:443", "theirs")
+
+
+def test_a_server_that_does_not_answer_is_one_line(stub: StubCluster, job: Job, capsys: Output) -> None:
+    stub.close()
+    assert job("list") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "does not answer" in error
+
+
+def test_status_shows_nodes_step_and_why_a_pod_waits(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub, nodes=3)
+    condition = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": "0/2 nodes: no nvidia.com/gpu",
+    }
+    stub.worker("elastic-gpt", 2, "Pending", conditions=[condition])
+    assert job("status", "elastic-gpt") == 0
+    shown = capsys.readouterr().out
+    assert "Running, 2 of 3 nodes (1 to 4 allowed)" in shown
+    assert "step 10/100 · loss 2.5000 · 1,234 tokens/s · 3 workers" in shown
+    assert "Unschedulable: 0/2 nodes: no nvidia.com/gpu" in shown
+
+
+def test_scale_patches_waits_for_the_world_and_says_what_it_waits_for(
+    stub: StubCluster, job: Job, capsys: Output
+) -> None:
+    tree = running(stub)
+    condition = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": "Insufficient nvidia.com/gpu",
+    }
+    stub.worker("elastic-gpt", 2, "Pending", conditions=[condition])
+
+    def start() -> None:
+        stub.worker("elastic-gpt", 2)
+        time.sleep(0.3)
+        stub.logs["elastic-gpt-edljob-worker-0"].append(entry(9, BATCH.format(workers=3)))
+
+    later(start)
+    assert job("scale", "elastic-gpt", "--nodes", 3, "--timeout", 20) == 0
+    assert tree["spec"]["replicaSpecs"]["worker"]["replicas"] == 3
+    told = capsys.readouterr().out
+    assert "elastic-gpt-edljob-worker-2: Pending: Unschedulable: Insufficient nvidia.com/gpu" in told
+    assert told.index("their world is being formed") < told.index("trains on 3 nodes together")
+
+
+def test_scale_down_waits_until_the_nodes_are_gone(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    leaving = stub.worker("elastic-gpt", 1)
+    leaving["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:05Z"
+
+    def go() -> None:
+        del stub.objects["Pod", "training", "elastic-gpt-edljob-worker-1"]
+        stub.logs["elastic-gpt-edljob-worker-0"].append(entry(9, STEP.format(step=20, workers=1)))
+
+    later(go)
+    assert job("scale", "elastic-gpt", "--nodes", 1, "--timeout", 20) == 0
+    told = capsys.readouterr().out
+    assert "elastic-gpt-edljob-worker-1: Leaving" in told
+    assert told.strip().endswith("trains on 1 node together, with 1 worker")
+
+
+def test_scaling_twice_is_scaling_once(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    before = len(stub.requests)
+    assert job("scale", "elastic-gpt", "--nodes", 2) == 0
+    assert "asked for 2 nodes, as before" in capsys.readouterr().out
+    assert not [method for method, _ in stub.requests[before:] if method != "GET"]
+
+
+@pytest.mark.parametrize("nodes", [0, 5, -1])
+def test_scale_refuses_numbers_outside_the_jobs_range(stub: StubCluster, job: Job, capsys: Output, nodes: int) -> None:
+    tree = running(stub)
+    assert job("scale", "elastic-gpt", f"--nodes={nodes}") == 2
+    assert "was started for 1 to 4 nodes" in capsys.readouterr().err
+    assert tree["spec"]["replicaSpecs"]["worker"]["replicas"] == 2
+
+
+def test_scale_that_finds_no_room_ends_with_124(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    assert job("scale", "elastic-gpt", "--nodes", 3, "--timeout", 0.2) == 124
+    assert "has not the nodes" in capsys.readouterr().err
+
+
+def test_suspend_waits_until_no_node_is_left_and_resume_goes_on(stub: StubCluster, job: Job, capsys: Output) -> None:
+    tree = running(stub)
+    later(lambda: [stub.objects.pop(("Pod", "training", f"elastic-gpt-edljob-worker-{rank}")) for rank in range(2)])
+    assert job("suspend", "elastic-gpt", "--timeout", 20) == 0
+    assert tree["spec"]["suspend"] is True
+    assert "no node is left" in capsys.readouterr().out
+    assert job("status", "elastic-gpt") == 0
+    assert "Suspended" in capsys.readouterr().out
+
+    def come() -> None:
+        for rank in range(2):
+            stub.worker("elastic-gpt", rank)
+        stub.logs["elastic-gpt-edljob-worker-0"] = [entry(30, BATCH.format(workers=2))]
+
+    later(come)
+    assert job("resume", "elastic-gpt", "--timeout", 20) == 0
+    assert tree["spec"]["suspend"] is False
+
+
+def test_suspend_removes_the_nodes_itself_where_no_master_runs(
+    stub: StubCluster, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "ALONE_SECONDS", 0.1)
+    running(stub)
+    del stub.objects["Pod", "training", "elasticjob-elastic-gpt-dlrover-master-0"]
+    assert job("suspend", "elastic-gpt", "--timeout", 20) == 0
+    assert not [key for key in stub.objects if key[0] == "Pod"]
+
+
+def test_suspend_leaves_the_nodes_to_a_master_that_runs(
+    stub: StubCluster, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "ALONE_SECONDS", 0.1)
+    running(stub)
+    assert job("suspend", "elastic-gpt", "--timeout", 0.5) == 124
+    assert len([key for key in stub.objects if key[0] == "Pod"]) == 3
+
+
+def test_an_old_definition_that_drops_suspend_is_noticed(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    stub.drops = {"suspend"}
+    assert job("suspend", "elastic-gpt") == 2
+    assert "the newer: kubectl apply -f" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("phase", "code"), [("Succeeded", 0), ("Failed", 1)])
+def test_waits_exit_code_is_the_jobs(stub: StubCluster, job: Job, phase: str, code: int, capsys: Output) -> None:
+    tree = running(stub)
+    condition = {"type": "Failed", "message": "The job master failed with exitcode=1."}
+    later(lambda: tree.update(status={"phase": phase, "status": {"conditions": [condition]}}))
+    assert job("wait", "elastic-gpt", "--timeout", 20) == code
+    assert ("exitcode=1" in capsys.readouterr().out) == (phase == "Failed")
+    assert job("watch", "elastic-gpt") == code
+
+
+def test_wait_ends_with_124_when_the_time_is_over(stub: StubCluster, job: Job) -> None:
+    running(stub)
+    assert job("wait", "elastic-gpt", "--timeout", 0.2) == 124
+
+
+def test_wait_outlives_a_server_that_is_away(
+    stub: StubCluster, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    tree = running(stub)
+    read, calls = actions.read, []
+
+    def flaky(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) < 3:
+            raise actions.UnreachableError("the server does not answer.")
+        tree["status"] = {"phase": "Succeeded"}
+        return read(*args)
+
+    monkeypatch.setattr(actions, "read", flaky)
+    assert job("wait", "elastic-gpt") == 0
+    assert capsys.readouterr().out.count("Trying on") == 1
+
+
+def test_logs_of_all_workers_in_the_order_of_time(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, "one"), entry(3, "three")]
+    stub.logs["elastic-gpt-edljob-worker-1"] = [entry(2, "two")]
+    assert job("logs", "elastic-gpt") == 0
+    assert capsys.readouterr().out.splitlines() == ["worker-0 | one", "worker-1 | two", "worker-0 | three"]
+
+
+def test_followed_logs_take_in_a_pod_that_comes_later(
+    stub: StubCluster, job: Job, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic_gpt.jobs.logs.AGAIN_SECONDS", 0.1)
+    tree = running(stub, nodes=1)
+    stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, "one")]
+
+    def come() -> None:
+        stub.logs["elastic-gpt-edljob-worker-0"].append(entry(2, "two"))
+        stub.logs["elastic-gpt-edljob-worker-1"] = [entry(3, "three")]
+        stub.worker("elastic-gpt", 1)
+        time.sleep(0.5)
+        for rank in range(2):
+            stub.worker("elastic-gpt", rank, "Succeeded")
+        tree["status"] = {"phase": "Succeeded"}
+
+    later(come)
+    assert job("logs", "elastic-gpt", "-f") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines[:-1]) == ["worker-0 | one", "worker-0 | two", "worker-1 | three"]
+
+
+def test_delete_names_what_it_deletes_and_keeps_the_volume(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    assert job("delete", "elastic-gpt") == 0
+    told = capsys.readouterr().out
+    assert "elasticjob/elastic-gpt deleted\njob/elastic-gpt-prepare deleted\n" in told
+    assert "volume elastic-gpt stays" in told
+    assert stub.get("PersistentVolumeClaim", "elastic-gpt")
+    assert stub.get("ServiceAccount", "elastic-gpt-master")  # other jobs' masters are it, too
+
+
+def test_delete_with_the_volume_not_while_another_job_uses_it(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    assert job("submit", "other", "--data-of", "elastic-gpt") == 0
+    assert job("delete", "elastic-gpt", "--volume") == 2
+    assert "used by other" in capsys.readouterr().err
+    assert job("delete", "other") == 0
+    assert job("delete", "elastic-gpt", "--volume") == 0
+    assert not stub.get("PersistentVolumeClaim", "elastic-gpt")
+
+
+def test_prompt_makes_a_pod_with_the_jobs_image_volume_and_run(
+    stub: StubCluster, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = running(stub)
+    container = tree["spec"]["replicaSpecs"]["worker"]["template"]["spec"]["containers"][0]
+    container["image"] = "registry.example.com/gpt:1"
+    seen: dict[str, Any] = {}
+
+    def terminal(_: Any, pod: str) -> int:
+        seen.update(stub.get("Pod", pod) or {})
+        return 7
+
+    monkeypatch.setattr(actions, "attach", terminal)
+    later(lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Running"}))  # type: ignore[union-attr]
+    assert job("prompt", "elastic-gpt", "--timeout", 20) == 7
+    [prompt] = seen["spec"]["containers"]
+    assert prompt["image"] == "registry.example.com/gpt:1"
+    assert prompt["args"] == ["elastic-gpt", "generate", "/workspace/elastic-gpt/run"]
+    assert (prompt["stdin"], prompt["tty"]) == (True, True)
+    assert not stub.get("Pod", "elastic-gpt-prompt")  # and it goes with the person
+
+
+def test_prompt_shows_why_the_pod_ended(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    stub.logs["elastic-gpt-prompt"] = [entry(1, "error: no checkpoint in /workspace/elastic-gpt/run yet")]
+    later(lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Failed"}))  # type: ignore[union-attr]
+    assert job("prompt", "elastic-gpt", "--timeout", 20) == 2
+    output = capsys.readouterr()
+    assert "no checkpoint" in output.out
+    assert "has ended before anything was asked" in output.err
