@@ -74,12 +74,20 @@ def data(micro_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
 def our_step(world: World, micro_batches: int, *, exact: bool) -> Callable[[], None]:
     model, (tokens, targets) = GPT(CONFIG), data(micro_batches)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    gradients = Gradients(model.parameters(), world, micro_batches=micro_batches, tokens=targets.numel(), exact=exact)
+    ids = torch.arange(micro_batches * SEQUENCES).view(micro_batches, SEQUENCES)
+    gradients = Gradients(
+        model.parameters(),
+        world,
+        micro_batches=micro_batches,
+        global_batch=ids.numel(),
+        tokens=targets.numel(),
+        exact=exact,
+    )
 
     def step() -> None:
         gradients.zero()
         for index in share(micro_batches, world.rank, world.size):
-            gradients.backward(index, model(tokens[index], targets[index]))
+            gradients.backward(index, ids[index], model(tokens[index], targets[index]))
         gradients.reduce(stop=False, leave=False)
         gradients.clip(1.0)
         optimizer.step()

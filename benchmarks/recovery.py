@@ -4,6 +4,8 @@
 
 Three local nodes, one worker with one CPU thread each, the same small GPT and data; memory saves (where a system has them)
 every 10 steps, checkpoints every 50. Each event strikes half-way between two saves, in a full job; a node joins a job of two.
+A master that is killed and restarted stops no training by itself: what is measured is the next recovery, that of a killed
+worker. torchrun's c10d has no master apart from node 0.
 The baselines are held to 25 ms a step; ours takes what it takes (25 to 60 ms on two cores).
 Prints the seconds from the event to the first step completed by the new world, and the steps that had to be done again.
 A system that has not recovered after --limit seconds is started anew for the next event.
@@ -30,18 +32,19 @@ from recovery_baseline import DISK_INTERVAL, MEMORY_INTERVAL
 from rich.console import Console
 from rich.table import Table
 
-from elastic_gpt.ledger import Ledger
+from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.local import LocalJob
-from elastic_gpt.observers import read_metrics
 from elastic_gpt.snapshot import shared_memory
 
 NODES = 3  # also the most a job may have: the stock rendezvous closes at once only when it is full
+MASTER = "master killed, restarted"
 EVENTS = {  # nodes in the job before it, in an order that reuses a job
     "kill -9 of a worker": NODES,
     "kill -9 of a node": NODES,
     "a node joins": NODES - 1,
     "SIGTERM to a node": NODES,
     "kill -9 of rank 0's node": NODES,
+    MASTER: NODES,
 }
 START_SECONDS = 150.0  # a stock DLRover job that is not full waits 60 s for more nodes
 
@@ -58,6 +61,8 @@ class Job(Protocol):
     def terminate(self, node: int) -> None: ...
     def running(self) -> list[int]: ...
     def workers_of(self, node: int) -> list[int]: ...
+    def kill_master(self) -> None: ...
+    def start_master(self) -> None: ...
     def position(self) -> tuple[int, int]:
         """The last completed step, and the size of the world that did it."""
 
@@ -194,14 +199,20 @@ class DLRover(Baseline):
     flags = ("--flash",)
 
     def __enter__(self) -> "Baseline":
+        self.start_master()
+        return self
+
+    def start_master(self) -> None:
         command = ["dlrover.python.master.main", "--platform=local", "--port", str(self.port)]
         self.master = self.start([*command, f"--node_num={NODES}", f"--job_name={self.name}"], "master.log")
-        return self
+
+    def kill_master(self) -> None:
+        self.master.kill()
+        self.master.wait()
 
     def __exit__(self, *details: object) -> None:
         super().__exit__(*details)
-        self.master.kill()
-        self.master.wait()
+        self.kill_master()
         for left in [*Path("/dev/shm").glob(f"*{self.name}*"), *Path("/tmp/ckpt_sock").glob(f"*{self.name}*")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
@@ -246,9 +257,15 @@ def bring(job: Job, nodes: int) -> None:
     wait(job, lambda: job.position()[0] >= goal, START_SECONDS)
 
 
-def strike(job: Job, event: str) -> None:
+def strike(job: Job, event: str) -> float:
+    """Let it happen; returns when it did, seconds since 1970."""
     first, *_, last = job.running()  # in all three systems rank 0 is on the node that is there longest
-    if event == "kill -9 of a worker":
+    if event == MASTER:
+        job.kill_master()
+        job.start_master()
+        bring(job, EVENTS[event])  # training goes on
+    moment = time.time()
+    if event in ("kill -9 of a worker", MASTER):
         for worker in job.workers_of(last):
             os.kill(worker, signal.SIGKILL)
     elif event == "kill -9 of a node":
@@ -259,6 +276,7 @@ def strike(job: Job, event: str) -> None:
         job.terminate(last)
     else:
         job.add_node()
+    return moment
 
 
 def measure(system: str, data: Path, scratch: Path, events: list[str], limit: float) -> Iterator[tuple[str, str, str]]:
@@ -266,6 +284,9 @@ def measure(system: str, data: Path, scratch: Path, events: list[str], limit: fl
     with contextlib.ExitStack() as stack:
         job: Any = None
         for event in events:
+            if event == MASTER and not hasattr(SYSTEMS[system], "start_master"):
+                yield event, "n/a", ""
+                continue
             for _ in range(2):
                 if job is None:
                     out = Path(tempfile.mkdtemp(prefix=f"{system}-", dir=scratch))
@@ -280,9 +301,8 @@ def measure(system: str, data: Path, scratch: Path, events: list[str], limit: fl
             if job is None:
                 yield event, "no job to measure", ""
                 continue
-            start = time.time()
-            strike(job, event)
             try:
+                start = strike(job, event)
                 wait(job, functools.partial(job.recovery, start), limit)
                 moment, lost = job.recovery(start)
                 yield event, f"{moment - start:.1f}", str(lost)

@@ -10,7 +10,7 @@ import torch
 from elastic_gpt.order import Ids, Order, share
 from elastic_gpt.world import World
 
-MicroBatch = tuple[int, torch.Tensor, torch.Tensor]
+MicroBatch = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Batches:
@@ -32,24 +32,26 @@ class Batches:
         self.ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def step(self, step: int) -> Iterator[MicroBatch]:
-        """The micro-batches of `step` on this rank: index in the global batch, tokens and targets (both int64 (B, T))."""
+        """The micro-batches of `step` on this rank, int64: index in the global batch, ids (B,), tokens and targets (B, T)."""
         ready = self.ahead[1] if self.ahead and self.ahead[0] == step else self.reader.submit(self._read, step)
         self.ahead = (step + 1, self.reader.submit(self._read, step + 1))
-        for index, tokens, targets in ready.result():
+        for index, ids, tokens, targets in ready.result():
             yield (
                 index,
+                ids.to(self.world.device, non_blocking=True),
                 tokens.to(self.world.device, non_blocking=True),
                 targets.to(self.world.device, non_blocking=True),
             )
 
     def _read(self, step: int) -> list[MicroBatch]:
-        ids = self.order.ids(step)
+        micro_batches = self.order.ids(step).reshape(-1, self.micro_batch)
         return [
             (
                 index,
-                *gather(self.tokens, ids[index * self.micro_batch :][: self.micro_batch], self.block_size, self.world),
+                _pinned(torch.from_numpy(micro_batches[index]), self.world),
+                *gather(self.tokens, micro_batches[index], self.block_size, self.world),
             )
-            for index in share(len(ids) // self.micro_batch, self.world.rank, self.world.size)
+            for index in share(len(micro_batches), self.world.rank, self.world.size)
         ]
 
 
@@ -60,4 +62,8 @@ def gather(
     places = ids[:, None] * block_size + np.arange(block_size + 1)
     block = torch.from_numpy(tokens[places].astype(np.int64))
     inputs, targets = block[:, :-1].contiguous(), block[:, 1:].contiguous()
-    return (inputs.pin_memory(), targets.pin_memory()) if world.device.type == "cuda" else (inputs, targets)
+    return _pinned(inputs, world), _pinned(targets, world)
+
+
+def _pinned(values: torch.Tensor, world: World) -> torch.Tensor:
+    return values.pin_memory() if world.device.type == "cuda" else values

@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step_00001000/model.safetensors       parameters, by their names in the model
                                   optimizer.safetensors   the optimizer's moments, by moment and parameter
-                                  MANIFEST.json           sizes and sha256 of both; its rename (or PUT) into place is the commit
+                                  MANIFEST.json           whose it is, sizes and sha256 of both; its rename (or PUT) into
+                                                          place is the commit
 
 A folder without a manifest is not a checkpoint. Loading verifies each file; a damaged checkpoint is named and the one
 before it is taken. Tensors are safetensors and the rest is JSON: nothing in it is code. (torch.distributed.checkpoint
@@ -13,7 +14,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,17 +40,20 @@ class Checkpoints:
     Args:
         place: a folder (RUN/checkpoints), or an fsspec URL (s3://bucket/run).
         keep: newest ones that are kept.
+        run_id: of the run; another's are neither taken nor deleted. None, for who only reads weights: any run's.
     """
 
-    def __init__(self, place: Path | str, keep: int = 1) -> None:
+    def __init__(self, place: Path | str, keep: int = 1, run_id: str | None = None) -> None:
         try:
             self.storage = open_storage(place)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        self.keep = keep
+        self.keep, self.run_id = keep, run_id
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[int] | None = None
         self.saved: int | None = None  # step of the newest checkpoint that this process has seen to be whole
+        self.listed = 0  # step of the newest one that `newest_step` saw, whole or not
+        self.failed = False  # whether the last save did
 
     @staticmethod
     def name(step: int) -> str:
@@ -58,17 +61,19 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, oldest first."""
-        names = self.storage.manifests()
-        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name))
+        return sorted(int(name[5:]) for name in self.storage.manifests())
 
     def newest_step(self, newer_than: int = -1) -> int | None:
         """Step of the newest whole checkpoint past `newer_than`, or None. Damaged ones are named on standard error.
 
         Raises:
-            CheckpointError: if there are some, but all are damaged.
+            CheckpointError: if there are some, but all are damaged; or if there are another run's.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        self._refuse_another_runs(steps)
+        self.listed = max(steps, default=0)
+        for step in reversed(steps):
             if step <= newer_than:
                 return None
             try:
@@ -125,13 +130,21 @@ class Checkpoints:
         pending, self.pending = self.pending, None
         try:
             self.saved = pending.result()
+            self.failed = False
             return self.saved
         except OSError as error:  # a full or read-only volume: training goes on and the next save tries again
+            self.failed = True
             return error
 
+    @property
+    def owed(self) -> bool:
+        """Whether the last save failed, and none is under way: the next moment that suits is the time for another."""
+        return self.failed and self.pending is None
+
     def _write(self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> int:
-        folder = self.name(step)
-        if folder in self.storage.manifests():  # a step that is done again
+        folder, steps = self.name(step), self.steps()
+        self._refuse_another_runs(steps)
+        if step in steps:  # it is done again
             try:
                 self._verify(step)
                 return step
@@ -144,10 +157,28 @@ class Checkpoints:
             self.storage.delete_folder(folder)  # on a full disk its room is needed
             raise
         # Of the history that leads to this step; a damaged later one does not push out a good one.
-        for old in [past for past in self.steps() if past <= step][: -self.keep]:
-            self.storage.delete(f"{self.name(old)}/MANIFEST.json")  # first no longer a checkpoint, then gone
-            self.storage.delete_folder(self.name(old))
+        for old in sorted({past for past in steps if past < step} | {step})[: -self.keep]:
+            try:
+                self.storage.delete(f"{self.name(old)}/MANIFEST.json")  # first no longer a checkpoint, then gone
+                self.storage.delete_folder(self.name(old))
+            except OSError as error:  # the new one is whole all the same
+                print(f"warning: {self.name(old)} could not be deleted: {error}", file=sys.stderr, flush=True)
         return step
+
+    def _refuse_another_runs(self, steps: list[int]) -> None:
+        """One place holds one run: two would resume from each other's checkpoints, and delete them."""
+        for step in steps if self.run_id else []:
+            try:
+                owner = self._manifest(step)["run_id"]
+            except Unreachable:
+                raise
+            except (OSError, ValueError, KeyError):  # damaged, which is told elsewhere
+                continue
+            if owner != self.run_id:
+                raise CheckpointError(
+                    f"{self.storage} holds checkpoints of another run ({owner}): give this one a --checkpoint.dir of its own,"
+                    " or go on in the other's --run-dir"
+                )
 
     def _write_files(
         self, folder: str, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]
@@ -157,8 +188,8 @@ class Checkpoints:
             inside = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
             write = functools.partial(_save_tensors, inside)
             files[f"{part}.safetensors"] = self.storage.write_file(f"{folder}/{part}.safetensors", write, _fingerprint)
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files, "reports": reports}
-        self.storage.write_text(f"{folder}/MANIFEST.json", json.dumps(manifest, indent=1))
+        manifest = {"format_version": FORMAT_VERSION, "run_id": self.run_id, "step": step, "files": files}
+        self.storage.write_text(f"{folder}/MANIFEST.json", json.dumps(manifest | {"reports": reports}, indent=1))
 
     def _verify(self, step: int) -> None:
         try:

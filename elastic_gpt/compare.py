@@ -1,10 +1,10 @@
 """Two runs of one configuration, laid over each other: step by step, in figures and as a picture."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_gpt.ledger import Ledger
-from elastic_gpt.observers import read_metrics
+from elastic_gpt.ledger import Ledger, read_metrics
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Comparison:
     same_sequences: bool
     """Each step used the same sequences in the same order."""
     loss_difference: float
-    """Largest over all steps, nats a token."""
+    """Largest over all steps, nats a token; infinite where a loss is not a number."""
     same_parameters: bool
     """The last checkpoints are equal bit for bit."""
 
@@ -30,9 +30,14 @@ def compare(run: Path, undisturbed: Path) -> Comparison:
         == [line["step"] for line in theirs]
         == list(range(1, len(theirs) + 1)),
         same_sequences=all(a["sequence_hash"] == b["sequence_hash"] for a, b in both),
-        loss_difference=max(abs(a["loss"] - b["loss"]) for a, b in both),
+        loss_difference=max(_difference(a["loss"], b["loss"]) for a, b in both),
         same_parameters=last[0].read_bytes() == last[1].read_bytes(),
     )
+
+
+def _difference(mine: float, theirs: float) -> float:
+    found = abs(mine - theirs)
+    return math.inf if math.isnan(found) else found  # a NaN is not more than anything, and max() would pass it over
 
 
 def changes(run: Path) -> list[tuple[int, str]]:

@@ -9,6 +9,7 @@ master and agents; the same configuration undisturbed; and a report of whether t
 import argparse
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -20,20 +21,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from elastic_gpt.compare import compare, draw
-from elastic_gpt.ledger import PARTS, Ledger, account
+from elastic_gpt.ledger import PARTS, Ledger, account, read_metrics
 from elastic_gpt.local import LocalJob
-from elastic_gpt.observers import read_metrics
+from elastic_gpt.processes import of_nodes
 from elastic_gpt.settings import fail
 
-GAP = (20, 60)  # steps between an event and the first step after the one before
+GAP = (20, 60)  # steps between an event and the end of the one before
 LAST_STEPS = 40  # after all events
 SNAPSHOT_INTERVAL, CHECKPOINT_INTERVAL = 10, 100
-PATIENCE = 120.0  # seconds without a step before the drill gives up: a hang is a broken law
+PATIENCE = 120.0  # seconds for a step, or for an event to have its effect: a hang is a broken law
+GONE = 10.0  # seconds in which everything that a node started ends after it
+JOIN = "a node joins"
+LEAVE = "all leave, a new job goes on"  # the last event
+QUIET = ("master killed, restarted", "storage fault")  # training goes on
+MARK = ".drill"  # in the output folder: what is in it may be deleted
 FLOAT_TOLERANCE = 0.05  # nats; without exact mode runs drift apart by the order of float sums
 
 
@@ -49,12 +56,16 @@ class Event:
     node: int | None
     step: int
     """Updates done when it was done."""
-    allowed: int
+    time: float
+    """When it was done, seconds since 1970."""
+    allowed: int = 0
     """Steps that the laws let it cost."""
     dropped: int = 0
     """Steps that had to be done again."""
+    orphans: int = 0
+    """Processes of nodes that were gone by then."""
     seconds: float = 0.0
-    """From the event to the first step after it."""
+    """From the event to the first step of the world that came of it."""
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
     """Of the recovery, from the ledger."""
 
@@ -73,12 +84,14 @@ class Drill:
         self.ledger = Ledger(run)
         self.kinds: dict[str, Callable[[], tuple[int | None, int]]] = {
             "kill -9 of a worker": self.kill_worker,
+            "kill -9 of a standby": self.kill_standby,
+            "kill -9 of an agent": self.kill_agent,
             "kill -9 of a node": self.kill_node,
             "kill -9 of rank 0's node": self.kill_first,
             "SIGTERM to a node": self.preempt,
             "SIGTERM to all nodes": self.preempt_all,
             "kill -9 of all nodes": self.kill_all,
-            "a node joins": self.join,
+            JOIN: self.join,
             "master killed, restarted": self.restart_master,
             "storage fault": self.storage_fault,
         }
@@ -90,39 +103,58 @@ class Drill:
     def possible(self) -> list[str]:
         """Events that leave a node alive, or start one."""
         alive = len(self.job.running())
-        few = {"kill -9 of a node", "kill -9 of rank 0's node", "SIGTERM to a node"} if alive < 2 else set()
-        many = {"a node joins"} if alive >= self.nodes else set()
-        return [kind for kind in self.kinds if kind not in few | many]
+        never = set()
+        if alive < 2:
+            never |= {"kill -9 of an agent", "kill -9 of a node", "kill -9 of rank 0's node", "SIGTERM to a node"}
+        if alive >= self.nodes:
+            never.add(JOIN)
+        if not any(self.job.standby_of(node) for node in self.job.running()):
+            never.add("kill -9 of a standby")
+        return [kind for kind in self.kinds if kind not in never]
 
     def do(self, kind: str) -> Event:
-        """Do it, and wait for the first step of the world that comes of it."""
-        lives, done = self.ledger.lives(), self.steps()
-        start = time.time()
-        node, allowed = self.kinds[kind]()
-        event = Event(kind, node, done, allowed)
-        new_world = kind not in ("master killed, restarted", "storage fault")
-        if new_world:
-            self.wait(lambda: self.ledger.lives() > lives)
-            found = [(e["event"], e) for e in self.ledger.events()[-200:] if e["time"] >= start]
-            event.dropped = sum(e["dropped"] for name, e in found if name == "restored")
-            self.wait(lambda: any(e["event"] == "recovered" and e["time"] >= start for e in self.ledger.events()))
-            recovered = next(e for e in reversed(self.ledger.events()) if e["event"] == "recovered")
-            event.seconds, event.parts = recovered["time"] - start, {part: recovered[part] for part in PARTS}
-        else:
-            self.wait(lambda: self.steps() > done + 5)
+        """Do it, and wait until what comes of it is over: all nodes there are train on together."""
+        event = Event(kind, None, self.steps(), round(time.time(), 3))  # as the ledger rounds
+        lives = self.ledger.lives()
+        event.node, event.allowed = (self.kinds | {LEAVE: self.leave})[kind]()
+        if kind in QUIET:
+            self.wait(lambda: self.steps() > event.step + 5, "step")
+        elif kind != LEAVE:
+            self.wait(lambda: self.trains(lives), "step of a new world")
+            event.seconds = time.time() - event.time
+            self.wait(self.together, "step of all nodes together")
+        deadline = time.monotonic() + GONE
+        while (orphans := self.orphans()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        event.orphans = len(orphans)
         return event
 
-    def wait(self, condition: Callable[[], bool]) -> None:
-        seen, since = self.steps(), time.monotonic()
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
         while not condition():
-            if self.steps() != seen:
-                seen, since = self.steps(), time.monotonic()
-            if time.monotonic() - since > PATIENCE:
-                raise DrillError(f"no step for {PATIENCE:.0f} s at step {seen}: see {self.job.logs}")
+            if time.monotonic() > deadline:
+                raise DrillError(f"no {what} in {PATIENCE:.0f} s at step {self.steps()}: see {self.job.logs}")
             time.sleep(0.02)
 
     def reach(self, step: int) -> None:
-        self.wait(lambda: self.steps() >= step)
+        while (done := self.steps()) < step:
+            self.wait(lambda done=done: self.steps() != done, "step")  # type: ignore[misc]
+
+    def trains(self, lives: int) -> bool:
+        """Whether a life after the first `lives` has done a step."""
+        restored = [event for event in self.ledger.events() if event["event"] == "restored"]
+        return bool(restored) and restored[-1]["life"] >= lives and self.steps() > restored[-1]["step"]
+
+    def together(self) -> bool:
+        """Whether the nodes there are make up the newest world, and it has done a step."""
+        joined = [event for event in self.ledger.events() if event["event"] == "joined"]
+        names = {self.job.node_name(node) for node in self.job.running()}
+        return bool(joined) and set(joined[-1]["nodes"]) == names and self.trains(joined[-1]["life"])
+
+    def orphans(self) -> list[int]:
+        """Processes of nodes that are gone."""
+        alive = {self.job.node_name(node) for node in self.job.running()}
+        return [process for process, node in of_nodes(self.job.name).items() if node not in alive]
 
     def any_node(self) -> int:
         return self.dice.choice(self.job.running())
@@ -131,6 +163,17 @@ class Drill:
         node = self.any_node()
         for worker in self.job.workers_of(node):
             os.kill(worker, signal.SIGKILL)
+        return node, SNAPSHOT_INTERVAL
+
+    def kill_standby(self) -> tuple[int | None, int]:
+        standbys = {node: self.job.standby_of(node) for node in self.job.running()}
+        node = self.dice.choice([node for node, standby in standbys.items() if standby])
+        os.kill(standbys[node] or 0, signal.SIGKILL)
+        return node, SNAPSHOT_INTERVAL
+
+    def kill_agent(self) -> tuple[int | None, int]:
+        node = self.any_node()
+        self.job.kill_agent(node)
         return node, SNAPSHOT_INTERVAL
 
     def kill_node(self) -> tuple[int | None, int]:
@@ -160,17 +203,25 @@ class Drill:
         nodes = self.job.running()
         for node in nodes:
             self.job.kill(node)
+        saved = [event["step"] for event in self.ledger.events() if event["event"] == "saved"]
+        allowed = self.steps() - max(saved, default=0)
         self.replace(nodes)
-        return None, CHECKPOINT_INTERVAL
+        return None, allowed
 
-    def replace(self, nodes: list[int], start: bool = True) -> None:
+    def leave(self) -> tuple[int | None, int]:
+        nodes = self.job.running()
+        for node in nodes:
+            self.job.terminate(node)
+        self.gone(nodes)
+        return None, 0
+
+    def gone(self, nodes: list[int]) -> None:
+        self.wait(lambda: not set(self.job.running()) & set(nodes), "end of the nodes that were asked to leave")
+
+    def replace(self, nodes: list[int]) -> None:
         """Wait until the nodes are gone, and start as many others."""
-        deadline = time.monotonic() + PATIENCE
-        while set(self.job.running()) & set(nodes):
-            if time.monotonic() > deadline:
-                raise DrillError(f"a node does not leave: see {self.job.logs}")
-            time.sleep(0.02)
-        for _ in nodes if start else []:
+        self.gone(nodes)
+        for _ in nodes:
             self.job.add_node()
 
     def join(self) -> tuple[int | None, int]:
@@ -183,18 +234,23 @@ class Drill:
         return None, 0
 
     def storage_fault(self) -> tuple[int | None, int]:
-        """For a while there is a file where the folder of checkpoints was."""
+        """There is a file where the folder of checkpoints was, until a checkpoint has failed for it."""
         folder, aside = self.run / "checkpoints", self.run / "checkpoints.aside"
         folder.mkdir(exist_ok=True)
         folder.rename(aside)
         folder.touch()
         try:
-            done = self.steps()
-            self.wait(lambda: self.steps() >= done + 15)
+            failed = self.count("save_failed")
+            self.wait(lambda: self.count("save_failed") > failed, "failed checkpoint")
         finally:
             folder.unlink()
             aside.rename(folder)
+        saved = self.count("saved")
+        self.wait(lambda: self.count("saved") > saved, "checkpoint after a failed one")
         return None, 0
+
+    def count(self, kind: str) -> int:
+        return sum(event["event"] == kind for event in self.ledger.events())
 
 
 def train(*words: str) -> None:
@@ -208,35 +264,45 @@ def train(*words: str) -> None:
 
 
 def disturb(
-    arguments: list[str], run: Path, *, events: int, nodes: int, seed: int, say: Callable[[str], None]
-) -> list[Event]:
-    """Train on local nodes while a random schedule of events happens to them; in the end all leave."""
+    arguments: list[str], run: Path, happened: list[Event], *, events: int, nodes: int, seed: int,
+    say: Callable[[str], None]
+) -> None:  # fmt: skip
+    """Train on local nodes while a random schedule of events happens to them, which `happened` gets; in the end all leave."""
     dice = random.Random(seed)
-    happened: list[Event] = []
     endless = ["train", *arguments, "--run-dir", str(run), "--steps=1000000"]
     with LocalJob(endless, least=1, most=nodes, threads=1, say=lambda _: None) as job:
         say(f"logs: {job.logs}")
         drill = Drill(job, run, nodes, dice)
         for _ in range(nodes - 1):
             job.add_node()
+        drill.wait(drill.together, "step of all nodes together")
         bag: list[str] = []
         for number in range(events):
             drill.reach(drill.steps() + dice.randint(*GAP))
-            # Every kind comes up before one comes up again, as far as the nodes there are allow it.
-            left = [kind for kind in bag if kind in drill.possible()] or drill.possible()
-            kind = dice.choice(left)
-            bag = [other for other in bag or list(drill.kinds) if other != kind]
+            # Every kind comes up before one comes up again; for those that need more nodes than there are, one joins.
+            bag, possible = bag or list(drill.kinds), drill.possible()
+            kind = dice.choice(
+                [kind for kind in bag if kind in possible] or [kind for kind in possible if kind == JOIN] or possible
+            )
+            bag = [other for other in bag if other != kind]
             event = drill.do(kind)
             happened.append(event)
+            charge(happened, drill.ledger.events())
             where = "" if event.node is None else f" (node {event.node})"
             say(
                 f"{number + 1:>3}/{events}  step {event.step:>5}  {kind}{where}: {event.dropped} again, {event.seconds:.1f} s"
             )
         drill.reach(drill.steps() + GAP[0])
-        for node in job.running():
-            job.terminate(node)
-        drill.replace(job.running(), start=False)
-    return happened
+        happened.append(drill.do(LEAVE))
+
+
+def charge(happened: list[Event], ledger: list[dict[str, Any]]) -> None:
+    """Give what the ledger knows of restarts to the last event before each."""
+    for event, end in zip(happened, [*(event.time for event in happened[1:]), math.inf], strict=True):
+        after = [entry for entry in ledger if event.time <= entry["time"] < end]
+        event.dropped = sum(entry["dropped"] for entry in after if entry["event"] == "restored")
+        recovered = [entry for entry in after if entry["event"] == "recovered"]
+        event.parts = {part: recovered[0][part] for part in PARTS} if recovered else {}
 
 
 def finish(arguments: list[str], run: Path, *, nodes: int, steps: int) -> None:
@@ -262,12 +328,15 @@ def table(happened: list[Event]) -> Table:
     for kind in sorted({event.kind for event in happened}):
         these = [event for event in happened if event.kind == kind]
         most = max(event.dropped for event in these)
-        row = [kind, str(len(these)), str(most), str(these[0].allowed)]
-        if these[0].parts:
+        row = [kind, str(len(these)), str(most), str(max(event.allowed for event in these))]
+        if kind in QUIET:
+            row.append("not interrupted")
+        elif kind != LEAVE:
             seconds = [event.seconds for event in these]
-            still = statistics.median(sum(event.parts.values()) for event in these)
-            row += [f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}", f"{still:.1f}"]
-        drawn.add_row(*(row if these[0].parts else [*row, "not interrupted"]))
+            row += [f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}"]
+            if still := [sum(event.parts.values()) for event in these if event.parts]:  # an asked stop has none
+                row.append(f"{statistics.median(still):.1f}")
+        drawn.add_row(*row)
     return drawn
 
 
@@ -283,10 +352,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
     if args.events < 1 or args.nodes < 2:
         return fail(ValueError("a drill needs --events of at least 1 and --nodes of at least 2"))
     out: Path = args.output_dir
-    run, undisturbed = out / "run", out / "undisturbed"
+    run, undisturbed, report = out / "run", out / "undisturbed", out / "report.json"
+    if out.exists() and not (out / MARK).exists() and (out.is_file() or any(out.iterdir())):
+        return fail(ValueError(f"{out} is not a drill's folder: name a new one with --output-dir"))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
     for old in (run, undisturbed):
         shutil.rmtree(old, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
 
     train("prepare", "--sample", "--tokenizer", "char", "--output-dir", str(out / "data"))
     arguments = [
@@ -296,11 +369,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
         f"--elastic.snapshot-interval={SNAPSHOT_INTERVAL}",
     ]
     print(f"{args.events} events on up to {args.nodes} nodes, seed {args.seed}", flush=True)
+    happened: list[Event] = []
+    found: dict[str, Any] = {"seed": args.seed, "nodes": args.nodes, "exact": not args.float}
     started = time.monotonic()
     try:
-        happened = disturb(
+        disturb(
             arguments,
             run,
+            happened,
             events=args.events,
             nodes=args.nodes,
             seed=args.seed,
@@ -312,35 +388,37 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
         finish(arguments, run, nodes=args.nodes - 1, steps=steps)
     except DrillError as error:
         print(f"LAW BROKEN: {error}")
+        found |= {"broken": str(error), "events": [dataclasses.asdict(event) for event in happened]}
+        report.write_text(json.dumps(found, indent=1))
         return 1
     print("the same configuration, undisturbed, in one process", flush=True)
     train("train", *arguments, "--run-dir", str(undisturbed), f"--steps={steps}")
 
-    found, cost = compare(run, undisturbed), account(run)
+    same, cost = compare(run, undisturbed), account(run)
+    charge(happened, Ledger(run).events())
     laws = {
-        "each step once in the kept history": found.same_steps,
-        "the same sequences at every step": found.same_sequences,
-        "no event cost more than its law allows": all(event.dropped <= event.allowed for event in happened),
-        f"losses equal {'up to float sums' if args.float else 'bit for bit'}": found.loss_difference
+        "each step once in the kept history": same.same_steps,
+        "the same sequences at every step": same.same_sequences,
+        "no event cost more than its law allows": all(event.dropped <= event.allowed for event in happened)
+        and sum(event.dropped for event in happened) == cost.dropped,
+        "no process outlives its node": not any(event.orphans for event in happened),
+        f"losses equal {'up to float sums' if args.float else 'bit for bit'}": same.loss_difference
         <= (FLOAT_TOLERANCE if args.float else 0.0),
-    } | ({} if args.float else {"parameters equal bit for bit": found.same_parameters})
+    } | ({} if args.float else {"parameters equal bit for bit": same.same_parameters})
     Console(width=None if sys.stdout.isatty() else 140).print(table(happened))
     for law, held in laws.items():
         print(f"{'held  ' if held else 'BROKEN'}  {law}")
     print(
-        f"largest loss difference {found.loss_difference:.2g} over {cost.steps} steps; {cost.dropped} steps done again;"
+        f"largest loss difference {same.loss_difference:.2g} over {cost.steps} steps; {cost.dropped} steps done again;"
         f" goodput {cost.goodput:.1%} with an event every {took / args.events:.0f} s"
     )
-    report = {
-        "seed": args.seed,
-        "nodes": args.nodes,
-        "exact": not args.float,
+    found |= {
         "laws": laws,
-        "comparison": dataclasses.asdict(found),
+        "comparison": dataclasses.asdict(same),
         "account": dataclasses.asdict(cost) | {"goodput": cost.goodput},
         "events": [dataclasses.asdict(event) for event in happened],
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1))
+    report.write_text(json.dumps(found, indent=1))
     draw(run, undisturbed, out / "drill.png")
-    print(f"report: {out / 'report.json'}, picture: {out / 'drill.png'}")
+    print(f"report: {report}, picture: {out / 'drill.png'}")
     return 0 if all(laws.values()) else 1

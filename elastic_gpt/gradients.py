@@ -5,8 +5,8 @@ each micro-batch of this rank's share, then `reduce`: one all_reduce of the buff
 and nothing is rebuilt when the world changes. Each loss is divided by the tokens of the *global* batch before its backward
 pass, so the sum over all ranks is the mean over all tokens, however unevenly the micro-batches are shared out.
 
-The buffer's tail carries what the ranks must agree on in the same step anyway: the loss of each micro-batch, in a slot of
-its own, and how many workers were asked to stop, and of these how many leave for good.
+The buffer's tail carries what the ranks must agree on in the same step anyway: the loss of each micro-batch and the ids of
+its sequences, in slots of their own, and how many workers were asked to stop, and of these how many leave for good.
 """
 
 from collections.abc import Iterable
@@ -19,6 +19,7 @@ from elastic_gpt.world import World
 # In exact mode a gradient is counted in whole multiples of this. Sums of whole numbers held in float64 are exact while they
 # stay below 2**53 multiples, that is |gradient| < 512; so the order of summation, hence the world, cannot change them.
 QUANTUM = 2.0**-44
+HALF = 24  # bits of a sequence id in one slot: whole numbers up to 2**24 are exact in float32
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class StepSums:
 
     loss: torch.Tensor
     """Mean cross-entropy of the global batch, a scalar on the device (reading it waits for the device)."""
+    ids: torch.Tensor
+    """Of the sequences that went into the gradient, in order: upper and lower `HALF` bits, (2, global batch) on the device."""
     stops: torch.Tensor
     """Workers that were asked to stop, and how many of them leave for good; (2,) on the device."""
 
@@ -37,6 +40,7 @@ class Gradients:
     Args:
         parameters: those that are trained; their `.grad` become views of the buffer.
         micro_batches: in a global batch.
+        global_batch: sequences in a step.
         tokens: targets in a global batch, over all ranks.
         exact: sum in whole numbers, so that the result is the same bit for bit at every world size (law 4).
     """
@@ -47,6 +51,7 @@ class Gradients:
         world: World,
         *,
         micro_batches: int,
+        global_batch: int,
         tokens: int,
         exact: bool,
     ) -> None:
@@ -55,8 +60,10 @@ class Gradients:
         self.tokens = tokens
         size = sum(parameter.numel() for parameter in self.parameters)
         # The tail is part of the buffer so that one message carries both.
-        self.buffer = torch.zeros(size + micro_batches + 2, dtype=torch.float32, device=world.device)
-        self.gradient, self.losses, self.stops = self.buffer.split([size, micro_batches, 2])
+        sizes = [size, micro_batches, 2 * global_batch, 2]
+        self.buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=world.device)
+        self.gradient, self.losses, ids, self.stops = self.buffer.split(sizes)
+        self.ids = ids.view(2, micro_batches, -1)
         self.total = torch.zeros_like(self.buffer, dtype=torch.float64) if exact else None
         self.scratch = torch.zeros_like(self.gradient, dtype=torch.float64) if exact else None
         start = 0
@@ -70,17 +77,21 @@ class Gradients:
         if self.total is not None:
             self.total.zero_()
 
-    def backward(self, micro_batch: int, loss_sum: torch.Tensor, scale: torch.Tensor | float = 1.0) -> None:
+    def backward(
+        self, micro_batch: int, ids: torch.Tensor, loss_sum: torch.Tensor, scale: torch.Tensor | float = 1.0
+    ) -> None:
         """Add the gradient of one micro-batch.
 
         Args:
             micro_batch: its index in the global batch.
+            ids: of its sequences, int64 (B,).
             loss_sum: sum of the cross-entropy over its targets, a scalar.
             scale: what a float16 run multiplies its losses by.
         """
         mean = loss_sum / self.tokens
         (mean * scale).backward()
         self.losses[micro_batch] = mean.detach()
+        self.ids[:, micro_batch] = torch.stack((ids >> HALF, ids & ((1 << HALF) - 1)))
         if self.total is not None and self.scratch is not None:
             self.scratch.copy_(self.gradient).div_(QUANTUM).round_()  # NaN and infinity pass through, to be seen
             self.total[: len(self.scratch)].add_(self.scratch)
@@ -106,7 +117,7 @@ class Gradients:
             self.total[: len(self.gradient)].mul_(QUANTUM)
             self.buffer.copy_(self.total)
         # One slot per micro-batch, added up in the same order everywhere: the loss does not depend on the world either.
-        return StepSums(self.losses.sum(), self.stops.clone())
+        return StepSums(self.losses.sum(), self.ids.flatten(1).clone(), self.stops.clone())
 
     def clip(self, limit: float) -> torch.Tensor:
         """Scale the gradient down to the norm `limit` (0: leave it); return its norm before, a scalar on the device."""

@@ -7,9 +7,12 @@ came from; whoever notices the end of a life writes that; and after the first st
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import math
 import os
+import statistics
 import sys
 import time
 import uuid
@@ -24,6 +27,7 @@ from rich.table import Table
 from elastic_gpt.settings import fail
 
 PARTS = ("detection", "rendezvous", "restore", "first_step")  # of a recovery, seconds each
+ASKED = {"stopped", "finished"}  # how a life ends that nobody need recover from
 
 
 class Ledger:
@@ -35,6 +39,7 @@ class Ledger:
 
     def __init__(self, run: Path) -> None:
         self.path = run / "ledger.jsonl"
+        self._read_up_to = 0  # bytes, of what `superseded` has seen
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one event, with the time in seconds since 1970. A full disk costs the event, not the training."""
@@ -49,16 +54,8 @@ class Ledger:
             print(f"warning: the ledger lacks {line.strip()}: {error}", file=sys.stderr, flush=True)
 
     def events(self) -> list[dict[str, Any]]:
-        """All events, oldest first. A line that a killed writer left unfinished is not one."""
-        if not self.path.exists():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        """All events, oldest first."""
+        return read_lines(self.path)
 
     def run_id(self) -> str:
         """The identity of this run, made when its directory was: what tells its snapshots from another run's."""
@@ -75,13 +72,7 @@ class Ledger:
 
     def branches(self) -> list[tuple[int, int]]:
         """Life and step at which each life began: what an earlier life did past that step is abandoned."""
-        found, life = [], 0
-        for event in self.events():
-            if event["event"] == "joined":
-                life = event["life"]
-            elif event["event"] == "restored":
-                found.append((life, event["step"]))
-        return found
+        return [(event["life"], event["step"]) for event in self.events() if event["event"] == "restored"]
 
     def begin_life(self, nodes: list[str], world_size: int, step: int, source: str, dropped: int) -> None:
         """Write who is here now, who is no more, and where the state came from.
@@ -95,12 +86,27 @@ class Ledger:
         events = self.events()
         last = max((place for place, event in enumerate(events) if event["event"] == "joined"), default=None)
         if last is not None:
-            ended = {event["event"] for event in events[last:]} & {"finished", "stopped"}
+            ended = {event["event"] for event in events[last:]} & ASKED
             said_goodbye = {event["node"] for event in events[last:] if event["event"] == "left"}
             for node in sorted(set() if ended else set(events[last]["nodes"]) - set(nodes) - said_goodbye):
                 self.write("lost", node=node, step=step)
-        self.write("joined", life=self.lives(), nodes=nodes, world_size=world_size)
-        self.write("restored", step=step, source=source, dropped=dropped)
+        life = self.lives()
+        self.write("joined", life=life, nodes=nodes, world_size=world_size)
+        self._read_up_to = self.path.stat().st_size if self.path.exists() else 0
+        self.write("restored", life=life, step=step, source=source, dropped=dropped)
+
+    def superseded(self) -> bool:
+        """Whether another life has begun since `begin_life` of this one: a world that was left out, and must end."""
+        try:
+            with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size <= self._read_up_to:
+                    return False
+                file.seek(self._read_up_to)
+                new = file.read()
+        except OSError:  # a volume that is away says nothing
+            return False
+        self._read_up_to += new.rfind(b"\n") + 1
+        return b'"event": "joined"' in new
 
     def recovered(self, last_step: float | None, joined: float, restored: float) -> None:
         """Write what the change of worlds cost, now that the first step after it is done.
@@ -109,12 +115,13 @@ class Ledger:
             last_step, joined, restored: when the last step before it was written down, when the new group was formed,
                 and when the state was back; seconds since 1970. Without a last step this is the start of the run.
         """
-        if last_step is None:
+        events = self.events()
+        lives = [place for place, event in enumerate(events) if event["event"] == "joined"]
+        before = {event["event"] for event in events[lives[-2] : lives[-1]]} if len(lives) > 1 else set()
+        if last_step is None or before & ASKED:  # a pause is no recovery
             return
         # Nobody noticed anything if the whole world died.
-        noticed = [
-            event["time"] for event in self.events() if event["event"] == "interrupted" and event["time"] > last_step
-        ]
+        noticed = [event["time"] for event in events if event["event"] == "interrupted" and event["time"] > last_step]
         moments = [last_step, noticed[0] if noticed else last_step, joined, restored, time.time()]
         seconds = [round(max(0.0, after - before), 3) for before, after in itertools.pairwise(moments)]
         self.write("recovered", **dict(zip(PARTS, seconds, strict=True)))
@@ -131,7 +138,7 @@ class Account:
     elapsed: float
     """Seconds from the first world to the last event, without the time between an asked stop and the next start."""
     useful: float
-    """Seconds that the kept steps took."""
+    """Seconds that the kept steps took. The first step of a life, which may hold a compilation, counts as a usual one."""
 
     @property
     def goodput(self) -> float:
@@ -139,15 +146,38 @@ class Account:
         return self.useful / self.elapsed if self.elapsed else 0.0
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of JSON lines, none if there is no file. A line that a killed writer left unfinished is not one."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of RUN/metrics.jsonl."""
+    return read_lines(run / "metrics.jsonl")
+
+
 def account(run: Path) -> Account:
     """Add up a run."""
-    events = Ledger(run).events()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    events, lines = Ledger(run).events(), read_metrics(run)
+    starts: list[int] = []  # of the lives in the kept history
+    for event in events:
+        if event["event"] == "restored":
+            starts = [*(step for step in starts if step < event["step"]), event["step"]]
+    useful = 0.0
+    for start, end in itertools.pairwise([*starts, math.inf]):
+        took = [
+            line["tokens"] / line["step"] / line["tokens_per_second"] for line in lines if start < line["step"] <= end
+        ]
+        useful += sum(took[1:]) + statistics.median_low(took) if took else 0.0
     elapsed, since = 0.0, None
     for event in events:
         if event["event"] == "joined" and since is None:
             since = event["time"]
-        if event["event"] in ("stopped", "finished") and since is not None:
+        if event["event"] in ASKED and since is not None:
             elapsed, since = elapsed + event["time"] - since, None
     if since is not None:  # still running, or killed
         elapsed += max(events[-1]["time"], (run / "metrics.jsonl").stat().st_mtime) - since
@@ -155,7 +185,7 @@ def account(run: Path) -> Account:
         steps=len(lines),
         dropped=sum(event["dropped"] for event in events if event["event"] == "restored"),
         elapsed=elapsed,
-        useful=sum(line["tokens"] / line["step"] / line["tokens_per_second"] for line in lines),
+        useful=useful,
     )
 
 

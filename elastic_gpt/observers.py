@@ -157,11 +157,6 @@ class TensorBoardObserver:
         self.writer.close()
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of RUN/metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def _step(line: bytes) -> int | None:
     """The step of a line of metrics; None for one that a killed writer left unfinished."""
     try:

@@ -46,9 +46,10 @@ class Order:
             ids[inside] = permute(indices[inside], self.sequences, f"{self.seed}/{epoch}")
         return ids
 
-    def sequence_hash(self, step: int) -> str:
-        """A hash of the step's ids in order: equal in two runs exactly when they used the same data."""
-        return hashlib.blake2b(self.ids(step).astype("<i8").tobytes(), digest_size=8).hexdigest()
+
+def sequence_hash(ids: Ids) -> str:
+    """A hash of a step's ids in order: equal in two runs exactly when they used the same data."""
+    return hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=8).hexdigest()
 
 
 def permute(indices: Ids, size: int, key: str) -> Ids:

@@ -1,5 +1,6 @@
 """No orphans: a process that ends when the one that started it does. Imports nothing heavy, so it can be called first."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,3 +19,16 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the kernel was told
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def of_nodes(job: str) -> dict[int, str]:
+    """What lives of a job's local nodes: process id to node. Children inherit the name, so orphans have it, too."""
+    import psutil
+
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            node = process.environ().get("POD_NAME", "")
+            if node.startswith(f"{job}-node-") and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = node
+    return found

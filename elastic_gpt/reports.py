@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from elastic_gpt.gradients import StepSums
-from elastic_gpt.order import Order
+from elastic_gpt.gradients import HALF, StepSums
+from elastic_gpt.order import sequence_hash
 from elastic_gpt.world import World
 
 # Dense matrix-product peaks without sparsity, operations a second at 16 bits, from the makers' data sheets.
@@ -46,6 +46,7 @@ class StepReport:
     """Model flops utilization: 0 to 1, of the peak of all devices together; None where the peak is not known."""
     world_size: int
     sequence_hash: str
+    """Of the ids of the sequences that went into the gradient, in order."""
 
 
 class Observer(Protocol):
@@ -73,7 +74,6 @@ class Reporter:
     def __init__(
         self,
         observers: Sequence[Observer],
-        order: Order,
         world: World,
         *,
         recent: Sequence[dict[str, Any]],
@@ -82,7 +82,7 @@ class Reporter:
         flops_per_token: float,
         peak: float | None,
     ) -> None:
-        self.observers, self.order, self.world = observers, order, world
+        self.observers, self.world = observers, world
         self.recent: deque[dict[str, Any]] = deque(recent, maxlen=keep)
         self.tokens_per_step, self.flops_per_token, self.peak = tokens_per_step, flops_per_token, peak
         self.pending: deque[tuple[int, float, Callable[[], list[float]]]] = deque()
@@ -90,7 +90,7 @@ class Reporter:
 
     def step(self, step: int, rate: float, sums: StepSums, norm: torch.Tensor) -> None:
         """Queue a step: updates done, learning rate, and what the ranks found together."""
-        numbers = torch.cat([torch.stack([sums.loss, norm]), sums.stops])
+        numbers = torch.cat([torch.stack([sums.loss, norm]), sums.stops, sums.ids.flatten()])
         self.pending.append((step, rate, _to_host(numbers)))
 
     def drain(self, behind: int = 0) -> tuple[int, int]:
@@ -98,7 +98,8 @@ class Reporter:
         stops = leaves = 0.0
         while len(self.pending) > behind:
             step, rate, read = self.pending.popleft()
-            loss, norm, stops, leaves = read()
+            loss, norm, stops, leaves, *ids = read()
+            upper, lower = np.array(ids, dtype=np.int64).reshape(2, -1)
             now = time.perf_counter()
             speed, self.clock = self.tokens_per_step / (now - self.clock), now
             report = StepReport(
@@ -110,7 +111,7 @@ class Reporter:
                 tokens_per_second=speed,
                 mfu=speed * self.flops_per_token / (self.peak * self.world.size) if self.peak else None,
                 world_size=self.world.size,
-                sequence_hash=self.order.sequence_hash(step - 1),
+                sequence_hash=sequence_hash((upper << HALF) | lower),
             )
             self.recent.append(dataclasses.asdict(report))
             for observer in self.observers:

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -32,13 +33,15 @@ class SnapshotError(OSError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A whole snapshot in one of the buffers."""
+    """A snapshot in one of the buffers."""
 
     header: Path
     step: int
     life: int
     """Number of the life of the run in which it was made."""
     reports: list[dict[str, Any]]
+    crc32: int
+    """Of the buffer."""
 
 
 def shared_memory() -> Path:
@@ -87,9 +90,12 @@ class Snapshots:
         self.identity += f"/{zlib.crc32(layout.encode()):08x}"
         try:
             folder.parent.mkdir(mode=0o700, exist_ok=True)
+            _own(folder.parent)
             sweep(folder.parent)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.buffers = [self._reserve(self.folder / f"{number}.tensors") for number in (0, 1)]
+        except SnapshotError:
+            raise
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise SnapshotError(
@@ -108,14 +114,12 @@ class Snapshots:
             valid: (life, step) to whether such a state is part of the run's history, and not of an abandoned end of it.
         """
         found = [snapshot for header in self.run.glob("*/[01].json") if (snapshot := self._read(header))]
-        mine = [snapshot for snapshot in found if snapshot.header.parent == self.folder]
-        if mine:  # the older of the own two is overwritten first
-            self.turn = 1 - int(max(mine, key=lambda snapshot: (snapshot.life, snapshot.step)).header.stem)
-        return max(
-            (snapshot for snapshot in found if valid(snapshot.life, snapshot.step)),
-            key=lambda snapshot: snapshot.step,
-            default=None,
-        )
+        found = [snapshot for snapshot in found if valid(snapshot.life, snapshot.step)]
+        found.sort(key=lambda snapshot: (snapshot.step, snapshot.life), reverse=True)
+        newest = next(filter(_whole, found), None)
+        if newest and newest.header.parent == self.folder:
+            self.turn = 1 - int(newest.header.stem)  # the other buffer is overwritten first
+        return newest
 
     @torch.no_grad()
     def save(self, step: int, life: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> None:
@@ -176,17 +180,14 @@ class Snapshots:
         return torch.from_numpy(buffer[start:end]).view(like.dtype).view(like.shape)
 
     def _read(self, header: Path) -> Snapshot | None:
-        """The snapshot that a header makes, if it is of this run and whole."""
+        """What a header says, if it is of this run."""
         try:
             content = json.loads(header.read_text())
-            if content["identity"] != self.identity:
+            if content.pop("identity") != self.identity:
                 return None
-            tensors = np.memmap(header.with_suffix(".tensors"), dtype=np.uint8, mode="r")
-        except (OSError, ValueError):
+            return Snapshot(header, **content)
+        except (OSError, ValueError, KeyError, TypeError):  # not one of ours, or no more
             return None
-        if content["crc32"] != zlib.crc32(tensors.data):
-            return None
-        return Snapshot(header, content["step"], content["life"], content["reports"])
 
     def _commit(self, number: int, header: dict[str, Any]) -> None:
         aside = self._header(number).with_suffix(".partial")
@@ -195,3 +196,21 @@ class Snapshots:
 
     def _header(self, number: int) -> Path:
         return self.folder / f"{number}.json"
+
+
+def _own(folder: Path) -> None:
+    """/dev/shm is everybody's: whoever made the folder could exchange what is in it, and have other files deleted."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise SnapshotError(
+            f"no snapshots on this node: {folder} is not this user's alone (a folder, mode 700): remove it."
+            " Until then a lost worker costs the steps since the last checkpoint"
+        )
+
+
+def _whole(snapshot: Snapshot) -> bool:
+    try:
+        tensors = np.memmap(snapshot.header.with_suffix(".tensors"), dtype=np.uint8, mode="r")
+    except (OSError, ValueError):
+        return False
+    return snapshot.crc32 == zlib.crc32(tensors.data)

@@ -20,6 +20,7 @@ import traceback
 from typing import Any
 
 LENGTH = 8  # bytes in front of each message
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # passed on to workers
 
 
 def send(connection: socket.socket, message: object, descriptors: tuple[int, ...] = ()) -> None:
@@ -36,13 +37,10 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
         EOFError: if the other side is gone.
     """
     length, descriptors, _, _ = socket.recv_fds(connection, LENGTH, 3)
-    content = bytearray()
-    while length and len(content) < int.from_bytes(length, "little"):
-        part = connection.recv(1 << 16)
-        if not part:
-            length = b""
-        content += part
-    if not length:
+    content, left = b"", int.from_bytes(length, "little")
+    while part := connection.recv(left):  # no more: the next message may follow at once
+        content, left = content + part, left - len(part)
+    if left or not content:
         raise EOFError("the other side is gone")
     return json.loads(content), list(descriptors)
 
@@ -60,27 +58,29 @@ def serve(name: str, modules: list[str], agent: int) -> None:
     """
     import gc
     import importlib
-    import selectors
+    import select
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"\0{name}")
     listener.listen()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # meant for the workers, who get them from their clients
     from elastic_gpt.processes import die_with_parent
 
     die_with_parent(agent)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's pool would be threads, and a fork wants none
     room, *_ = [importlib.import_module(module) for module in modules]
     gc.freeze()  # the collector touches no imported page, so the workers share them
 
     # Three things can happen: a client comes; a client dies, and its worker is killed; a worker ends, and its client is told.
-    events = selectors.DefaultSelector()
-    events.register(listener, selectors.EVENT_READ)
+    # What a client has to say is read by its worker: no client can make the standby wait, or fail.
+    events = select.poll()
+    events.register(listener, select.POLLIN)
     workers: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor that tells of the worker's end
     clients: dict[int, int] = {}  # worker by its client's socket
     while True:
-        for key, _ in events.select():
-            if key.fileobj is listener:
+        for ready, _ in events.poll():
+            if ready == listener.fileno():
                 connection, _ = listener.accept()
                 if not _same_user(connection):
                     connection.close()
@@ -88,21 +88,21 @@ def serve(name: str, modules: list[str], agent: int) -> None:
                     worker = _fork(connection, listener, room)
                     ended = os.pidfd_open(worker)
                     workers[ended], clients[connection.fileno()] = (worker, connection), worker
-                    events.register(connection, selectors.EVENT_READ)
-                    events.register(ended, selectors.EVENT_READ)
-            elif key.fd in workers:
-                worker, connection = workers.pop(key.fd)
-                events.unregister(key.fd)
-                os.close(key.fd)
+                    events.register(connection, 0)  # its end is told in any case
+                    events.register(ended, select.POLLIN)
+            elif ready in workers:
+                worker, connection = workers.pop(ready)
+                events.unregister(ready)
+                os.close(ready)
                 if clients.pop(connection.fileno(), None):
                     events.unregister(connection)
                 code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
                 with connection, contextlib.suppress(OSError):
                     send(connection, {"code": code})
-            elif key.fd in clients:  # a client says nothing after its request, so this is its end
-                events.unregister(key.fileobj)
+            elif ready in clients:
+                events.unregister(ready)
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(clients.pop(key.fd), signal.SIGKILL)
+                    os.kill(clients.pop(ready), signal.SIGKILL)
 
 
 def _same_user(connection: socket.socket) -> bool:
@@ -113,27 +113,34 @@ def _same_user(connection: socket.socket) -> bool:
 
 def _fork(connection: socket.socket, listener: socket.socket, room: Any) -> int:
     """Fork a worker for the client at the other end of `connection`; returns its process id in the standby."""
-    request, streams = receive(connection)
+    from elastic_gpt.processes import die_with_parent
+
+    standby = os.getpid()
     worker = os.fork()
     if worker:
-        for stream in streams:
-            os.close(stream)
-        send(connection, {"worker": worker})
         return worker
     try:
+        die_with_parent(standby)
         listener.close()
+        try:
+            request, streams = receive(connection)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+            send(connection, {"worker": os.getpid()})  # from here on the client passes signals on
+        except (EOFError, ConnectionError):  # it is gone
+            os._exit(1)
         connection.close()
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
+        for place, stream in enumerate(streams):
+            os.dup2(stream, place)
             os.close(stream)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        if "OMP_NUM_THREADS" in os.environ:  # torch has read it already, in the standby's environment
-            room.torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        if "OMP_NUM_THREADS" in os.environ:
+            import torch  # which has read it already, in the standby's environment
+
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         command, *arguments = request["command"]
         code = room.main(arguments, prog=f"elastic-gpt {command}")
     except SystemExit as stop:
@@ -151,24 +158,28 @@ def _fork(connection: socket.socket, listener: socket.socket, room: Any) -> int:
 
 def work(name: str, command: list[str]) -> int:
     """Have the standby `name` fork a worker that runs `command`; returns its exit code."""
+    agent = os.getppid()
     connection = _connect(name)
     if connection is None:  # no standby: start the slow way, which is better than not at all
         print("warning: the standby process is gone; this worker imports torch itself", file=sys.stderr, flush=True)
+        sys.path.append(os.path.dirname(os.path.dirname(__file__)))  # noqa: PTH120 - see below
+        from elastic_gpt.processes import die_with_parent
+
+        die_with_parent(agent)  # which holds after execv, too
         os.execv(sys.executable, [sys.executable, "-m", "elastic_gpt.cli", *command])
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a worker to pass them on to
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is a worker to pass them on to
     folder = os.getcwd()  # noqa: PTH109 - pathlib takes as long to import as all the rest
-    send(connection, {"command": command, "environment": dict(os.environ), "folder": folder}, (0, 1, 2))
     try:
+        send(connection, {"command": command, "environment": dict(os.environ), "folder": folder}, (0, 1, 2))
         worker = receive(connection)[0]["worker"]
 
         def pass_on(number: int, _frame: Any) -> None:
             with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
                 os.kill(worker, number)
 
-        for number in signals:
+        for number in SIGNALS:
             signal.signal(number, pass_on)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = int(receive(connection)[0]["code"])
     except (EOFError, ConnectionError):
         return 128 + signal.SIGKILL  # the standby died, and its workers with it

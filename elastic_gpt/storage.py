@@ -6,13 +6,16 @@ object is atomic. Every failure is an OSError, so that who saves can go on and t
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
+
+FOLDER = re.compile(r"step_\d+")  # ours; others may lie beside them: lost+found, a user's copy
 
 
 class Unreachable(OSError):
@@ -23,7 +26,7 @@ class Storage(Protocol):
     """Files by their names relative to one place; `step_00000010/MANIFEST.json` is one."""
 
     def manifests(self) -> list[str]:
-        """Names of the folders that hold a MANIFEST.json."""
+        """Names of our folders that hold a MANIFEST.json. Raises Unreachable if nobody may know."""
 
     def read_text(self, name: str) -> str: ...
 
@@ -50,7 +53,16 @@ class LocalStorage:
         return str(self.folder)
 
     def manifests(self) -> list[str]:
-        return [path.parent.name for path in self.folder.glob("*/MANIFEST.json")]
+        # Not glob and exists: they take an error for an absence, and the run would start from zero.
+        return [name for name in self._list(".") if FOLDER.fullmatch(name) and "MANIFEST.json" in self._list(name)]
+
+    def _list(self, name: str) -> list[str]:
+        try:
+            return os.listdir(self.folder / name)  # noqa: PTH208
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise Unreachable(f"cannot list {self.folder / name}: {error.strerror}") from error
 
     def read_text(self, name: str) -> str:
         return (self.folder / name).read_text()
@@ -101,8 +113,9 @@ class RemoteStorage:
 
     def manifests(self) -> list[str]:
         with _as_os_error(f"list {self.url}"):
-            # Not glob and exists: they take an error for an absence, and the run would start from zero.
-            folders = [name.rstrip("/").rsplit("/", 1)[-1] for name in self._list(self.root)]
+            # Not glob and exists, as above.
+            names = [name.rstrip("/").rsplit("/", 1)[-1] for name in self._list(self.root)]
+            folders = [name for name in names if FOLDER.fullmatch(name)]
             return [f for f in folders if any(n.endswith("/MANIFEST.json") for n in self._list(f"{self.root}/{f}"))]
 
     def _list(self, folder: str) -> list[str]:

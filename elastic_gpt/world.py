@@ -30,6 +30,10 @@ class PeerLost(RuntimeError):
     """The node whose first worker noticed it."""
 
 
+class NotJoined(PeerLost):
+    """The world of this rendezvous could not be formed."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place among the workers of one rendezvous."""
@@ -109,7 +113,7 @@ def join(device: Device, timeout_seconds: float) -> World:
     """
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     if elastic:
-        die_with_parent(os.getppid())
+        die_with_parent(os.getppid())  # for plain torchrun: a worker of ours has done so at its birth
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     # A replaced node is a new pod. Under plain torchrun the agent's process id tells nodes apart.
@@ -123,7 +127,7 @@ def join(device: Device, timeout_seconds: float) -> World:
         try:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
         except RuntimeError as error:  # a peer of this rendezvous died before it came here
-            raise PeerLost(f"rank {rank} of {size} could not join its peers: {error}") from error
+            raise NotJoined(f"rank {rank} of {size} could not join its peers: {error}") from error
     return World(rank, size, local_rank, node, where, elastic)
 
 
@@ -143,14 +147,21 @@ class Signals:
     def __init__(self) -> None:
         self.stop = self.leave = False
         self.number = 0
+        self._since = 0.0
         self.told_apart = "DLROVER_MASTER_ADDR" in os.environ
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self._asked)
 
+    @property
+    def waited(self) -> float:
+        """Seconds since the first signal; 0 without one."""
+        return time.monotonic() - self._since if self.stop else 0.0
+
     def _asked(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT and self.stop:
             raise KeyboardInterrupt
+        self._since = self._since or time.monotonic()
         self.stop, self.number = True, number
         self.leave = self.leave or number == signal.SIGUSR1 or not self.told_apart
 

@@ -35,18 +35,22 @@ from elastic_gpt.settings import SettingsError
 from elastic_gpt.snapshot import SnapshotError, Snapshots, shared_memory
 from elastic_gpt.state import Restored, restore, training_state
 from elastic_gpt.storage import Unreachable
-from elastic_gpt.world import PeerLost, Signals, World, join, leave
+from elastic_gpt.world import NotJoined, PeerLost, Signals, World, join, leave
 from model_zoo.nanogpt.config import PRESETS, TrainConfig
 from model_zoo.nanogpt.model import GPT
 from model_zoo.nanogpt.rundir import open_run
 from prepare.tokens import DataError, Meta, open_split, read_meta
 
-FINISHED, RESTART_ME = 0, 3  # exit codes; an agent restarts its workers after any but 0 and a user's mistake (2)
+FINISHED, RESTART_ME, NO_WORLD = 0, 3, 4  # exit codes; after any but 0 and a user's mistake (2) an agent tries again
 LAST_CALL_SECONDS = 0.5
+NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> int:
-    """Parse settings and train. Exit codes: 0 finished, 2 a user's mistake, 3 the world has to be formed anew, 130, 143."""
+    """Parse settings and train.
+
+    Exit codes: 0 finished, 2 a user's mistake, 3 the world has to be formed anew, 4 it could not be formed, 130, 143.
+    """
     try:
         config, meta = check(sys.argv[1:] if argv is None else argv, prog)
     except (SettingsError, DataError) as error:
@@ -58,11 +62,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> 
     except PeerLost as error:
         if error.noticed_by:
             Ledger(config.run_dir).write("interrupted", node=error.noticed_by, cause="lost a peer")
-        print(f"{error}; this worker ends, its agent forms a new world", file=sys.stderr, flush=True)
+        text = f"{error}; this worker ends, its agent forms a new world"
+        # A peer that dies is nothing to tell; a world that cannot be formed may be a wrong setting of the network.
+        print(f"warning: {text}" if isinstance(error, NotJoined) else text, file=sys.stderr, flush=True)
+        if isinstance(error, NotJoined):
+            time.sleep(NETWORK_SECONDS)
+            os._exit(NO_WORLD)
         os._exit(RESTART_ME)  # a process group with a dead member cannot be torn down in good order
-    except Unreachable as error:  # an agent tries again, and gives up when that does not help
+    except Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        # An outage passes, and the agent tries until it has; what never answered is a crash, and crashes are counted.
+        os._exit(RESTART_ME if Ledger(config.run_dir).lives() else 1)
     except Exception:
         # At once: if the peers ended first, the agent would take this crash for a change of members.
         traceback.print_exc()
@@ -124,6 +134,7 @@ def train(config: TrainConfig, meta: Meta) -> int:
         model.parameters(),
         world,
         micro_batches=config.micro_batches,
+        global_batch=config.global_batch,
         tokens=config.tokens_per_step,
         exact=config.elastic.exact,
     )
@@ -139,14 +150,14 @@ def train(config: TrainConfig, meta: Meta) -> int:
 
     tensors = training_state(model, optimizer, scale.state if scale else None)
     snapshots = open_snapshots(run.run_id, tensors, world)
-    checkpoints = Checkpoints(config.checkpoint.dir or config.run_dir / "checkpoints", config.checkpoint.keep)
-    restored = restore(tensors, snapshots, checkpoints, run.valid, world)
+    place = config.checkpoint.dir or config.run_dir / "checkpoints"
+    checkpoints = Checkpoints(place, config.checkpoint.keep, run.run_id)
+    restored = restore(tensors, snapshots, checkpoints, run, world)
     nodes = sorted(set(world.gather(world.node)))
     observers, last_step = open_observers(config, nodes, world, restored, ledger)
     back = time.time()
     reporter = Reporter(
         observers,
-        order,
         world,
         recent=restored.reports,
         keep=2 * config.elastic.snapshot_interval,
@@ -158,19 +169,27 @@ def train(config: TrainConfig, meta: Meta) -> int:
         reporter.say(line)
     if snapshots:
         snapshots.save(restored.step, run.life, tensors, restored.reports)  # now every node has it
-    if world.first and restored.step - max(checkpoints.steps(), default=0) >= config.checkpoint.interval:
+    if world.first and restored.step - checkpoints.listed >= config.checkpoint.interval:
         checkpoints.save(restored.step, tensors, restored.reports)  # the one that was due died with its writer
 
     if restored.step >= config.steps:
         reporter.say(f"nothing to do at step {restored.step} of {config.steps}: a larger --steps goes on from there")
 
+    def evaluate(step: int) -> None:
+        loss = evaluator.evaluate()
+        reporter.evaluation(step, loss)
+        if world.first:
+            ledger.write("evaluated", step=step, loss=loss)
+
     step, stopping, leaving = restored.step, 0, 0
-    with on_its_way(snapshots, checkpoints):
+    with on_its_way(snapshots, checkpoints, ledger):
         while step < config.steps and not stopping:
+            if step > 0 and config.evaluate.interval > 0 and step % config.evaluate.interval == 0:
+                evaluate(step)  # after the state is saved; if this world is asked to stop, the next one does it
             gradients.zero()
-            for index, tokens, targets in batches.step(step):
+            for index, ids, tokens, targets in batches.step(step):
                 torch.manual_seed(micro_batch_seed(config.seed, step, index))  # dropout: the same on whichever rank
-                gradients.backward(index, loss_sum(tokens, targets), scale.factor if scale else 1.0)
+                gradients.backward(index, ids, loss_sum(tokens, targets), scale.factor if scale else 1.0)
             sums = gradients.reduce(signals.stop, signals.leave)
             finite = scale.unscale(gradients.gradient) if scale else True
             norm = gradients.clip(config.optimizer.clip)
@@ -182,21 +201,18 @@ def train(config: TrainConfig, meta: Meta) -> int:
             step += 1
 
             snapshot = step % config.elastic.snapshot_interval == 0
-            save = step % config.checkpoint.interval == 0
+            save = step % config.checkpoint.interval == 0 or (snapshot and checkpoints.owed)
             reporter.step(step, rate, sums, norm)
             # A GPU works on while the step before is reported; but nothing is saved before its report is written.
+            if world.first and ledger.superseded():
+                raise PeerLost(f"another world trains into {config.run_dir} since this one was formed")
             stopping, leaving = reporter.drain(behind=int(world.device.type == "cuda" and not (snapshot or save)))
             if world.first and step == restored.step + 1:
                 ledger.recovered(last_step, joined, back)
-            if step == config.steps or (config.evaluate.interval > 0 and step % config.evaluate.interval == 0):
-                loss = evaluator.evaluate()
-                reporter.evaluation(step, loss)
-                if world.first:
-                    ledger.write("evaluated", step=step, loss=loss)
             if snapshots and snapshot:
                 snapshots.save(step, run.life, tensors, list(reporter.recent))
                 snapshots.drop_others(nodes)
-            tell_saved(checkpoints.finished(), ledger, reporter)
+            tell_saved(checkpoints, ledger, reporter.say)
             if world.first and save:
                 if checkpoints.pending:
                     reporter.say(f"WARNING: no checkpoint at step {step}: the one before is still being written")
@@ -206,6 +222,8 @@ def train(config: TrainConfig, meta: Meta) -> int:
         # Every rank is out of the loop after the same step: at the end, or because somebody was asked to stop.
         reporter.drain()
         finished = step >= config.steps
+        if finished and restored.step < step:
+            evaluate(step)
         if world.first and not finished:
             ledger.write("interrupted", node=world.node, cause="asked to stop", step=step)
         if snapshots:
@@ -215,7 +233,7 @@ def train(config: TrainConfig, meta: Meta) -> int:
         if 0 < leaving < world.size and not finished:
             time.sleep(LAST_CALL_SECONDS)  # who is asked in the same moment hears it a little later
             leaving = sum(world.gather(signals.leave))
-        deadline = time.monotonic() + config.elastic.grace_seconds
+        deadline = time.monotonic() + config.elastic.grace_seconds - max(world.gather(signals.waited))
 
         def settle() -> bool:
             """Storage has this step when nodes leave, for it may not be the last node that does; and at the end."""
@@ -223,7 +241,7 @@ def train(config: TrainConfig, meta: Meta) -> int:
             def wait() -> None:
                 while checkpoints.pending and (finished or time.monotonic() < deadline):
                     time.sleep(0.01)
-                    tell_saved(checkpoints.finished(), ledger, reporter)
+                    tell_saved(checkpoints, ledger, reporter.say)
 
             wait()
             if (finished or leaving) and checkpoints.saved != step and not checkpoints.pending:
@@ -254,14 +272,14 @@ def train(config: TrainConfig, meta: Meta) -> int:
 
 
 @contextlib.contextmanager
-def on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints) -> Iterator[None]:
+def on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints, ledger: Ledger) -> Iterator[None]:
     """What is being saved when a peer is lost is saved to its end: it may be the newest there is."""
     try:
         yield
     except PeerLost:
         if snapshots:
             snapshots.wait()
-        checkpoints.finished(wait=True)
+        tell_saved(checkpoints, ledger, print, wait=True)
         raise
 
 
@@ -332,15 +350,14 @@ def arithmetic(
     ]
 
 
-def tell_saved(result: int | OSError | None, ledger: Ledger, reporter: Reporter) -> None:
-    """Write down what became of a checkpoint. A failed one does not stop the training; the next save tries again."""
-    if isinstance(result, OSError):
+def tell_saved(checkpoints: Checkpoints, ledger: Ledger, say: Callable[[str], None], wait: bool = False) -> None:
+    """Write down what became of a checkpoint. A failed one is tried again with each snapshot, and told once."""
+    again, result = checkpoints.failed, checkpoints.finished(wait)
+    if isinstance(result, OSError) and not again:
         ledger.write("save_failed", error=str(result))
-        reporter.say(
-            f"WARNING: the checkpoint could not be written ({result}); training goes on and the next save tries again"
-        )
-    elif result is not None:
-        ledger.write("saved", step=result, checkpoint=Checkpoints.name(result))
+        say(f"WARNING: the checkpoint could not be written ({result}); training goes on, and it is tried again")
+    elif isinstance(result, int):
+        ledger.write("saved", step=result, checkpoint=checkpoints.name(result), place=str(checkpoints.storage))
 
 
 if __name__ == "__main__":

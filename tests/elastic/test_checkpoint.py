@@ -143,6 +143,55 @@ def test_a_full_disk_is_told_and_the_next_save_succeeds(tmp_path: Path, monkeypa
     assert checkpoints.finished(wait=True) == 30
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = write(tmp_path, 10, keep=1)
+
+    def denied(_: str) -> None:
+        raise PermissionError("AccessDenied: s3:DeleteObject")
+
+    monkeypatch.setattr(checkpoints.storage, "delete", denied)
+    checkpoints.save(20, state(20), [])
+    assert checkpoints.finished(wait=True) == checkpoints.saved == 20
+    assert "step_00000010 could not be deleted" in capsys.readouterr().err
+
+
+def test_a_failed_save_is_owed_until_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = write(tmp_path, 10)
+    monkeypatch.setattr(storage, "_flush", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    checkpoints.save(20, state(20), [])
+    assert isinstance(checkpoints.finished(wait=True), OSError)
+    assert checkpoints.owed
+    monkeypatch.undo()
+    checkpoints.save(21, state(21), [])
+    assert not checkpoints.owed  # it is under way
+    assert checkpoints.finished(wait=True) == 21
+    assert not checkpoints.owed
+
+
+def test_another_runs_checkpoints_are_neither_taken_nor_deleted(tmp_path: Path) -> None:
+    def run(name: str) -> Checkpoints:
+        return Checkpoints(tmp_path, keep=1, run_id=name)
+
+    late = run("late")
+    assert late.newest_step() is None  # both start, and find nothing
+    first = run("first")
+    first.save(10, state(10), [])
+    assert first.finished(wait=True) == 10
+    for taken in (lambda: run("late").newest_step(), lambda: run("late").newest_step(newer_than=50)):
+        with pytest.raises(
+            CheckpointError, match=r"another run \(first\): give this one a --checkpoint.dir of its own"
+        ):
+            taken()
+    for step in (10, 20):
+        late.save(step, state(0), [])
+        with pytest.raises(CheckpointError, match="another run"):
+            late.finished(wait=True)
+    assert run("first").newest_step() == 10
+    assert Checkpoints(tmp_path).newest_step() == 10  # who only reads weights need not know
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     checkpoints = write(tmp_path, 10)
     with pytest.raises(CheckpointError, match=r"'model\.b' is in only one"):

@@ -11,6 +11,22 @@ from tests.elastic.worlds import run_world
 
 CONFIG = GPTConfig(vocab_size=31, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.2)
 SIZE = 3  # sequences in a micro-batch
+NO_IDS = torch.tensor([0])
+
+
+def make(
+    model: torch.nn.Module | torch.nn.Parameter,
+    world: World,
+    *,
+    micro_batches: int = 1,
+    size: int = 1,
+    tokens: int = 1,
+    exact: bool = False,
+) -> Gradients:
+    parameters = [model] if isinstance(model, torch.nn.Parameter) else model.parameters()
+    return Gradients(
+        parameters, world, micro_batches=micro_batches, global_batch=micro_batches * size, tokens=tokens, exact=exact
+    )
 
 
 def step(world: World, micro_batches: int, exact: bool, steps: int = 1) -> tuple[list[float], torch.Tensor, float]:
@@ -20,13 +36,13 @@ def step(world: World, micro_batches: int, exact: bool, steps: int = 1) -> tuple
     tokens = torch.randint(31, (micro_batches, SIZE, 9))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     count = micro_batches * SIZE * 8
-    gradients = Gradients(model.parameters(), world, micro_batches=micro_batches, tokens=count, exact=exact)
+    gradients = make(model, world, micro_batches=micro_batches, size=SIZE, tokens=count, exact=exact)
     losses = []
     for done in range(steps):
         gradients.zero()
         for index in share(micro_batches, world.rank, world.size):
             torch.manual_seed(micro_batch_seed(1, done, index))
-            gradients.backward(index, model(tokens[index, :, :-1], tokens[index, :, 1:]))
+            gradients.backward(index, NO_IDS, model(tokens[index, :, :-1], tokens[index, :, 1:]))
         losses.append(gradients.reduce(stop=False, leave=False).loss.item())
         norm = gradients.clip(0.5).item()
         optimizer.step()
@@ -68,10 +84,10 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens() -> None:
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, :, 1:].flatten())
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     for exact in (False, True):
-        gradients = Gradients(model.parameters(), single(), micro_batches=4, tokens=4 * SIZE * 8, exact=exact)
+        gradients = make(model, single(), micro_batches=4, size=SIZE, tokens=4 * SIZE * 8, exact=exact)
         gradients.zero()
         for index in range(4):
-            gradients.backward(index, model(tokens[index, :, :-1], tokens[index, :, 1:]))
+            gradients.backward(index, NO_IDS, model(tokens[index, :, :-1], tokens[index, :, 1:]))
         assert gradients.reduce(stop=False, leave=False).loss.item() == pytest.approx(loss.item(), rel=1e-6)
         torch.testing.assert_close(gradients.gradient, expected, rtol=1e-4, atol=1e-7)
 
@@ -82,10 +98,10 @@ def test_exact_sums_do_not_depend_on_the_order_even_where_float64_sums_do() -> N
     for values in ([256.0, *[tiny] * 4, -256.0], [*[tiny] * 4, 256.0, -256.0]):
         assert (sum(values) == 0.0) == (values[0] == 256.0)  # in float64 the order decides
         parameter = torch.nn.Parameter(torch.ones(1))
-        gradients = Gradients([parameter], single(), micro_batches=6, tokens=1, exact=True)
+        gradients = make(parameter, single(), micro_batches=6, tokens=1, exact=True)
         gradients.zero()
         for index, value in enumerate(values):
-            gradients.backward(index, (parameter * torch.tensor(value)).sum())
+            gradients.backward(index, NO_IDS, (parameter * torch.tensor(value)).sum())
         gradients.reduce(stop=False, leave=False)
         results.append(gradients.gradient.item())
     assert results[0] == results[1]
@@ -93,7 +109,7 @@ def test_exact_sums_do_not_depend_on_the_order_even_where_float64_sums_do() -> N
 
 def stops(world: World) -> list[float]:
     parameter = torch.nn.Parameter(torch.zeros(3))
-    gradients = Gradients([parameter], world, micro_batches=1, tokens=1, exact=False)
+    gradients = make(parameter, world)
     gradients.zero()
     return gradients.reduce(stop=world.rank > 0, leave=world.rank == 2).stops.tolist()
 
@@ -104,16 +120,16 @@ def test_every_rank_hears_of_a_stop_in_the_same_step() -> None:
 
 def test_an_infinite_gradient_is_seen_and_not_hidden_in_exact_mode() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
-    gradients = Gradients([parameter], single(), micro_batches=1, tokens=1, exact=True)
+    gradients = make(parameter, single(), exact=True)
     gradients.zero()
-    gradients.backward(0, (parameter * torch.tensor([float("inf"), 1.0])).sum())
+    gradients.backward(0, NO_IDS, (parameter * torch.tensor([float("inf"), 1.0])).sum())
     gradients.reduce(stop=False, leave=False)
     assert gradients.gradient.isinf().tolist() == [True, False]
 
 
 def test_clipping_scales_the_whole_gradient_and_zero_means_none() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
-    gradients = Gradients([parameter], single(), micro_batches=1, tokens=1, exact=False)
+    gradients = make(parameter, single())
     gradients.gradient.copy_(torch.tensor([3.0, 4.0]))
     assert gradients.clip(0.0).item() == pytest.approx(5.0)
     assert gradients.gradient.tolist() == [3.0, 4.0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_gpt.ledger import PARTS, Ledger, account, main
+from elastic_gpt.ledger import PARTS, Ledger, account, main, read_metrics
 
 
 def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> None:
@@ -24,6 +24,7 @@ def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> Non
     assert events[-1] | {"time": 0} == {
         "event": "restored",
         "time": 0,
+        "life": 1,
         "step": 5,
         "source": "snapshot of node a",
         "dropped": 2,
@@ -32,6 +33,25 @@ def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> Non
     ledger.write("stopped", step=9)
     ledger.begin_life(["x"], 1, 9, "checkpoint", 0)  # nobody is lost that was asked to stop
     assert [event["node"] for event in ledger.events() if event["event"] == "lost"] == ["b"]
+
+
+def test_a_world_that_was_left_out_is_told_once(tmp_path: Path) -> None:
+    old, new = Ledger(tmp_path), Ledger(tmp_path)
+    old.begin_life(["a", "b"], 2, 0, "start", 0)
+    assert not old.superseded()
+    old.write("saved", step=10, checkpoint="step_00000010")
+    assert not old.superseded()
+    new.begin_life(["b"], 1, 5, "snapshot of node b", 0)
+    assert old.superseded()
+    assert not new.superseded()
+    with new.path.open("a", buffering=1) as file:
+        file.write('{"event": "joi')  # a line that is being written is none yet
+        file.flush()
+        assert not new.superseded()
+        file.write('ned", "life": 2}\n')
+    assert new.superseded()
+    old.path.unlink()
+    assert not new.superseded()
 
 
 def test_a_recovery_is_split_into_its_parts(tmp_path: Path) -> None:
@@ -45,6 +65,22 @@ def test_a_recovery_is_split_into_its_parts(tmp_path: Path) -> None:
     recovered = ledger.events()[-1]
     assert [recovered[part] for part in PARTS[:3]] == pytest.approx([2, 0.01, 0.02], abs=0.002)
     assert recovered["first_step"] >= 0
+
+
+@pytest.mark.parametrize("end", ["stopped", "finished", None])
+def test_a_pause_that_was_asked_for_is_no_recovery(tmp_path: Path, end: str | None) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin_life(["a"], 1, 0, "start", 0)
+    if end:
+        ledger.write(end, step=4)
+    ledger.write("left", node="a", step=4)  # another node's goodbye may come after
+    ledger.begin_life(["a"], 1, 4, "checkpoint", 0)
+    now = time.time()
+    ledger.recovered(now - 3600, now, now)
+    assert ("recovered" in [event["event"] for event in ledger.events()]) == (end is None)
+    ledger.begin_life(["a"], 1, 4, "snapshot", 0)  # and the next change is one again
+    ledger.recovered(now, now, now)
+    assert ledger.events()[-1]["event"] == "recovered"
 
 
 def test_goodput_is_useful_step_time_over_elapsed_time_without_pauses(
@@ -69,3 +105,27 @@ def test_goodput_is_useful_step_time_over_elapsed_time_without_pauses(
     assert "goodput 50.0%" in output
     assert "checkpoint step_00000003" in output
     assert main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_first_step_of_a_life_counts_as_a_usual_one_of_it(tmp_path: Path) -> None:
+    events = [{"event": "joined", "time": 0.0, "life": 0, "nodes": ["a"], "world_size": 1}]
+    # The second life was abandoned: the third began before it, and step 7 is not its first.
+    events += [{"event": "restored", "time": 0.0, "step": step, "dropped": 0} for step in (0, 6, 4)]
+    events += [{"event": "finished", "time": 100.0, "step": 8}]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    took = [30.0, 1.0, 1.0, 2.0, 40.0, 3.0, 3.0, 3.0]  # seconds
+    lines = [{"step": step, "tokens": step, "tokens_per_second": 1 / time} for step, time in enumerate(took, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert account(tmp_path).useful == pytest.approx((1 + 1 + 1 + 2) + 4 * 3)
+
+
+def test_a_run_whose_writer_was_killed_in_the_middle_of_a_line_is_told_like_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Ledger(tmp_path).begin_life(["a"], 1, 0, "start", 0)
+    whole = json.dumps({"step": 1, "tokens": 8, "tokens_per_second": 4.0}).encode() + b"\n"
+    for torn in (b'{"step": 2, "tok', b"\xff\xfe\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(whole + torn)
+        assert main([str(tmp_path)]) == 0
+        assert "1 steps kept" in capsys.readouterr().out
+        assert read_metrics(tmp_path) == [json.loads(whole)]

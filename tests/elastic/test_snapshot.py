@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from elastic_gpt.snapshot import LEFT_OVER_SECONDS, Snapshot, SnapshotError, Snapshots
-from model_zoo.nanogpt.rundir import Run
+from elastic_gpt.state import Run
 
 
 def always(_life: int, _step: int) -> bool:
@@ -84,6 +85,64 @@ def test_an_abandoned_end_of_the_history_is_not_taken(tmp_path: Path) -> None:
     assert newest.step == 110
     assert not run.valid(0, 170)
     assert run.valid(0, 100)
+
+
+def test_the_snapshot_that_was_restored_is_not_the_one_that_is_overwritten_next(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    for step in (20, 30):
+        snapshots.save(step, 1, state(step), [])
+    snapshots.wait()
+    again = Snapshots(tmp_path / "run", "node", "run", state(0))
+    newest = again.newest(lambda _life, step: step <= 20)  # another node's life began there: 30 is abandoned
+    assert newest is not None
+    assert newest.step == 20
+    again.save(21, 2, state(21), [])
+    again.wait()
+    assert json.loads(newest.header.read_text())["step"] == 20
+
+
+def test_only_what_is_taken_is_checksummed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for node in ("one", "two"):
+        snapshots = Snapshots(tmp_path / "run", node, "run", state(0))
+        for step in (10, 20):
+            snapshots.save(step, 0, state(step), [])
+        snapshots.wait()
+    sums, checksum = [], zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda *content: sums.append(content) or checksum(*content))
+    assert snapshots.newest(always) is not None
+    assert len(sums) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"identity": 1}'])
+def test_a_header_that_says_too_little_is_none(tmp_path: Path, text: str) -> None:
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    for step in (10, 20):
+        snapshots.save(step, 0, state(step), [])
+    snapshots.wait()
+    newest = snapshots.newest(always)
+    assert newest is not None
+    content = json.loads(newest.header.read_text())
+    newest.header.write_text(json.dumps({"identity": content["identity"]}) if "identity" in text else text)
+    before = snapshots.newest(always)
+    assert before is not None
+    assert before.step == 10
+
+
+def test_a_folder_that_is_not_this_users_alone_is_not_used(tmp_path: Path) -> None:
+    for name in ("open", "link"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "open").chmod(0o755)
+    (tmp_path / "link").rmdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    folders = ["open", "link"]
+    if os.getuid() == 0:
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        os.chown(tmp_path / "theirs", 65534, 65534)
+        folders.append("theirs")
+    for name in folders:
+        with pytest.raises(SnapshotError, match="not this user's alone"):
+            Snapshots(tmp_path / name / "run", "node", "run", state(0))
+        assert not (tmp_path / name / "run").exists()
 
 
 def test_a_full_shared_memory_costs_the_snapshot_and_not_the_training(

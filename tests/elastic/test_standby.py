@@ -1,15 +1,18 @@
 """The standby: a worker that is forked from it behaves, to its agent, as one that the agent started itself."""
 
+import contextlib
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from elastic_gpt import standby
@@ -19,7 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the stand
 
 ROOM = """
 import os, signal, sys, time
-import torch
+import numpy, torch
 asked = []
 def main(arguments, prog):
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -34,19 +37,49 @@ def main(arguments, prog):
         print(sorted(asked), flush=True)
     return int(arguments[-1])
 """
+SLOW_TO_BEGIN = """
+import os, time
+fork = os.fork
+def slow():
+    worker = fork()
+    time.sleep(0 if worker else 0.3)
+    return worker
+os.fork = slow
+"""
+
+
+@contextlib.contextmanager
+def standby_of(folder: Path, before: str = "") -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A running standby: its name and process."""
+    (folder / "room.py").write_text(textwrap.dedent(ROOM))
+    name = f"test-{secrets.token_hex(8)}"
+    code = f"import sys; sys.path.insert(0, '{folder}'); from elastic_gpt.standby import serve\n{before}\n"
+    code += f"serve({name!r}, ['room'], {os.getpid()})"
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    server = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        yield name, server
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture
-def name(tmp_path: Path) -> Iterator[str]:
-    """A running standby's name."""
-    (tmp_path / "room.py").write_text(textwrap.dedent(ROOM))
-    name = f"test-{secrets.token_hex(8)}"
-    code = f"import sys; sys.path.insert(0, '{tmp_path}'); from elastic_gpt.standby import serve\n"
-    code += f"serve({name!r}, ['room'], {os.getpid()})"
-    server = subprocess.Popen([sys.executable, "-c", code])
-    yield name
-    server.kill()
-    server.wait()
+def running(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    with standby_of(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def name(running: tuple[str, subprocess.Popen[bytes]]) -> str:
+    return running[0]
+
+
+def soon(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.01)
 
 
 def client(name: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -96,10 +129,7 @@ def test_a_killed_client_takes_its_worker_along(name: str, tmp_path: Path) -> No
     assert alive(worker)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while alive(worker):
-        assert time.monotonic() < deadline, "the worker outlived its client"
-        time.sleep(0.01)
+    soon(lambda: not alive(worker), "the worker outlived its client")
     again = client(name, tmp_path, "go", "0")  # and the standby goes on
     assert again.wait(timeout=20) == 0
 
@@ -108,6 +138,84 @@ def test_a_killed_worker_is_seen_by_the_agent_as_killed(name: str, tmp_path: Pat
     process, worker = waiting(name, tmp_path)
     os.kill(worker, signal.SIGKILL)
     assert process.wait(timeout=20) == -signal.SIGKILL
+
+
+def test_a_killed_standby_takes_its_workers_along_whatever_they_do(
+    running: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    name, server = running
+    process, worker = waiting(name, tmp_path)  # which has not joined a world, where it would look after itself
+    server.kill()
+    assert process.wait(timeout=20) == 128 + signal.SIGKILL
+    soon(lambda: not alive(worker), "the worker outlived the standby")
+
+
+def test_a_client_that_is_killed_while_it_waits_costs_nobody_else(
+    running: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    name, server = running
+    other, _ = waiting(name, tmp_path)
+    server.send_signal(signal.SIGSTOP)
+    lost = client(name, tmp_path, "wait", "0")
+    time.sleep(0.5)  # it has asked
+    lost.kill()
+    lost.wait()
+    server.send_signal(signal.SIGCONT)
+    assert client(name, tmp_path, "go", "0").wait(timeout=20) == 0
+    soon(lambda: len(psutil.Process(server.pid).children()) == 1, "the worker outlived its client")
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+def test_who_connects_and_says_nothing_keeps_nobody_waiting(
+    running: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    name, server = running
+    assert client(name, tmp_path, "go", "0").wait(timeout=60) == 0  # it is up
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(f"\0{name}")
+        assert client(name, tmp_path, "go", "0").wait(timeout=20) == 0
+        assert psutil.Process(server.pid).children()
+    soon(lambda: not psutil.Process(server.pid).children(), "a worker for nobody")
+    assert client(name, tmp_path, "go", "0").wait(timeout=20) == 0
+
+
+def test_a_standby_that_dies_as_it_is_asked_looks_like_a_killed_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    monkeypatch.setattr(standby, "_connect", lambda _: ours)
+    try:
+        assert standby.work("gone", ["train"]) == 128 + signal.SIGKILL
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, standby.SIGNALS)
+
+
+def test_a_signal_that_comes_before_the_worker_is_ready_is_not_lost(tmp_path: Path) -> None:
+    with standby_of(tmp_path, before=SLOW_TO_BEGIN) as (name, server):
+        assert client(name, tmp_path, "go", "0").wait(timeout=60) == 0
+        server.send_signal(signal.SIGSTOP)
+        process = client(name, tmp_path, "wait", "0")
+        time.sleep(0.5)  # it has asked
+        process.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=20) == -signal.SIGTERM  # nobody has set a handler yet
+
+
+def test_the_standby_forks_without_threads(running: tuple[str, subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    name, server = running
+    assert client(name, tmp_path, "go", "0").wait(timeout=60) == 0
+    assert len(list(Path(f"/proc/{server.pid}/task").iterdir())) == 1
+
+
+def test_messages_that_come_at_once_are_told_apart() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        standby.send(ours, {"worker": 1})
+        standby.send(ours, {"code": 0})
+        assert [standby.receive(theirs)[0] for _ in range(2)] == [{"worker": 1}, {"code": 0}]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
@@ -128,3 +236,22 @@ def test_without_a_standby_the_worker_starts_the_slow_way(tmp_path: Path) -> Non
     assert "imports torch itself" in process.stderr
     assert "usage: elastic-gpt train" in process.stdout
     assert process.returncode == 0
+
+
+def test_a_worker_that_starts_the_slow_way_dies_with_its_agent(tmp_path: Path) -> None:
+    (tmp_path / "elastic_gpt").mkdir()
+    (tmp_path / "elastic_gpt/__init__.py").touch()
+    (tmp_path / "elastic_gpt/cli.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    agent = (
+        "import subprocess, sys\nworker = subprocess.Popen(sys.argv[1:])\nprint(worker.pid, flush=True)\nworker.wait()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", agent, sys.executable, "-I", "-S", standby.__file__, "nobody-listens-here", "train"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdout
+    worker = int(process.stdout.readline())
+    assert process.stdout.readline() == "up\n"
+    process.kill()
+    process.wait()
+    soon(lambda: not alive(worker), "the worker outlived its agent")

@@ -1,9 +1,11 @@
 """Checkpoints on an object store: the same law as on a disk, over memory:// and the real S3 protocol (moto)."""
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from elastic_gpt.checkpoint import CheckpointError, Checkpoints
-from elastic_gpt.storage import RemoteStorage
+from elastic_gpt.storage import LocalStorage, RemoteStorage, Unreachable
 from tests.conftest import TINY, elastic_gpt, environment, metrics
 from tests.elastic.test_checkpoint import Killed, state
 
@@ -152,6 +154,35 @@ def test_a_storage_that_does_not_answer_is_neither_empty_nor_damaged(url: str, m
             with pytest.raises(OSError, match="the network is down"):
                 checkpoints.newest_step()
     assert checkpoints.newest_step() == 20
+
+
+@pytest.fixture
+def visible() -> Iterator[Path]:
+    """A folder that other users may enter, as pytest's are not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_not_empty(visible: Path) -> None:
+    folder = visible / "checkpoints"
+    (folder / "step_00000010").mkdir(parents=True)
+    (folder / "step_00000010" / "MANIFEST.json").touch()
+    (folder / "lost+found").mkdir(mode=0)  # not ours, and nothing that stops us
+    folder.chmod(0o311)
+    try:
+        if os.getuid() == 0:  # whom nothing is forbidden
+            os.seteuid(65534)
+        with pytest.raises(Unreachable, match=r"checkpoints.*: Permission denied"):
+            LocalStorage(folder).manifests()
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+    folder.chmod(0o755)
+    assert LocalStorage(folder).manifests() == ["step_00000010"]
+    assert LocalStorage(visible / "nowhere").manifests() == []
+    (visible / "file").touch()
+    assert LocalStorage(visible / "file").manifests() == []
 
 
 @pytest.mark.usefixtures("server")

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from elastic_gpt.launch import CRASHES, Crashes
 from elastic_gpt.world import Signals, World
+from tests.conftest import TINY, environment
 from tests.elastic.worlds import run_world
 
 CHILD = """
@@ -84,6 +88,40 @@ def test_sums_gathers_and_broadcasts_reach_every_rank() -> None:
     assert run_world(3, collectives) == [([3.0], [0, 1, 2], [1.0, 1.0])] * 3
 
 
+def test_a_world_that_cannot_be_formed_is_told_and_has_an_exit_code_of_its_own(data: Path, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    command = ["train", "debug_cpu", *TINY, f"--data.dir={data}", f"--run-dir={tmp_path / 'run'}"]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "elastic_gpt.cli", *command],
+            env=environment(**place, RANK=str(rank), GLOO_SOCKET_IFNAME="nonesuch"),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [4, 4]
+    for number, text in enumerate(told):
+        assert f"\nwarning: rank {number} of 2 could not join its peers: " in f"\n{text}"
+
+
+def test_a_node_that_crashes_or_finds_no_world_again_and_again_ends_and_lost_peers_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    crashes = Crashes()
+    assert not any(crashes.too_many({3}) or crashes.too_many({-9}) for _ in range(100))
+    assert [crashes.too_many({1}) for _ in range(3)] == [False, False, True]
+    now += CRASHES[1][1] + 1
+    assert not crashes.too_many({1, 3})  # the others were long ago
+    assert [crashes.too_many({4}) for _ in range(10)] == [False] * 9 + [True]
+
+
 @pytest.mark.parametrize(
     ("agent", "number", "leaves"),
     [
@@ -103,8 +141,11 @@ def test_an_agents_sigterm_is_a_stop_and_its_sigusr1_is_leaving_for_good(
     try:
         signals = Signals()
         assert not signals.stop
+        assert signals.waited == 0.0
         os.kill(os.getpid(), number)
         assert (signals.stop, signals.leave) == (True, leaves)
+        time.sleep(0.02)
+        assert 0.02 <= signals.waited < 5.0  # the grace time runs from the first signal on
     finally:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)

@@ -1,6 +1,7 @@
 """The training script: alone and under torchrun, interrupted and resumed, always the same run."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
@@ -17,12 +18,17 @@ import torch
 import yaml
 
 from elastic_gpt.checkpoint import Checkpoints
-from elastic_gpt.settings import parse
+from elastic_gpt.ledger import Ledger
+from elastic_gpt.settings import SettingsError, parse
 from elastic_gpt.snapshot import Snapshots, shared_memory
-from elastic_gpt.world import PeerLost
+from elastic_gpt.storage import Unreachable
+from elastic_gpt.world import PeerLost, World
+from model_zoo.nanogpt import rundir, train
 from model_zoo.nanogpt.config import PRESETS, OptimizerConfig, TrainConfig
 from model_zoo.nanogpt.train import on_its_way
+from prepare.tokens import read_meta
 from tests.conftest import TINY, assert_same_run, elastic_gpt, environment, events, metrics
+from tests.elastic.worlds import run_world
 
 ROOT = Path(__file__).parents[2]
 STEPS = 300
@@ -47,9 +53,9 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def interrupt(data: Path, run: Path, number: signal.Signals, at: int) -> tuple[int, str]:
+def interrupt(data: Path, run: Path, number: signal.Signals, at: int, *flags: str) -> tuple[int, str]:
     """Train until step `at` is written, then send a signal; returns exit code and output."""
-    command = [sys.executable, "-m", "elastic_gpt.cli", "train", *arguments(data, run)]
+    command = [sys.executable, "-m", "elastic_gpt.cli", "train", *arguments(data, run, *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
     deadline = time.monotonic() + 60
     while len(metrics(run)) < at:
@@ -187,6 +193,160 @@ def test_text_comes_out_with_the_run_directory_alone(tmp_path: Path, tokenizer: 
     assert elastic_gpt(*words).stdout == text
 
 
+def test_checkpoints_that_are_not_where_they_were_saved_are_missed_and_nothing_is_lost(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    before = (run / "metrics.jsonl").read_bytes()
+    done = elastic_gpt("train", *arguments(data, run, f"--checkpoint.dir={tmp_path / 'unmounted'}"), code=2)
+    assert done.stderr.startswith(f"error: step {STEPS} of this run was saved in {undisturbed / 'checkpoints'}, but")
+    assert done.stderr.count("\n") == 1
+    assert (run / "metrics.jsonl").read_bytes() == before
+    elastic_gpt("train", *arguments(data, run, f"--steps={STEPS + 1}"))  # set back, it goes on
+    assert len(metrics(run)) == STEPS + 1
+
+
+def test_another_runs_checkpoints_are_left_alone(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    shutil.copytree(undisturbed / "checkpoints", place)
+    flags = ["--seed=2", "--steps=400", "--checkpoint.keep=1", f"--checkpoint.dir={place}"]
+    done = elastic_gpt("train", *arguments(data, tmp_path / "run", *flags), code=2)
+    assert "holds checkpoints of another run" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in place.iterdir()) == [f"step_{step:08d}" for step in (100, 200, 300)]
+
+
+def test_settings_that_change_are_written_down(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    elastic_gpt("train", *arguments(data, run, f"--steps={STEPS + 1}", "--optimizer.clip=0.5"))
+    (changed,) = events(run, "settings_changed")
+    assert changed["changes"] == {"steps": [STEPS, STEPS + 1], "optimizer.clip": [1.0, 0.5]}
+
+
+@pytest.mark.parametrize("text", ["", "model: {", "model"])
+def test_a_torn_config_is_one_line(data: Path, undisturbed: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    config = parse(TrainConfig, arguments(data, tmp_path / "run"), presets=PRESETS, prog="x", environment={})
+    with pytest.raises(SettingsError, match=r"config\.yaml is damaged: restore it"):
+        rundir.open_run(config, read_meta(data), ALONE)
+
+
+@pytest.mark.parametrize(("lives", "code"), [(0, 1), (1, 3)])
+def test_an_outage_is_waited_for_and_a_store_that_never_answered_is_a_crash(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: int, code: int
+) -> None:
+    for _ in range(lives):
+        Ledger(tmp_path).begin_life(["node"], 1, 0, "start", 0)
+
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    def away(*_: object) -> None:
+        raise Unreachable("cannot list s3://bucket/run: no route")
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(train, "train", away)
+    with pytest.raises(Ended, match=str(code)):
+        train.main(arguments(data, tmp_path))
+
+
+ALONE = World(0, 1, 0, "node", torch.device("cpu"), False)
+
+
+def opens(world: World, data: Path, folders: list[Path]) -> str:
+    rundir.LOOKS, rundir.LOOK_SECONDS = 4, 0.05
+    flags = arguments(data, folders[world.rank])
+    config = parse(TrainConfig, flags, presets=PRESETS, prog="x", environment={})
+    world = dataclasses.replace(world, local_rank=0, node=f"node-{world.rank}")
+    try:
+        return rundir.open_run(config, read_meta(data), world).run_id
+    except SettingsError as error:
+        return str(error)
+
+
+def test_a_run_directory_that_the_nodes_do_not_share_is_noticed_by_all(data: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(tmp_path / "a")  # the same volume, mounted elsewhere
+    assert len(set(run_world(2, opens, data, [tmp_path / "a", elsewhere]))) == 1
+    told = run_world(2, opens, data, [tmp_path / "b", tmp_path / "c"])
+    assert all("is not shared: node node-1 does not see in it" in text for text in told), told
+    Ledger(tmp_path / "a").run_id()
+    told = run_world(2, opens, data, [tmp_path / "b", tmp_path / "a"])  # another run's
+    assert all("is not shared: node node-1" in text for text in told), told
+
+
+def test_a_failed_checkpoint_is_told_once_and_made_up_for_at_the_next_snapshot(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").touch()  # a file where the folder belongs
+    flags = ["--steps=100000", "--checkpoint.interval=500", "--evaluate.interval=0"]
+    command = [sys.executable, "-m", "elastic_gpt.cli", "train", *arguments(data, run, *flags)]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert worker.stdout
+        assert any("could not be written" in line for line in worker.stdout)
+        time.sleep(0.2)  # it is tried again
+        (run / "checkpoints").unlink()
+        deadline = time.monotonic() + 60
+        while not events(run, "saved"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        worker.kill()
+    worker.wait()
+    saved = events(run, "saved")[0]
+    assert (500 < saved["step"] < 1000, saved["place"]) == (True, str(run / "checkpoints"))
+    assert len(events(run, "save_failed")) == 1
+
+
+def test_a_stop_does_not_wait_for_an_evaluation_and_the_next_life_does_it(data: Path, tmp_path: Path) -> None:
+    run, flags = tmp_path / "run", ["--steps=100", "--evaluate.interval=1", "--evaluate.sequences=8"]
+    interrupt(data, run, signal.SIGTERM, 50, *flags)
+    (stopped,) = events(run, "stopped")
+    assert events(run, "evaluated")[-1]["step"] == stopped["step"] - 1
+    elastic_gpt("train", *arguments(data, run, *flags))
+    assert [event["step"] for event in events(run, "evaluated")] == list(range(1, 101))
+
+
+SLOW = """
+import os, signal, sys, time
+from elastic_gpt.checkpoint import Checkpoints
+from elastic_gpt.gradients import Gradients
+from model_zoo.nanogpt import train
+reduce, asked = Gradients.reduce, []
+
+def slow_reduce(self, *stops):
+    if not asked:
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(4)  # a long step
+        stops = (True, True)
+    return reduce(self, *stops)
+
+def say(self, text):
+    if "NOT saved" in text:
+        print("waited", time.monotonic() - asked[0], flush=True)
+        os._exit(0)
+
+Gradients.reduce, Checkpoints._write = slow_reduce, lambda *_: time.sleep(60)
+train.ConsoleObserver.on_message = say
+train.main(sys.argv[1:])
+"""
+
+
+def test_the_grace_time_runs_from_the_signal_on(data: Path, tmp_path: Path) -> None:
+    words = arguments(data, tmp_path / "run", "--elastic.grace-seconds=6")
+    done = subprocess.run([sys.executable, "-c", SLOW, *words], capture_output=True, text=True, timeout=120,
+                          env=environment(), check=False)  # fmt: skip
+    assert 6.0 <= float(done.stdout.split("waited ")[1]) < 9.0  # of 10, if it ran from the end of the step on
+
+
 def test_other_data_under_the_same_run_is_refused(undisturbed: Path, tmp_path: Path) -> None:
     elastic_gpt("prepare", "--sample", "--tokenizer=byte", "--output-dir", tmp_path)
     done = elastic_gpt("train", *arguments(tmp_path, undisturbed), code=2)
@@ -246,12 +406,13 @@ def test_what_is_being_saved_when_a_peer_is_lost_is_saved_to_its_end(
 
     monkeypatch.setattr(zlib, "crc32", slow)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    with pytest.raises(PeerLost), on_its_way(snapshots, checkpoints):  # noqa: PT012 - the loss comes after the saves
+    with pytest.raises(PeerLost), on_its_way(snapshots, checkpoints, Ledger(tmp_path)):  # noqa: PT012 - the loss comes after the saves
         snapshots.save(10, 0, tensors, [])
         checkpoints.save(10, tensors, [])
         raise PeerLost("in the next step")
     assert len(list((tmp_path / "shm" / "node").glob("*.json"))) == 1  # already there: the process ends now
     assert (tmp_path / "checkpoints" / "step_00000010" / "MANIFEST.json").exists()
+    assert [event["step"] for event in events(tmp_path, "saved")] == [10]
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
