@@ -1,55 +1,69 @@
-# The training image for NVIDIA GPUs. One image is worker, DLRover master and prepare job.
+# The training image. One image is worker, DLRover master, prepare job and prompt pod; a pod says which with its `args`.
 #
 #   docker build -t elastic-gpt:0.1.0 .
+#   docker build -t elastic-gpt:0.1.0-cpu --build-arg VARIANT=cpu .
 #
-# docker/cpu.Dockerfile is the same without CUDA; tests/examples/test_dockerfiles.py holds the two together.
 # The base is plain Python, not nvidia/cuda: torch's wheels bring their own CUDA and NCCL (most of the image's size), and
-# the driver comes from the node. 3.11 is the Python that the tests run on.
+# the driver comes from the node. 3.11 is the Python that the tests run on. The tag moves with Debian's security updates;
+# to pin it for good: --build-arg PYTHON_IMAGE=python@sha256:…, as told by
+#   docker buildx imagetools inspect python:3.11-slim-bookworm
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+# cuda; or cpu: for laptops, kind, minikube and CPU nodes; or one that https://download.pytorch.org/whl/ has: cu126 for
+# drivers that are too old for torch's newest CUDA.
+ARG VARIANT=cuda
 
 FROM ${PYTHON_IMAGE} AS dependencies
-# Build with --build-arg PIP_EXTRA_INDEX_URL=… to take packages from one more index; pip reads it from the environment.
+ARG VARIANT
+# Of pyproject.toml. A word more for each thing more that `prepare` or a checkpoint is to read.
+ARG EXTRAS=train,s3
+# Another torch than constraints.txt has; the tests have run with that one alone.
+ARG TORCH_VERSION=
+# A mirror, and one more index. pip reads them from the environment. For a VARIANT other than cuda the second is PyTorch's own
+# unless it is given. They stay in this stage: the image's history does not tell them.
+ARG PIP_INDEX_URL=
 ARG PIP_EXTRA_INDEX_URL=
 WORKDIR /src
-COPY pyproject.toml constraints.txt ./
-# The package is installed empty and taken out again, so that this layer of gigabytes depends on the two files above
-# alone: a change of the code rebuilds, pushes and pulls a few hundred kilobytes.
-RUN touch README.md LICENSE \
- && python3 -m venv /opt/venv \
- && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[train]' \
- && /opt/venv/bin/pip uninstall --yes elastic-gpt
+COPY pyproject.toml constraints.txt docker/cuda-constraints.txt docker/install.sh ./
+RUN sh install.sh /opt/venv
 
+# The code is a layer of its own: a change of it rebuilds, pushes and pulls a few hundred kilobytes, not gigabytes.
 FROM dependencies AS package
 COPY README.md LICENSE ./
 COPY prepare prepare
 COPY model_zoo model_zoo
 COPY elastic_gpt elastic_gpt
-RUN /opt/venv/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+RUN python3 -m pip --python /opt/venv/bin/python3 install --no-cache-dir --no-deps --prefix /package .
 
 FROM ${PYTHON_IMAGE}
+ARG VARIANT
+# tini: PID 1 that passes SIGTERM on (a preempted node saves its state in the grace time) and reaps orphans.
+# g++: torch.compile builds with it at run time, Triton the launchers of its kernels, Inductor what stays on the CPU.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends tini $(test "$VARIANT" = cpu || echo g++) \
+ && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
+ && groupadd --gid 10001 elastic \
+ && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home elastic \
+ && install --directory --owner elastic --group elastic /workspace
+COPY --from=dependencies /opt/venv /opt/venv
+COPY --from=package /package /opt/venv
+# Nothing but /tmp, /dev/shm and /workspace is ever written to, so the root file system can be read-only: HOME takes what
+# libraries keep in ~/.cache and ~/.triton, and USER names those folders also for a user id that the image does not know.
+# NVIDIA_VISIBLE_DEVICES is left to Kubernetes (docker run --gpus sets it, too): `all` would show every GPU of a node to the
+# prepare job and the prompt.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    USER=elastic \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 LABEL org.opencontainers.image.title="elastic-gpt" \
       org.opencontainers.image.description="GPT training on nodes that come and go" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
-# tini: PID 1 that passes SIGTERM on (a preempted node saves its state in the grace time) and reaps orphans.
-# g++: torch.compile builds with it at run time, Triton the launchers of its kernels, Inductor what stays on the CPU.
-RUN apt-get update \
- && apt-get install --yes --no-install-recommends tini g++ \
- && rm -rf /var/lib/apt/lists/* \
- && groupadd --gid 10001 elastic \
- && useradd --uid 10001 --gid 10001 --create-home elastic \
- && install --directory --owner elastic --group elastic /workspace
-COPY --from=dependencies /opt/venv /opt/venv
-RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
-    /opt/venv/bin/pip install --no-cache-dir --no-deps /wheels/*.whl
-# What nvidia/cuda images set: without it the container runtime shows the container no GPU.
-ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
-ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONUNBUFFERED=1
 # A number, not a name, so that Kubernetes can check runAsNonRoot.
 USER 10001:10001
 WORKDIR /workspace
 # The whole entrypoint. A pod gives `args`, never `command`, which would replace tini.
 ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["elastic-gpt", "--help"]
+# No HEALTHCHECK: Kubernetes ignores it, and a training process has no better sign of life than the next step. A worker that
+# ends is replaced by its exit code, and one that hangs is given up by its peers after elastic.timeout_seconds.

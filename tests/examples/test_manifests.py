@@ -1,9 +1,14 @@
-"""examples/elasticjob says what Kubernetes, DLRover and our own command line really take. Needs no cluster."""
+"""The manifests say what Kubernetes, DLRover and our own command line really take. Needs no cluster.
 
+Everything in examples/elasticjob is held against the schemas, and so are jobs with every option there is.
+"""
+
+import contextlib
 import copy
 import functools
-import importlib.util
+import io
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +19,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from elastic_gpt.jobs import commands
+from elastic_gpt.jobs.manifest import GROUP, MASTER_RULES, PARTS, manifests
+from elastic_gpt.jobs.render import to_yaml
+from elastic_gpt.jobs.spec import JobSpec
+
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "examples" / "elasticjob"
 CRD = REPO.parent / "shared" / "data" / "crds" / "elastic.iml.github.io_elasticjobs.yaml"
@@ -21,16 +31,33 @@ KUBERNETES = "1.32"
 
 Tree = dict[str, Any]
 
-FILES = {path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(FOLDER.glob("*.yaml"))}
-KUSTOMIZATION = FILES.pop("kustomization.yaml")[0]
-DOCUMENTS = [document for documents in FILES.values() for document in documents]
-ELASTICJOB = next(document for document in DOCUMENTS if document["kind"] == "ElasticJob")
-BUILT_IN = [document for document in DOCUMENTS if document is not ELASTICJOB]
-PREPARE = next(document for document in DOCUMENTS if document["kind"] == "Job")
-TEMPLATES = {name: spec["template"] for name, spec in ELASTICJOB["spec"]["replicaSpecs"].items()}
-POD_SPECS = {"prepare": PREPARE["spec"]["template"]["spec"], **{name: t["spec"] for name, t in TEMPLATES.items()}}
-MAIN = {name: spec["containers"][0] for name, spec in POD_SPECS.items()}
-WORKER = POD_SPECS["worker"]
+FILES = {
+    str(path.relative_to(FOLDER)): list(yaml.safe_load_all(path.read_text()))
+    for path in sorted(FOLDER.rglob("*.yaml"))
+    if path.name != "kustomization.yaml"
+}
+KUSTOMIZATIONS = {path.parent: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.rglob("kustomization.yaml"))}
+EVERYTHING = JobSpec(
+    name="all",
+    namespace="mine",
+    image="registry.example.com/gpt:1",
+    pull_secret="registry",
+    arguments=("--model.n-layer", "24"),
+    gpus=8,
+    network_check=True,
+    spot=True,
+    node_selector=(("gpu", "h200"),),
+    env=(("NCCL_SOCKET_IFNAME", "eth0"),),
+    volume="big",
+    storage_class="nfs",
+    texts=("/workspace/c.txt",),
+    upload=(("a.txt", "one\ntwo\n"), ("b.txt", "three")),
+)
+RENDERED = list(yaml.safe_load_all(to_yaml(manifests(EVERYTHING, tuple(PARTS)))))
+DOCUMENTS = {f"{path}:{tree['kind']}": tree for path, trees in FILES.items() for tree in trees}
+DOCUMENTS |= {f"every option:{tree['kind']} {tree['metadata']['name']}": tree for tree in RENDERED}
+ELASTICJOBS = {where: tree for where, tree in DOCUMENTS.items() if tree["kind"] == "ElasticJob"}
+ELASTICJOB = ELASTICJOBS["elasticjob.yaml:ElasticJob"]
 
 
 def as_pod(template: Tree) -> Tree:
@@ -38,7 +65,18 @@ def as_pod(template: Tree) -> Tree:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": template.get("metadata", {}), "spec": template["spec"]}
 
 
-PODS = [as_pod(template) for template in TEMPLATES.values()]
+BUILT_IN = {where: tree for where, tree in DOCUMENTS.items() if tree["kind"] != "ElasticJob"} | {
+    f"{where}:{replica}": as_pod(spec["template"])
+    for where, tree in ELASTICJOBS.items()
+    for replica, spec in tree["spec"]["replicaSpecs"].items()
+}
+POD_SPECS = {where: tree["spec"] for where, tree in BUILT_IN.items() if tree["kind"] == "Pod"} | {
+    where: tree["spec"]["template"]["spec"] for where, tree in BUILT_IN.items() if tree["kind"] == "Job"
+}
+
+every_elasticjob = pytest.mark.parametrize("job", ELASTICJOBS.values(), ids=ELASTICJOBS)
+every_built_in = pytest.mark.parametrize("document", BUILT_IN.values(), ids=BUILT_IN)
+every_pod = pytest.mark.parametrize("spec", POD_SPECS.values(), ids=POD_SPECS)
 
 
 def validate(document: Tree) -> None:
@@ -92,19 +130,37 @@ def misspelt(tree: Tree, free: tuple[str, ...]) -> list[tuple[str, Tree]]:
     return found
 
 
-def name_of(document: Tree) -> str:
-    return f"{document['kind']}-{document['metadata'].get('name', '')}"
+def containers(spec: Tree) -> list[Tree]:
+    return [*spec["containers"], *spec.get("initContainers", [])]
 
 
-@pytest.mark.parametrize("document", [*BUILT_IN, *PODS], ids=name_of)
+def main_container(job: Tree, replica: str = "worker") -> Tree:
+    container: Tree = job["spec"]["replicaSpecs"][replica]["template"]["spec"]["containers"][0]
+    return container
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_an_example_is_what_the_command_in_its_first_line_renders(path: str) -> None:
+    text = (FOLDER / path).read_text()
+    words = shlex.split(text.partition("\n")[0].removeprefix("# "))
+    assert words[:3] == ["elastic-gpt", "job", "render"]
+    rendered = io.StringIO()
+    with contextlib.redirect_stdout(rendered):
+        assert commands.main(words[2:]) == 0
+    assert rendered.getvalue() == text, (
+        f"after a change of the renderer: {shlex.join(words)} > examples/elasticjob/{path}"
+    )
+
+
+@every_built_in
 def test_kubernetes_takes_every_field(document: Tree) -> None:
     validate(document)
 
 
-@pytest.mark.parametrize("document", [*BUILT_IN, *PODS], ids=name_of)
+@every_built_in
 def test_a_misspelt_field_of_kubernetes_is_caught(document: Tree) -> None:
     missed = []
-    for where, broken in misspelt(document, free=("labels", "requests", "limits")):
+    for where, broken in misspelt(document, free=("labels", "requests", "limits", "data", "nodeSelector")):
         if where in ("apiVersion", "kind"):
             continue  # they choose the schema
         try:
@@ -115,72 +171,121 @@ def test_a_misspelt_field_of_kubernetes_is_caught(document: Tree) -> None:
     assert not missed
 
 
-def test_the_elasticjob_crd_takes_every_field() -> None:
-    assert elasticjob_errors(ELASTICJOB) == []
+@every_elasticjob
+def test_the_elasticjob_crd_takes_every_field(job: Tree) -> None:
+    assert elasticjob_errors(job) == []
 
 
-def test_a_misspelt_field_of_the_elasticjob_is_caught() -> None:
+@every_elasticjob
+def test_a_misspelt_field_of_the_elasticjob_is_caught(job: Tree) -> None:
     # In replicaSpecs any name goes by the schema; "worker" and "dlrover-master" are held by what DLRover reads, below.
     # The pod templates are walked above, against newer schemas.
     free = ("requests", "limits", "replicaSpecs", "metadata", "template")
-    cases = [case for case in misspelt(ELASTICJOB, free) if case[0].startswith("spec.") and ".template." not in case[0]]
+    cases = [case for case in misspelt(job, free) if case[0].startswith("spec.") and ".template." not in case[0]]
     assert len(cases) >= 10
     assert [where for where, broken in cases if not elasticjob_errors(broken)] == []
 
 
-def test_dlrover_reads_what_the_elasticjob_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_elasticjob
+def test_dlrover_reads_what_the_elasticjob_says(job: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("dlrover")
     from dlrover.python.scheduler import kubernetes as dlrover_kubernetes
 
-    client = SimpleNamespace(get_custom_resource=lambda **_: copy.deepcopy(ELASTICJOB))
+    client = SimpleNamespace(get_custom_resource=lambda **_: copy.deepcopy(job))
     monkeypatch.setattr(dlrover_kubernetes.k8sClient, "singleton_instance", lambda *_: client)
-    metadata = ELASTICJOB["metadata"]
-    job = dlrover_kubernetes.K8sJobArgs("pyk8s", metadata["namespace"], metadata["name"])
-    job.initilize()
-    assert (job.distribution_strategy, job.optimize_mode) == ("AllreduceStrategy", "single-job")
-    assert set(job.node_args) == {"worker", "dlrover-master"}
-    worker = job.node_args["worker"]
+    args = dlrover_kubernetes.K8sJobArgs("pyk8s", job["metadata"]["namespace"], job["metadata"]["name"])
+    args.initilize()
+    assert (args.distribution_strategy, args.optimize_mode) == ("AllreduceStrategy", "single-job")
+    assert set(args.node_args) == {"worker", "dlrover-master"}
+    worker = args.node_args["worker"]
     assert (worker.restart_count, worker.auto_scale) == (100, False)
     group = worker.group_resource
-    assert group.count == ELASTICJOB["spec"]["replicaSpecs"]["worker"]["replicas"]
-    resource = group.node_resource
-    assert (resource.cpu, resource.memory, resource.gpu_type, resource.gpu_num) == (4.0, 16384, "nvidia.com/gpu", 1)
+    assert group.count == job["spec"]["replicaSpecs"]["worker"]["replicas"]
+    resources = main_container(job)["resources"]
+    read = group.node_resource
+    assert (read.cpu, read.memory) == (
+        float(resources["requests"]["cpu"]),
+        1024 * int(resources["requests"]["memory"].removesuffix("Gi")),
+    )
+    assert read.gpu_num == int(resources["requests"].get("nvidia.com/gpu", 0))
     # The master gives the pod limits equal to its requests, whatever the file says; so the file must say the same.
-    assert MAIN["worker"]["resources"]["limits"] == MAIN["worker"]["resources"]["requests"]
+    assert resources["limits"] == resources["requests"]
 
 
-def test_dlrover_knows_every_argument_of_the_master() -> None:
+@every_elasticjob
+def test_dlrover_finds_its_containers(job: Tree) -> None:
+    # With several containers it takes the one that is called main.
+    assert main_container(job)["name"] == "main"
+    assert main_container(job, "dlrover-master")["name"] == "main"
+
+
+@every_elasticjob
+def test_the_operator_does_not_lose_sight_of_its_master(job: Tree) -> None:
+    # DLRover's operator looks at pods with app.kubernetes.io/name=elasticjob, and copies the job's labels over that.
+    assert "app.kubernetes.io/name" not in job["metadata"]["labels"]
+    # A service's name: at most 63 characters, a letter first.
+    assert re.fullmatch(r"[a-z][-a-z0-9]{0,61}[a-z0-9]", f"elasticjob-{job['metadata']['name']}-dlrover-master")
+
+
+@every_elasticjob
+def test_our_command_line_takes_what_a_master_is_given(job: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elastic_gpt import master
+    from elastic_gpt.cli import COMMANDS
+
+    seen: list[str] = []
+    monkeypatch.setenv("KUBECONFIG", "set")
+    monkeypatch.setattr(master, "_run_dlrover", lambda *words: seen.extend(words) or 0)
+    program, command, *arguments = main_container(job, "dlrover-master")["args"]
+    assert (program, COMMANDS[command][0]) == ("elastic-gpt", "elastic_gpt.master")
     pytest.importorskip("dlrover")
-    from dlrover.python.master.args import _build_master_args_parser
+    from dlrover.python.master import dist_master
+    from dlrover.python.master.node import dist_job_manager
 
-    args = MAIN["dlrover-master"]["args"]
-    assert args[:3] == ["python", "-m", "dlrover.python.master.main"]
-    assert importlib.util.find_spec(args[2])
-    known, unknown = _build_master_args_parser().parse_known_args(args[3:])  # DLRover itself only warns
-    assert unknown == []
-    metadata = ELASTICJOB["metadata"]
-    assert (known.namespace, known.job_name) == (metadata["namespace"], metadata["name"])
-    assert (known.platform, known.port, known.pre_check_ops) == ("pyk8s", 50001, [])
+    # main() puts ours in their place; after the test they are DLRover's again.
+    monkeypatch.setattr(dist_master, "DistributedJobMaster", dist_master.DistributedJobMaster)
+    monkeypatch.setattr(dist_job_manager, "_MAX_POD_RELAUNCH_COUNT", dist_job_manager._MAX_POD_RELAUNCH_COUNT)
+    assert master.main(arguments) == 0
+    metadata = job["metadata"]
+    assert {f"--namespace={metadata['namespace']}", f"--job_name={metadata['name']}"} <= set(seen)
 
 
-def test_our_command_line_takes_what_prepare_is_given() -> None:
+@pytest.mark.parametrize("where", [where for where, tree in DOCUMENTS.items() if tree["kind"] == "Job"])
+def test_our_command_line_takes_what_prepare_is_given(where: str) -> None:
     from elastic_gpt.cli import COMMANDS
     from prepare.prepare import _parse
 
-    program, command, *arguments = MAIN["prepare"]["args"]
+    [container] = POD_SPECS[where]["containers"]
+    program, command, *arguments = container["args"]
     assert (program, COMMANDS[command][0]) == ("elastic-gpt", "prepare.prepare")
-    assert _parse(arguments, "prepare").output_dir == Path("/workspace/data")
+    name = DOCUMENTS[where]["metadata"]["name"].removesuffix("-prepare")
+    assert _parse(arguments, "prepare").output_dir == Path("/workspace") / name / "data"
 
 
-def test_our_command_line_takes_what_a_worker_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "where", [where for where, tree in DOCUMENTS.items() if tree["metadata"]["name"].endswith("-prompt")]
+)
+def test_our_command_line_takes_what_a_prompt_is_given(where: str) -> None:
+    pytest.importorskip("torch")
+    from model_zoo.nanogpt.generate import _parser
+
+    program, command, *arguments = POD_SPECS[where]["containers"][0]["args"]
+    assert (program, command) == ("elastic-gpt", "generate")
+    name = DOCUMENTS[where]["metadata"]["name"].removesuffix("-prompt")
+    assert _parser("generate").parse_args(arguments).run == Path("/workspace") / name / "run"
+
+
+@every_elasticjob
+def test_our_command_line_takes_what_a_worker_is_given(job: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
     from elastic_gpt import launch
     from elastic_gpt.cli import COMMANDS
     from elastic_gpt.settings import SettingsError, parse
     from model_zoo.nanogpt.config import PRESETS, TrainConfig
+    from model_zoo.nanogpt.model import GPT
 
     seen: Tree = {}
     monkeypatch.setattr(launch, "run_node", lambda command, **nodes: seen.update(nodes, command=command) or 0)
-    program, command, *arguments = MAIN["worker"]["args"]
+    program, command, *arguments = main_container(job)["args"]
     assert (program, COMMANDS[command][0]) == ("elastic-gpt", "elastic_gpt.launch")
     assert launch.main(arguments) == 0
     train, *flags = seen.pop("command")
@@ -190,87 +295,169 @@ def test_our_command_line_takes_what_a_worker_is_given(monkeypatch: pytest.Monke
         return parse(TrainConfig, flags, presets=PRESETS, prog="elastic-gpt train", environment={})
 
     config = settings(flags)
-    assert (config.data.dir, config.run_dir) == (Path("/workspace/data"), Path("/workspace/run"))
+    [waiting] = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]["initContainers"]
+    assert f"test -e {config.data.dir}/meta.json" in waiting["args"][-1]
+    assert config.run_dir == Path("/workspace") / job["metadata"]["name"] / "run"
     with pytest.raises(SettingsError):
         settings([*flags, "--optimizer.warmup-stepz=100"])
 
-    replicas = ELASTICJOB["spec"]["replicaSpecs"]["worker"]["replicas"]
-    gpus = int(MAIN["worker"]["resources"]["limits"]["nvidia.com/gpu"])
-    assert seen == {"least": 2, "most": 4, "workers": gpus}
+    replicas = job["spec"]["replicaSpecs"]["worker"]["replicas"]
+    gpus = int(main_container(job)["resources"]["limits"].get("nvidia.com/gpu", 1))
+    assert (seen["least"], seen["most"], seen["workers"]) == (1, 4, gpus)
     assert seen["least"] <= replicas <= seen["most"]
 
+    # A worker has room for its snapshots: two of them, of the parameters and AdamW's two moments in float32.
+    import torch
 
-def test_the_kustomization_lists_every_manifest_and_nothing_else() -> None:
-    assert sorted(KUSTOMIZATION["resources"]) == sorted(FILES)
+    with torch.device("meta"):
+        model = GPT(type(config.model)(**{**vars(config.model), "vocab_size": config.model.vocab_size or 50257}))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    spec = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in main_container(job)["volumeMounts"]}
+    volume = next(volume for volume in spec["volumes"] if volume["name"] == mounts["/dev/shm"])
+    assert volume["emptyDir"]["medium"] == "Memory"
+    size = int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+    assert 2 * 12 * parameters < size * 2**30
+    assert size < int(main_container(job)["resources"]["limits"]["memory"].removesuffix("Gi"))
 
 
-def test_one_image_that_the_kustomization_can_rename() -> None:
-    images = {c["image"] for spec in POD_SPECS.values() for c in spec["containers"] + spec.get("initContainers", [])}
-    [image] = KUSTOMIZATION["images"]
-    assert images == {f"{image['name']}:{image['newTag']}"}
+@pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=lambda folder: str(folder.relative_to(FOLDER)))
+def test_a_kustomization_lists_every_manifest_beside_it_but_the_prompt(folder: Path) -> None:
+    listed = {name for name in KUSTOMIZATIONS[folder]["resources"] if name.endswith(".yaml")}
+    assert listed == {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml", "prompt-pod.yaml"}
+
+
+@pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=lambda folder: str(folder.relative_to(FOLDER)))
+def test_one_image_that_a_kustomization_can_rename(folder: Path) -> None:
     version = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text(), re.M)
     assert version
-    assert image["newTag"] == version[1]
+    names = {
+        container["image"]
+        for where, spec in POD_SPECS.items()
+        if not where.startswith("every option") and (FOLDER / where.partition(":")[0]).parent == folder
+        for container in containers(spec)
+    }
+    for image in KUSTOMIZATIONS[folder].get("images", []):
+        assert names == {f"{image['name']}:{image['newTag']}"}
+        assert image["newTag"].removesuffix("-cpu") == version[1]
 
 
-def test_everything_is_in_one_namespace() -> None:
-    [namespace] = [document["metadata"]["name"] for document in DOCUMENTS if document["kind"] == "Namespace"]
-    assert {d["metadata"].get("namespace", namespace) for d in DOCUMENTS if d["kind"] != "Namespace"} == {namespace}
-    assert all("namespace" in d["metadata"] for d in DOCUMENTS if d["kind"] != "Namespace")
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl")
+@pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=lambda folder: str(folder.relative_to(FOLDER)))
+def test_kustomize_builds_each_folder_and_renames_all_images(folder: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "elasticjob"
+    shutil.copytree(FOLDER, copied)
+    kustomization = copied / folder.relative_to(FOLDER) / "kustomization.yaml"
+    kustomization.write_text(
+        kustomization.read_text().replace("newName: elastic-gpt", "newName: registry.example.com/gpt")
+    )
+    built = kustomize(kustomization.parent)
+    names = [(document["kind"], document["metadata"]["name"]) for document in built]
+    assert ("ServiceAccount", "elastic-gpt-master") in names
+    assert len(names) == len(set(names))
+    images = re.findall(r"image: (.+)", yaml.safe_dump(built))
+    assert all(image.startswith("registry.example.com/gpt:0.1.0") for image in images)
+    assert images or folder.name == "shared"
+    accounts = {document["metadata"].get("namespace", "training") for document in built}
+    assert accounts == {"training"}
 
 
-@pytest.mark.parametrize("spec", POD_SPECS.values(), ids=POD_SPECS)
+@every_pod
 def test_a_pod_has_the_volumes_that_it_mounts(spec: Tree) -> None:
-    volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
-    containers = spec["containers"] + spec.get("initContainers", [])
-    assert {mount["name"] for c in containers for mount in c.get("volumeMounts", [])} == set(volumes)
-    claims = {document["metadata"]["name"] for document in DOCUMENTS if document["kind"] == "PersistentVolumeClaim"}
-    claimed = {v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "persistentVolumeClaim" in v}
-    assert claimed <= claims
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert {mount["name"] for c in containers(spec) for mount in c["volumeMounts"]} == set(volumes)
+    claims = {tree["metadata"]["name"] for tree in DOCUMENTS.values() if tree["kind"] == "PersistentVolumeClaim"}
+    assert {v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "persistentVolumeClaim" in v} <= claims
 
 
-@pytest.mark.parametrize("spec", POD_SPECS.values(), ids=POD_SPECS)
-def test_every_container_asks_for_cpu_and_memory(spec: Tree) -> None:
-    for container in spec["containers"] + spec.get("initContainers", []):
+@every_pod
+def test_every_container_asks_for_what_it_may_take(spec: Tree) -> None:
+    for container in containers(spec):
         assert {"cpu", "memory"} <= set(container["resources"]["requests"])  # DLRover's master fails without
+        assert container["resources"]["requests"] == container["resources"]["limits"]
 
 
-@pytest.mark.parametrize("spec", POD_SPECS.values(), ids=POD_SPECS)
+@every_pod
 def test_a_pod_is_admitted_where_only_restricted_ones_are(spec: Tree) -> None:
     context = spec["securityContext"]
-    assert context["runAsNonRoot"] is True
+    assert (context["runAsNonRoot"], context["runAsUser"]) == (True, 10001)
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}
-    if spec.get("volumes"):
+    if any("persistentVolumeClaim" in volume for volume in spec["volumes"]):
         assert context["fsGroup"] == context["runAsGroup"]  # else the volume is root's
-    for container in spec["containers"] + spec.get("initContainers", []):
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for container in containers(spec):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert {"name": "HOME", "value": "/tmp"} in container["env"]
+        assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
         assert "command" not in container  # it would replace the image's entrypoint, tini
 
 
-def test_the_master_alone_has_rights_and_they_are_bound_to_it() -> None:
-    kinds = {document["kind"]: document for document in DOCUMENTS}
+@every_pod
+def test_the_master_alone_has_rights(spec: Tree) -> None:
+    master = spec["containers"][0]["args"][1] == "master"
+    assert spec["automountServiceAccountToken"] is master
+    assert ("serviceAccountName" in spec) is master
+
+
+def test_the_rights_are_bound_to_the_masters_account() -> None:
+    kinds = {tree["kind"]: tree for tree in FILES["shared/rbac.yaml"]}
     account, binding = kinds["ServiceAccount"]["metadata"], kinds["RoleBinding"]
-    assert POD_SPECS["dlrover-master"]["serviceAccountName"] == account["name"]
+    master = ELASTICJOB["spec"]["replicaSpecs"]["dlrover-master"]["template"]["spec"]
+    assert master["serviceAccountName"] == account["name"]
     assert binding["roleRef"]["name"] == kinds["Role"]["metadata"]["name"]
     assert binding["subjects"] == [
         {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
     ]
-    for pod in ("prepare", "worker"):
-        assert POD_SPECS[pod]["automountServiceAccountToken"] is False
 
 
-def test_a_worker_has_room_for_its_snapshots() -> None:
-    mounts = {mount["mountPath"]: mount["name"] for mount in MAIN["worker"]["volumeMounts"]}
-    volume = next(volume for volume in WORKER["volumes"] if volume["name"] == mounts["/dev/shm"])
-    assert volume["emptyDir"]["medium"] == "Memory"
-    two_snapshots = 2 * 124_439_808 * 3 * 4  # parameters and AdamW's two moments, in float32
-    size = int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) * 2**30
-    assert two_snapshots < size < int(MAIN["worker"]["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
+def test_the_rights_are_what_dlrovers_calls_need() -> None:
+    """The calls of dlrover.python.scheduler.kubernetes that a pyk8s master makes, and what each needs."""
+    kubernetes = pytest.importorskip("dlrover.python.scheduler.kubernetes")
+    needed = {
+        "list_namespaced_pod": ("pods", "list"), "create_pod": ("pods", "create"), "get_pod": ("pods", "get"),
+        "delete_pod": ("pods", "delete"), "create_service": ("services", "create"), "get_service": ("services", "get"),
+        "patch_service": ("services", "patch"), "get_custom_resource": ("elasticjobs", "get"),
+    }  # fmt: skip
+    assert all(hasattr(kubernetes.k8sClient, call) for call in needed)
+    granted = {(name, verb) for rule in MASTER_RULES for name in rule["resources"] for verb in rule["verbs"]}
+    watched = {
+        ("pods", "watch"),
+        ("elasticjobs", "list"),
+        ("elasticjobs", "watch"),
+        ("elasticjobs/finalizers", "update"),
+    }
+    assert granted == set(needed.values()) | watched
+    assert {group for rule in MASTER_RULES for group in rule["apiGroups"]} == {"", GROUP}
 
 
-def test_the_promised_grace_time_is_the_real_one() -> None:
+@every_elasticjob
+def test_the_promised_grace_time_is_the_real_one(job: Tree) -> None:
     # DLRover's master clears the field in a worker's pod, and Kubernetes' default is 30 seconds.
-    assert WORKER["terminationGracePeriodSeconds"] == 30
+    assert job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]["terminationGracePeriodSeconds"] == 30
+
+
+def test_spot_machines_are_tolerated_and_preferred_by_workers_and_avoided_by_the_master() -> None:
+    replicas = FILES["spot/elasticjob.yaml"][0]["spec"]["replicaSpecs"]
+    worker, master = (replicas[name]["template"]["spec"] for name in ("worker", "dlrover-master"))
+    assert {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"} in worker[
+        "tolerations"
+    ]
+    assert "tolerations" not in master
+
+    def operators(spec: Tree) -> set[str]:
+        terms = spec["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+        return {word["operator"] for term in terms for word in term["preference"]["matchExpressions"]}
+
+    assert (operators(worker), operators(master)) == ({"In"}, {"NotIn"})
+
+
+def kustomize(folder: Path) -> list[Tree]:
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl")
@@ -283,11 +470,8 @@ def test_kustomize_builds_it_with_a_text_of_ones_own_as_the_readme_says(tmp_path
     with (folder / "kustomization.yaml").open("a") as kustomization:
         kustomization.write(addition)
     (folder / "data.txt").write_text("BUCKINGHAM:\nWelcome, sweet prince, to London, to your chamber.\n")
-    built = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True).stdout
-    documents = list(yaml.safe_load_all(built))
-    assert len(documents) == len(DOCUMENTS) + 1
-    job = next(document for document in documents if document["kind"] == "Job")
+    job = next(document for document in kustomize(folder) if document["kind"] == "Job")
     validate(job)
     spec = job["spec"]["template"]["spec"]
-    assert {volume["name"] for volume in spec["volumes"]} == {"text", "workspace"}
+    assert {volume["name"] for volume in spec["volumes"]} == {"text", "workspace", "scratch"}
     assert "/text/data.txt" in spec["containers"][0]["args"]
