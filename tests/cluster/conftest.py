@@ -1,0 +1,278 @@
+"""A cluster for the tests: Kubernetes' own control plane, DLRover's own master and agents; pods and operator are stand-ins.
+
+make test-cluster builds what it needs once (about 6 minutes) and keeps it in ~/.cache/elastic-gpt. Needs Debian 12 and root;
+elsewhere the tests are skipped with the reason.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes import client, config
+
+from elastic_gpt.jobs.manifest import manifests
+from elastic_gpt.jobs.spec import JobSpec
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.elasticjob_operator import Operator
+from tests.cluster.kubelet import Kubelet
+from tests.conftest import elastic_gpt, environment, events, metrics
+
+HERE = Path(__file__).parent
+CRD = Path(
+    os.environ.get("ELASTICJOB_CRD")
+    or HERE.parents[2] / "shared" / "data" / "crds" / "elastic.iml.github.io_elasticjobs.yaml"
+)
+IMAGE = "elastic-gpt:test"
+NODES = {f"machine-{number}": {"cpu": "2", "memory": "8Gi"} for number in range(4)}
+LONG, SHORT = 1500, 150  # steps: of a job that things happen to, and of one that is to finish
+TRAINING = [
+    *("--global-batch=32", "--micro-batch=4", "--model.block-size=64", "--model.n-layer=2", "--model.n-embd=64"),
+    *("--device=cpu", "--elastic.exact", "--model.dropout=0.1", "--observe.tensorboard=false"),
+    *("--checkpoint.interval=50", "--evaluate.interval=1000"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.cluster)
+            item.add_marker(pytest.mark.timeout(900))
+
+
+class Cluster:
+    """What a test does to the cluster, and what it sees of it."""
+
+    def __init__(self, kubeconfig: Path, kubelet: Kubelet, volumes: Path) -> None:
+        self.kubeconfig, self.kubelet, self._volumes = kubeconfig, kubelet, volumes
+        self.api = config.new_client_from_config(str(kubeconfig))
+        self.core = client.CoreV1Api(self.api)
+        self.custom = client.CustomObjectsApi(self.api)
+
+    def kubectl(self, *words: object, text: str | None = None) -> str:
+        command = ["kubectl", "--kubeconfig", str(self.kubeconfig), *map(str, words)]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def volume(self, namespace: str, claim: str = "elastic-gpt") -> Path:
+        """A volume for the claim, as an administrator or a storage class makes one; returns its folder here."""
+        folder = self._volumes / namespace
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+        self.core.create_persistent_volume(
+            {
+                "metadata": {"name": f"{namespace}-{claim}"},
+                "spec": {
+                    "capacity": {"storage": "20Gi"},
+                    "accessModes": ["ReadWriteMany"],
+                    "hostPath": {"path": str(folder)},
+                    "claimRef": {"namespace": namespace, "name": claim},
+                },
+            }
+        )
+        return folder
+
+
+class Job:
+    """An ElasticJob in a namespace of its own, and its volume."""
+
+    def __init__(self, cluster: Cluster, spec: JobSpec, folder: Path, steps: int, without: tuple[str, ...]) -> None:
+        self.cluster, self.spec, self.steps, self.without = cluster, spec, steps, without
+        self.run = folder / spec.name / "run"
+
+    def submit(self) -> None:
+        """kubectl apply of what `elastic-gpt job render` prints."""
+        parts = ("namespace", "volume", "rbac", "prepare", "job")
+        self.apply(tuple(part for part in parts if part not in self.without))
+
+    def apply(self, parts: tuple[str, ...]) -> None:
+        self.cluster.kubectl("apply", "-f", "-", text=yaml.safe_dump_all(manifests(self.spec, parts)))
+
+    def command(self, *words: object, code: int | None = 0) -> str:
+        """`elastic-gpt job ...` as a person runs it; returns all that it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "elastic_gpt.cli", "job", *map(str, words), "--namespace", self.spec.namespace],
+            capture_output=True,
+            text=True,
+            env=environment(KUBECONFIG=str(self.cluster.kubeconfig)),
+            timeout=240,
+            check=False,
+        )
+        said = done.stdout + done.stderr
+        assert code in (None, done.returncode), f"{words}: exit code {done.returncode}\n{said}\n{self.story()}"
+        return said
+
+    def patch(self, change: dict[str, Any]) -> None:
+        words = [
+            "patch",
+            "elasticjob",
+            self.spec.name,
+            "-n",
+            self.spec.namespace,
+            "--type=merge",
+            "-p",
+            json.dumps(change),
+        ]
+        self.cluster.kubectl(*words)
+
+    def phase(self) -> str:
+        job = self.cluster.custom.get_namespaced_custom_object(
+            "elastic.iml.github.io", "v1alpha1", self.spec.namespace, "elasticjobs", self.spec.name
+        )
+        return str(job.get("status", {}).get("phase", ""))
+
+    def pods(self, kind: str = "worker") -> dict[str, Any]:
+        """Name to pod, of the pods that are not about to go."""
+        label = f"elasticjob.dlrover/name={self.spec.name},elasticjob.dlrover/replica-type={kind}"
+        pods = self.cluster.core.list_namespaced_pod(self.spec.namespace, label_selector=label).items
+        return {pod.metadata.name: pod for pod in pods if pod.metadata.deletion_timestamp is None}
+
+    def running(self) -> list[str]:
+        return sorted(name for name, pod in self.pods().items() if pod.status.phase == "Running")
+
+    def pod(self, name: str) -> Any:
+        found = self.cluster.kubelet.pod(self.spec.namespace, name)
+        assert found, f"no pod {name}"
+        return found
+
+    def step(self) -> int:
+        return metrics(self.run)[-1]["step"] if metrics(self.run) else 0
+
+    def world(self) -> int:
+        """Workers in the newest step."""
+        return metrics(self.run)[-1]["world_size"] if metrics(self.run) else 0
+
+    def wait(self, what: str, holds: Callable[[], bool], seconds: float = 90, gone: bool = False) -> None:
+        """Until `holds`. `gone`: the job itself may be."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(client.ApiException):
+                if holds():
+                    return
+                assert gone or self.phase() != "Failed", self.story()
+            time.sleep(0.2)
+        raise AssertionError(f"{what}: not within {seconds:.0f} s\n{self.story()}")
+
+    def wait_world(self, size: int, seconds: float = 90) -> None:
+        self.wait(f"a world of {size}", lambda: self.world() == size, seconds)
+
+    def wait_life(self, seconds: float = 90) -> None:
+        """Until a new world has done its first step."""
+        lives = len(events(self.run, "recovered"))
+        self.wait("a new world", lambda: len(events(self.run, "recovered")) > lives, seconds)
+
+    def wait_steps(self, more: int, seconds: float = 90) -> None:
+        goal = self.step() + more
+        self.wait(f"step {goal}", lambda: self.step() >= goal, seconds)
+
+    def finish(self, seconds: float = 180) -> None:
+        self.wait("Succeeded", lambda: self.phase() == "Succeeded", seconds)
+
+    def story(self) -> str:
+        """For a test that fails: the pods, and the end of what each of them said."""
+        lines = [
+            f"phase {self.phase()}, step {self.step()}",
+            self.cluster.kubectl("get", "pods,jobs,pvc", "-n", self.spec.namespace),
+        ]
+        folders = self.cluster.kubelet._folder.glob(f"pods/*{self.spec.name}*")
+        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime)[-6:]:
+            for log in folder.glob("*.log"):
+                lines += [f"--- {folder.name} {log.name}", "\n".join(log.read_text().splitlines()[-25:])]
+        return "\n".join(lines)
+
+    def delete(self) -> None:
+        with contextlib.suppress(client.ApiException):
+            self.cluster.core.delete_namespace(self.spec.namespace)
+        self.cluster.core.delete_persistent_volume(f"{self.spec.namespace}-{self.spec.volume}")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.cluster.core.list_namespaced_pod(self.spec.namespace).items:
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if not CRD.exists():
+        pytest.skip(
+            f"no CRD of ElasticJob: name DLRover's elastic.iml.github.io_elasticjobs.yaml in ELASTICJOB_CRD ({CRD})"
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic-gpt" / "kubernetes-1.20"
+    built = subprocess.run([HERE / "build-control-plane", cache], stderr=subprocess.PIPE, text=True, check=False)
+    if built.returncode == 3:
+        pytest.skip(built.stderr.strip().splitlines()[-1])
+    assert built.returncode == 0, built.stderr
+    for program in ("kubectl", "tini", "unshare", "setpriv"):
+        if not shutil.which(program):
+            pytest.skip(f"no cluster here: {program} is not installed")
+    folder = tmp_path_factory.mktemp("cluster")
+    # Pods run as another user, who has to get at their volumes.
+    for path in (folder, *folder.parents[:2]):
+        path.chmod(0o755)
+    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+    with ControlPlane(cache, folder) as plane, contextlib.ExitStack() as stack:
+        api = config.new_client_from_config(str(plane.kubeconfig))
+        content = [HERE.parents[1], Path(sys.prefix)]
+        kubelet = Kubelet(api, folder, nodes=NODES, images={IMAGE}, content=content, path=path)
+        stack.callback(kubelet.close)
+        made = Cluster(plane.kubeconfig, kubelet, folder / "volumes")
+        made.kubectl("apply", "-f", CRD)
+        for _ in range(100):  # until the API server serves them
+            with contextlib.suppress(client.ApiException):
+                made.custom.list_cluster_custom_object("elastic.iml.github.io", "v1alpha1", "elasticjobs")
+                break
+            time.sleep(0.2)
+        operator = Operator(config.new_client_from_config(str(plane.kubeconfig)))
+        stack.callback(operator.close)
+        yield made
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], Path]:
+    """To a job, the run directory of one process with the same settings that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    elastic_gpt("prepare", "--sample", "--tokenizer", "char", "--output-dir", folder / "data")
+
+    def run(job: Job) -> Path:
+        made = folder / str(job.steps)
+        if not made.exists():
+            elastic_gpt("train", "debug_cpu", *job.spec.arguments, f"--data.dir={folder / 'data'}", f"--run-dir={made}")
+        return made
+
+    return run
+
+
+@pytest.fixture
+def make_job(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
+    """make_job(steps=..., **fields of JobSpec): a job that is not yet submitted, with a volume for it."""
+    made: list[Job] = []
+
+    def make(*, steps: int = LONG, without: tuple[str, ...] = (), **fields: Any) -> Job:
+        name = request.node.name.removeprefix("test_").replace("_", "-")[:30].strip("-")
+        spec = JobSpec(
+            **{
+                "namespace": f"{name}-{len(made)}",
+                "name": "gpt",
+                "image": IMAGE,
+                "gpus": 0,
+                "cpus": 1,
+                "memory": 4,
+                "env": (("OMP_NUM_THREADS", "1"),),
+                "tokenizer": "char",
+                "arguments": (*TRAINING, f"--steps={steps}"),
+            }
+            | fields
+        )
+        made.append(Job(cluster, spec, cluster.volume(spec.namespace), steps, without))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.delete()

@@ -1,0 +1,499 @@
+"""A stand-in for kubelet and container runtime: pods as processes in namespaces of their own, on one or more pretended nodes.
+
+What it does as the real ones do: registers nodes with a capacity, so that the real scheduler places the pods; runs init
+containers, then containers, each with its own mounts (volumes, /tmp, /dev/shm), host name, process tree and user, a root file
+system over this machine's (read-only where asked), and the entrypoint of our image (tini); reports phases, states and exit
+codes; refuses images it does not have; ends pods with SIGTERM, a grace time, then SIGKILL; serves their logs.
+
+What it does not: several containers of a pod at a time, networks (all pods share this machine's, and services resolve to
+loopback), limits on cpu and memory, probes.
+"""
+
+import base64
+import contextlib
+import datetime
+import http.server
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kubernetes import client
+
+POLL_SECONDS = 0.3
+MOMENT = "%Y-%m-%dT%H:%M:%S.%fZ"
+Manifest = dict[str, Any]
+
+
+class Kubelet:
+    """Runs the pods of `nodes` (name to capacity) until closed."""
+
+    def __init__(
+        self,
+        api: client.ApiClient,
+        folder: Path,
+        *,
+        nodes: dict[str, Manifest],
+        images: set[str],
+        content: list[Path],
+        path: str,
+    ) -> None:
+        """Args:
+        folder: for logs and volumes; it must hold server.crt and server.key.
+        images: names of images that count as pulled.
+        content: folders of this machine that are in all of them.
+        path: PATH in the containers.
+        """
+        self._core = client.CoreV1Api(api)
+        self._folder = folder
+        self._images, self._content, self._path = images, content, path
+        self._pods: dict[str, Pod] = {}
+        self._stopped = threading.Event()
+        self._down: set[str] = set()
+        self._server = _log_server(self)
+        self.api_host = api.configuration.host
+        self._nodes: set[str] = set()
+        for name, capacity in nodes.items():
+            self.add_node(name, capacity)
+        for target in (self._server.serve_forever, self._sync_forever, self._heartbeat_forever):
+            threading.Thread(target=target, daemon=True).start()
+
+    def close(self) -> None:
+        self._stopped.set()
+        for pod in self._pods.values():
+            pod.kill()
+        self._server.shutdown()
+
+    def pod(self, namespace: str, name: str) -> "Pod | None":
+        found = [pod for pod in self._pods.values() if (pod.namespace, pod.name) == (namespace, name)]
+        return found[-1] if found else None
+
+    def lose_node(self, name: str) -> None:
+        """The machine is gone: no process, no heartbeat, and (as a cloud's controller does) no Node object."""
+        self._down.add(name)
+        for pod in self._pods.values():
+            if pod.node == name:
+                pod.silent = True
+                pod.kill()
+        self._core.delete_node(name)
+
+    # -- nodes
+
+    def add_node(self, name: str, capacity: Manifest) -> None:
+        """Register a machine, a new one or one that was lost."""
+        capacity = {"pods": "20"} | capacity
+        with contextlib.suppress(client.ApiException):
+            self._core.delete_node(name)
+        self._core.create_node({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}})
+        status = {
+            "capacity": capacity,
+            "allocatable": capacity,
+            "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}, {"type": "Hostname", "address": name}],
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": self._server.server_address[1]}},
+        }
+        self._core.patch_node_status(name, {"status": status | _ready()})
+        self._nodes.add(name)
+        self._down.discard(name)
+
+    def _heartbeat_forever(self) -> None:
+        while not self._stopped.wait(5):
+            for name in self._nodes - self._down:
+                with contextlib.suppress(Exception):
+                    self._core.patch_node_status(name, {"status": _ready()})
+
+    # -- pods
+
+    def _sync_forever(self) -> None:
+        while not self._stopped.wait(POLL_SECONDS):
+            with contextlib.suppress(Exception):
+                self._sync()
+
+    def _list(self, path: str) -> list[Manifest]:
+        answer = self._core.api_client.call_api(path, "GET", auth_settings=["BearerToken"], _preload_content=False)
+        return list(json.loads(answer[0].data)["items"])
+
+    def _sync(self) -> None:
+        services = [service["metadata"] for service in self._list("/api/v1/services")]
+        present = set()
+        for manifest in self._list("/api/v1/pods"):
+            meta, node = manifest["metadata"], manifest["spec"].get("nodeName")
+            if node not in self._nodes - self._down:
+                continue
+            present.add(meta["uid"])
+            pod = self._pods.get(meta["uid"])
+            if pod is None and manifest["status"].get("phase") not in ("Succeeded", "Failed"):
+                pod = self._pods[meta["uid"]] = Pod(self._core, self._folder, manifest, self)
+            if pod:
+                pod.write_hosts([service["name"] for service in services if service["namespace"] == meta["namespace"]])
+            if "deletionTimestamp" in meta:
+                if pod is None:
+                    self._finalize(meta["namespace"], meta["name"])
+                else:
+                    pod.terminate(meta.get("deletionGracePeriodSeconds", 30))
+        for uid, pod in self._pods.items():
+            if uid not in present:
+                pod.kill()  # deleted by force
+
+    def _finalize(self, namespace: str, name: str) -> None:
+        with contextlib.suppress(client.ApiException):
+            self._core.delete_namespaced_pod(name, namespace, grace_period_seconds=0)
+
+
+class Pod:
+    """One pod: a thread that runs its containers, and what is told of them."""
+
+    def __init__(self, core: client.CoreV1Api, folder: Path, manifest: Manifest, kubelet: Kubelet) -> None:
+        self._core, self._kubelet, self.manifest = core, kubelet, manifest
+        meta = manifest["metadata"]
+        self.namespace, self.name, self.uid = meta["namespace"], meta["name"], meta["uid"]
+        self.node = manifest["spec"]["nodeName"]
+        self.folder = folder / "pods" / f"{self.name}-{self.uid[:8]}"
+        self.folder.mkdir(parents=True)
+        self.silent = False
+        self._terminating = threading.Event()
+        self._deleted, self._ended = False, threading.Event()
+        self._killed = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._states: dict[str, Manifest] = {}
+        self._hosts = ""
+        self.write_hosts([])
+        threading.Thread(target=self._run, daemon=True).start()
+
+    # -- from outside
+
+    def write_hosts(self, services: list[str]) -> None:
+        names = [
+            form for name in services for form in (name, f"{name}.{self.namespace}", f"{name}.{self.namespace}.svc")
+        ]
+        hosts = f"127.0.0.1 localhost {self.name} {' '.join(names)}\n"
+        if hosts != self._hosts:
+            (self.folder / "hosts").write_text(hosts)  # in place: the containers have this file mounted
+            self._hosts = hosts
+
+    def terminate(self, grace: float) -> None:
+        if self._deleted:
+            return
+        self._deleted = True
+
+        def end() -> None:
+            if not self._ended.wait(grace):
+                self.kill()
+            self._ended.wait()
+            if not self.silent:
+                self._kubelet._finalize(self.namespace, self.name)
+
+        self._terminating.set()
+        self.signal(signal.SIGTERM)
+        threading.Thread(target=end, daemon=True).start()
+
+    def kill(self) -> None:
+        self._terminating.set()
+        self._killed.set()
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        """To the container's first process; its end is the end of all in it."""
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            os.kill(self.pids()[0], number)
+
+    def pids(self) -> list[int]:
+        """The container's processes, the first one first."""
+        if self._process is None or self._process.poll() is not None:
+            return []
+        found: list[int] = []
+        waiting = list(_children(self._process.pid))
+        while waiting:
+            found.append(waiting.pop(0))
+            waiting += _children(found[-1])
+        return found
+
+    def log(self, container: str) -> Path:
+        return self.folder / f"{container}.log"
+
+    # -- the pod's life
+
+    def _run(self) -> None:
+        spec = self.manifest["spec"]
+        try:
+            volumes = self._volumes()
+            self._report("Pending")
+            codes = [0]
+            for container in spec.get("initContainers", []):
+                codes.append(self._container(container, volumes, "Pending"))
+                if codes[-1]:
+                    break
+            else:
+                for container in spec["containers"]:
+                    codes.append(self._container(container, volumes, "Running"))
+            self._report("Failed" if any(codes) else "Succeeded")
+        except _Never as error:
+            self._states[spec["containers"][0]["name"]] = {"waiting": {"reason": error.reason, "message": str(error)}}
+            self._report("Pending")
+            self._terminating.wait()
+        shutil.rmtree(self.folder / "volumes", ignore_errors=True)
+        self._ended.set()
+
+    def _container(self, container: Manifest, volumes: dict[str, Path | int], phase: str) -> int:
+        name = container["name"]
+        if self._terminating.is_set():
+            return 143
+        while container["image"] not in self._kubelet._images:
+            waiting = {"reason": "ImagePullBackOff", "message": f'Back-off pulling image "{container["image"]}"'}
+            self._states[name] = {"waiting": waiting}
+            self._report("Pending")
+            if self._terminating.wait(0.5):
+                raise _Never("ImagePullBackOff", waiting["message"])
+        script = self._script(container, volumes)
+        self._process = subprocess.Popen(
+            ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "bash", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self._environment(container),
+            start_new_session=True,
+        )
+        writer = threading.Thread(target=self._write_log, args=(name, self._process.stdout), daemon=True)
+        writer.start()
+        self._states[name] = {"running": {"startedAt": _now()}}
+        self._report(phase)
+        if self._terminating.is_set():
+            self.signal(signal.SIGKILL if self._killed.is_set() else signal.SIGTERM)
+        code = self._process.wait()
+        writer.join(10)
+        code = 128 - code if code < 0 else code
+        reason = "Completed" if code == 0 else "Error"
+        self._states[name] = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": _now()}}
+        return code
+
+    def _write_log(self, container: str, output: Any) -> None:
+        """As container runtimes do: each line after the moment it was written."""
+        with self.log(container).open("ab", buffering=0) as log:
+            for line in output:
+                log.write(
+                    datetime.datetime.now(datetime.UTC).strftime(MOMENT).encode() + b" " + line.rstrip(b"\n") + b"\n"
+                )
+
+    def _script(self, container: Manifest, volumes: dict[str, Path | int]) -> str:
+        """Builds the container's root inside its namespaces and becomes its first process."""
+        root, layer = self.folder / "root", self.folder / f"layer-{container['name']}"
+        for path in (root, layer / "upper", layer / "work"):
+            path.mkdir(parents=True, exist_ok=True)
+        lines = [
+            "set -e",
+            f"mount -t overlay overlay -o lowerdir=/,upperdir={layer}/upper,workdir={layer}/work {root}",
+            # This checkout and its Python may lie in somebody's home.
+            f"chmod a+x {root}/root {root}/home 2>/dev/null || true",
+            f"mkdir -p {root}/workspace && chown 10001:10001 {root}/workspace",
+            f"mount --rbind /dev {root}/dev && mount -t proc proc {root}/proc && mount --rbind /sys {root}/sys",
+            f"mount --bind {self.folder}/hosts {root}/etc/hosts",
+            f"hostname {self.name[:60]}",
+        ]
+        for mount in container.get("volumeMounts", []):
+            target, volume = f"{root}{os.path.realpath(mount['mountPath'])}", volumes[mount["name"]]
+            lines.append(f"mkdir -p {target}")
+            if isinstance(volume, int):
+                lines.append(f"mount -t tmpfs -o size={volume},mode=1777 tmpfs {target}")
+            else:
+                source = volume / mount.get("subPath", "")
+                lines.append(f"mkdir -p {source}; mount --bind {source} {target}")
+            if mount.get("readOnly"):
+                lines.append(f"mount -o remount,bind,ro {target}")
+        for path in self._kubelet._content:  # a volume on /tmp would hide a checkout there
+            lines.append(f"mkdir -p {root}{path} && mount --bind {path} {root}{path}")
+        context = self.manifest["spec"].get("securityContext", {}) | container.get("securityContext", {})
+        if context.get("readOnlyRootFilesystem"):
+            lines.append(f"mount -o remount,ro {root}")
+        user, group = context.get("runAsUser", 0), context.get("runAsGroup", 0)
+        become = f"setpriv --reuid={user} --regid={group} --clear-groups --no-new-privs --"
+        folder = container.get("workingDir", "/workspace")
+        lines.append(f'exec /usr/sbin/chroot {root} {become} sh -c \'cd {folder}; exec "$@"\' sh "${{WORDS[@]}}"')
+        words = container.get("command") or ["/usr/bin/tini", "--"]
+        words = [*words, *container.get("args", [])]
+        environment = self._environment(container)
+        quoted = " ".join(_quote(_expand(word, environment)) for word in words)
+        return f"WORDS=({quoted})\n" + "\n".join(lines)
+
+    def _environment(self, container: Manifest) -> dict[str, str]:
+        host, _, port = self._kubelet.api_host.removeprefix("https://").partition(":")
+        environment = {
+            "PATH": self._kubelet._path,
+            "PYTHONUNBUFFERED": "1",
+            "HOME": "/tmp",
+            "KUBERNETES_SERVICE_HOST": host,
+            "KUBERNETES_SERVICE_PORT": port,
+        }
+        meta, spec = self.manifest["metadata"], self.manifest["spec"]
+        fields = {
+            "status.podIP": "127.0.0.1",
+            "status.hostIP": "127.0.0.1",
+            "metadata.name": self.name,
+            "metadata.namespace": self.namespace,
+            "metadata.uid": self.uid,
+            "spec.nodeName": self.node,
+            "spec.serviceAccountName": spec.get("serviceAccountName", "default"),
+        } | {f"metadata.labels['{key}']": value for key, value in meta.get("labels", {}).items()}
+        for variable in container.get("env", []):
+            if "value" in variable:
+                environment[variable["name"]] = _expand(variable["value"], environment)
+            elif "fieldRef" in variable.get("valueFrom", {}):
+                environment[variable["name"]] = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+            elif "valueFrom" in variable:
+                raise _Never("CreateContainerConfigError", f"{variable['valueFrom']} is beyond this stand-in")
+        return environment
+
+    def _volumes(self) -> dict[str, Path | int]:
+        """Volume name to the folder that holds it, or to the bytes of a memory volume."""
+        found: dict[str, Path | int] = {}
+        for volume in self.manifest["spec"].get("volumes", []):
+            folder = self.folder / "volumes" / volume["name"]
+            folder.mkdir(parents=True)
+            folder.chmod(0o777)
+            if "persistentVolumeClaim" in volume:
+                claim = self._core.read_namespaced_persistent_volume_claim(
+                    volume["persistentVolumeClaim"]["claimName"], self.namespace
+                )
+                bound = self._core.read_persistent_volume(claim.spec.volume_name)
+                found[volume["name"]] = Path(bound.spec.host_path.path)
+            elif volume.get("emptyDir", {}).get("medium") == "Memory":
+                found[volume["name"]] = _bytes(volume["emptyDir"].get("sizeLimit", "1Gi"))
+            elif "emptyDir" in volume:
+                found[volume["name"]] = folder
+            elif "secret" in volume:
+                secret = self._core.read_namespaced_secret(volume["secret"]["secretName"], self.namespace)
+                for key, value in (secret.data or {}).items():
+                    (folder / key).write_bytes(base64.b64decode(value))
+                found[volume["name"]] = folder
+            elif "configMap" in volume:
+                content = self._core.read_namespaced_config_map(volume["configMap"]["name"], self.namespace)
+                for key, value in (content.data or {}).items():
+                    (folder / key).write_text(value)
+                found[volume["name"]] = folder
+            else:
+                raise _Never("CreateContainerConfigError", f"volume {volume['name']} is beyond this stand-in")
+        return found
+
+    def _report(self, phase: str) -> None:
+        if self.silent:
+            return
+        spec = self.manifest["spec"]
+        ready = phase == "Running"
+        names = {"initContainerStatuses": spec.get("initContainers", []), "containerStatuses": spec["containers"]}
+        statuses = {
+            kind: [
+                {
+                    "name": container["name"],
+                    "image": container["image"],
+                    "imageID": container["image"],
+                    "ready": ready,
+                    "restartCount": 0,
+                    "state": self._states.get(container["name"], {"waiting": {"reason": "PodInitializing"}}),
+                }
+                for container in containers
+            ]
+            for kind, containers in names.items()
+        }
+        conditions = [
+            {"type": kind, "status": "True" if ready or kind == "PodScheduled" else "False"}
+            for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")
+        ]
+        status = {"phase": phase, "podIP": "127.0.0.1", "hostIP": "127.0.0.1", "conditions": conditions, **statuses}
+        if "startTime" not in self.manifest["status"]:
+            self.manifest["status"]["startTime"] = status["startTime"] = _now()
+        with contextlib.suppress(client.ApiException):
+            self._core.patch_namespaced_pod_status(self.name, self.namespace, {"status": status})
+
+
+class _Never(Exception):
+    """A container that cannot be started."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _children(pid: int) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            yield from (int(word) for word in (thread / "children").read_text().split())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _ready() -> Manifest:
+    return {
+        "conditions": [
+            {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "", "lastHeartbeatTime": _now()}
+        ]
+    }
+
+
+def _bytes(quantity: str) -> int:
+    units = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "M": 10**6, "G": 10**9}
+    for unit, factor in units.items():
+        if quantity.endswith(unit):
+            return int(float(quantity.removesuffix(unit)) * factor)
+    return int(quantity)
+
+
+def _quote(word: str) -> str:
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def _expand(word: str, environment: dict[str, str]) -> str:
+    for name, value in environment.items():
+        word = word.replace(f"$({name})", value)
+    return word
+
+
+def _log_server(kubelet: Kubelet) -> http.server.ThreadingHTTPServer:
+    """What the API server asks for `kubectl logs`: GET /containerLogs/NAMESPACE/POD/CONTAINER, and options."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urllib.parse.urlparse(self.path)
+            query = {name: values[0] for name, values in urllib.parse.parse_qs(url.query).items()}
+            parts = url.path.strip("/").split("/")
+            pod = kubelet.pod(parts[1], parts[2]) if len(parts) == 4 and parts[0] == "containerLogs" else None
+            if pod is None or not pod.log(parts[3]).exists():
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError), pod.log(parts[3]).open("rb") as log:
+                lines = [line for line in log.read().splitlines(keepends=True) if self._wanted(line, query)]
+                if "tailLines" in query:
+                    lines = lines[len(lines) - min(len(lines), int(query["tailLines"])) :]
+                self._send(lines, query)
+                while query.get("follow") == "true" and not kubelet._stopped.is_set():
+                    ended = not pod.pids()
+                    self._send(log.readlines(), query)
+                    if ended:
+                        break
+                    time.sleep(0.2)
+
+        def _wanted(self, line: bytes, query: dict[str, str]) -> bool:
+            return line.split(b" ", 1)[0].decode() >= query.get("sinceTime", "")
+
+        def _send(self, lines: list[bytes], query: dict[str, str]) -> None:
+            bare = query.get("timestamps") != "true"
+            self.wfile.write(b"".join(line.split(b" ", 1)[1] if bare else line for line in lines))
+            self.wfile.flush()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(kubelet._folder / "server.crt", kubelet._folder / "server.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    return server
