@@ -45,7 +45,7 @@ val.bin; of many (100 and more, with a val fraction of 0.1) a tenth of them by a
 
 
 def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
-    """The command line. Returns the exit status: 0, 2 for the user's mistake, 128 + signal number if stopped."""
+    """The command line. Returns the exit status: 0, 1 if --verify finds something wrong, 2, or 128 + signal number."""
     flags = _parse(argv, prog)
     defaults = Settings()
     settings = Settings(**{name: getattr(flags, name) for name in vars(defaults)})
@@ -74,6 +74,10 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     print(_summary(meta, output_dir, settings.vocab_size))
+    if flags.verify:
+        from prepare.look import check
+
+        return check(output_dir)
     return 0
 
 
@@ -136,6 +140,11 @@ def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         help="val is the tail of the text, or documents by a hash of their text (auto: of many)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the hash (default: 0)")
+    add(
+        "--verify",
+        action="store_true",
+        help="afterwards read it all again: decode it, compare it with the input, encode samples with tiktoken",
+    )
     add = parser.add_argument_group("how fast").add_argument
     add(
         "--engine",

@@ -328,3 +328,10 @@ def test_help_teaches_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(commands) >= 8
     for command in commands:
         room._parse(shlex.split(command), "prepare.py")
+
+
+def test_verify_reads_again_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("To be, or not to be: that is the question.\n" * 200)
+    words = [str(tmp_path / "a.txt"), "--tokenizer", "char", "--output_dir", str(tmp_path / "data"), "--verify"]
+    assert room.main(words) == 0
+    assert "is in order" in capsys.readouterr().out
