@@ -10,6 +10,7 @@ is known to hurt in 0.6.1 mended in `_mend`.
 
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import secrets
@@ -154,8 +155,9 @@ def _standby(command: Sequence[str]) -> list[str]:
 
 def _mend() -> None:
     """What hurts in DLRover 0.6.1, mended in this process."""
-    from dlrover.python.common import env_utils
-    from dlrover.python.common.constants import JobConstant
+    import grpc
+    from dlrover.python.common import comm, env_utils
+    from dlrover.python.common.constants import JobConstant, KeyValueOps
     from dlrover.python.diagnosis.common.constants import DiagnosisActionType
     from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
     from dlrover.python.elastic_agent.torch import master_kv_store
@@ -167,6 +169,11 @@ def _mend() -> None:
 
     # The agents wait for rank 0's address in the master's store by looking every 2 s.
     master_kv_store.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 0.05)))
+
+    # gRPC waits ever longer, up to two minutes, before it looks for a master that was away.
+    channel = grpc.insecure_channel
+    soon = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
+    grpc.insecure_channel = lambda address, options=(): channel(address, [*options, *soon])
 
     # A master that was started anew knows nothing of the agents' --nnodes and --rdzv_conf, which they tell it only once.
     join = MasterRendezvousHandler._join_rendezvous
@@ -184,10 +191,15 @@ def _mend() -> None:
     next_rendezvous = MasterRendezvousHandler.next_rendezvous
     lease: list[Lease] = []
 
+    def report(client: Any, key: str, value: bytes) -> None:
+        message = comm.KeyValuePair(key, value)
+        message.op = KeyValueOps.SET
+        type(client)._report.__wrapped__(client, message)  # not the retries, which sleep 5 s
+
     def next_and_hold(self: Any) -> Any:
         found = next_rendezvous(self)
         if not lease:
-            lease.append(Lease(self._client.kv_store_set, env_utils.get_node_id()))
+            lease.append(Lease(functools.partial(report, self._client), env_utils.get_node_id()))
         lease[0].hold()
         return found
 

@@ -17,7 +17,7 @@ KEY = "elastic-gpt/lease/"
 LEASE_SECONDS = 5.0  # a machine that vanished without a word costs a membership change this much
 RENEW_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # for a node that is alive and does not come; torchelastic gives its workers 30 s to end
-RECONNECT_SECONDS = 10.0  # until the nodes of a world have found a master that was started anew
+RECONNECT_SECONDS = 3.0  # between the first and the last node of a world to find a master that was started anew
 
 
 class Lease:
@@ -92,7 +92,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
     """
     from dlrover.python.master.elastic_training import kv_store_service, rdzv_manager
 
-    opens = time.monotonic() + (RECONNECT_SECONDS if restarted else 0.0)
+    found: list[float] = []  # when the first node asked for a world
     put = kv_store_service.KVStoreService.set
     remove = rdzv_manager.RendezvousManager.remove_alive_node
     check = rdzv_manager.RendezvousManager._check_rdzv_completed
@@ -106,7 +106,9 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         remove(manager, node)
 
     def check_completed(manager: Any) -> bool:
-        if time.monotonic() < opens:
+        if not found:
+            found.append(time.monotonic())
+        if restarted and time.monotonic() < found[0] + RECONNECT_SECONDS:
             return False
         waiting = {node.node_id for node in manager._waiting_nodes.values()}
         late = leases.held() - waiting

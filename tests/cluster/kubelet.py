@@ -160,6 +160,7 @@ class Pod:
         self.silent = False
         self._terminating = threading.Event()
         self._deleted, self._ended = False, threading.Event()
+        self._shot = False  # SIGKILL was sent
         self._killed = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._states: dict[str, Manifest] = {}
@@ -201,6 +202,7 @@ class Pod:
 
     def signal(self, number: int) -> None:
         """To the container's first process; its end is the end of all in it."""
+        self._shot = self._shot or number == signal.SIGKILL
         with contextlib.suppress(ProcessLookupError, IndexError):
             os.kill(self.pids()[0], number)
 
@@ -268,7 +270,8 @@ class Pod:
             self.signal(signal.SIGKILL if self._killed.is_set() else signal.SIGTERM)
         code = self._process.wait()
         writer.join(10)
-        code = 128 - code if code < 0 else code
+        if self._shot or code < 0:  # unshare 2.38 says 1 where its child was killed
+            code = 128 + signal.SIGKILL
         reason = "Completed" if code == 0 else "Error"
         self._states[name] = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": _now()}}
         return code
