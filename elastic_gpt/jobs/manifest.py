@@ -153,7 +153,9 @@ def _worker(spec: JobSpec) -> Tree:
     mounts = [workspace, _mount("snapshots", "/dev/shm")]
     # DLRover adds its environment to the container that is called main.
     main = _container(spec, "main", args, cpu=str(spec.used_cpus), memory=f"{spec.memory_gib}Gi", mounts=mounts)
-    main["env"] += [{"name": name, "value": value} for name, value in spec.env]
+    # Torch counts the machine's cores, not the pod's share of them.
+    env = {"OMP_NUM_THREADS": str(max(1, spec.used_cpus // spec.workers))} | dict(spec.env)
+    main["env"] += [{"name": name, "value": value} for name, value in env.items()]
     if spec.gpus:
         for bound in ("requests", "limits"):
             main["resources"][bound]["nvidia.com/gpu"] = str(spec.gpus)
