@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster test-image check format bench clean
+.PHONY: help demo test test-slow test-cluster test-image check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -16,6 +16,9 @@ demo: $(READY) ## the main job on this machine: prepare, train elastically with 
 
 test: $(READY) ## all tests that need no cluster
 	$(BIN)/python -m pytest
+
+test-slow: $(READY) ## a short drill: kills and joins at random, all laws held (1 minute and a half)
+	$(BIN)/python -m pytest -m slow
 
 test-cluster: $(READY) ## the job on a real Kubernetes control plane; needs root and apt (builds it once, 7 minutes; then 15)
 	$(BIN)/python -m pytest -m cluster tests/cluster

@@ -17,6 +17,7 @@ from elastic_gpt.processes import of_nodes
 from tests.conftest import TINY, elastic_gpt, events, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_short_drill_holds_every_law_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "drill").mkdir()
