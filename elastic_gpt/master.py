@@ -68,9 +68,10 @@ class Scaling:
         self._job_name = job_name
         self._wanted: int | None = None
         self._without_pod: dict[int, float] = {}  # node id to when that was first seen
-        # The master ends when all nodes have exited. That of a suspended job has to wait.
+        # The master ends, with success, when all nodes have exited. That of a suspended job has to wait until it has others.
+        self._suspended = False
         pending = job_manager.pend_without_workers
-        job_manager.pend_without_workers = lambda: self._wanted == 0 or pending()
+        job_manager.pend_without_workers = lambda: self._suspended or pending()
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="scaling", daemon=True).start()
@@ -94,6 +95,7 @@ class Scaling:
         if wanted != self._wanted:
             print(f"scaling: the job asks for {wanted} nodes", flush=True)
             self._wanted = wanted
+        self._suspended = self._suspended or wanted == 0
         manager = self._manager._worker_manager
         nodes = list(manager._get_mutable_nodes().values())
         absent, leaving = decide(nodes, wanted)
@@ -104,11 +106,11 @@ class Scaling:
         if plan.launch_nodes:
             print(f"scaling: starting {', '.join(node.name for node in plan.launch_nodes)}", flush=True)
             self._manager._scaler.scale(plan)
+        self._suspended = wanted == 0
 
     def _remove(self, node: Any) -> None:
         print(f"scaling: {node.name} is to leave", flush=True)
         node.relaunchable = False
-        node.is_released = True
         self._manager._job_context.update_job_node(node)
         plan = self._plan()
         plan.remove_nodes = [node]

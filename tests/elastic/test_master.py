@@ -1,12 +1,13 @@
 """What a running job is made to be: pure decisions. The real master is in tests/cluster."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from elastic_gpt.jobs.state import wanted_nodes
-from elastic_gpt.master import decide
+from elastic_gpt.master import Scaling, decide
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Record:
     status: str = "Running"
     relaunchable: bool = True
     name: str = ""
+    is_released: bool = False
 
 
 def job(replicas: int, *, nnodes: str | None = "1:4", suspend: bool = False, split: bool = False) -> dict[str, Any]:
@@ -70,3 +72,30 @@ def test_a_rank_that_was_taken_away_can_come_back() -> None:
 
 def test_no_node_is_started_for_a_job_whose_training_is_over() -> None:
     assert decide([Record(0, 0, "Succeeded"), Record(1, 1)], 4) == ([], [])
+
+
+def test_the_master_of_a_suspended_job_ends_neither_then_nor_while_it_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = {0: Record(0, 0), 1: Record(1, 1)}
+    spec = job(2, suspend=True)
+    stays: list[bool] = []  # what DLRover is told each time that nodes go or come
+    manager = SimpleNamespace(
+        pend_without_workers=lambda: False,
+        _k8s_client=SimpleNamespace(get_custom_resource=lambda **_: spec),
+        _worker_manager=SimpleNamespace(_get_mutable_nodes=lambda: nodes),
+        _job_context=SimpleNamespace(update_job_node=lambda _: None),
+    )
+    look = lambda _: stays.append(manager.pend_without_workers())  # noqa: E731
+    manager._scaler = SimpleNamespace(scale=look, _remove_nodes=look, _create_node_queue=[])
+    scaling = Scaling(manager, "gpt")
+    monkeypatch.setattr(scaling, "_new_node", lambda rank: Record(2 + rank, rank, "Initial"))
+    scaling.reconcile()
+    # DLRover takes a released node to have ended, and one that it did not see go for one that runs, for ever.
+    assert not any(node.is_released for node in nodes.values())
+    for node in nodes.values():
+        node.status = "Deleted"
+    scaling.reconcile()
+    assert manager.pend_without_workers()
+    spec["spec"]["suspend"] = False
+    scaling.reconcile()
+    assert stays == [True, True, True]
+    assert not manager.pend_without_workers()
