@@ -160,6 +160,7 @@ def _mend() -> None:
     from dlrover.python.common.constants import JobConstant, KeyValueOps
     from dlrover.python.diagnosis.common.constants import DiagnosisActionType
     from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
+    from dlrover.python.elastic_agent.master_client import MasterClient
     from dlrover.python.elastic_agent.torch import master_kv_store
     from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent, MasterRendezvousHandler
@@ -230,6 +231,16 @@ def _mend() -> None:
         raise Leaving
 
     AsyncCheckpointSaver.register_signal_handler = classmethod(register_signal_handler)
+
+    # Its last word to the master is repeated ten times, 5 s apart, where that has gone as well, as when a job is deleted.
+    report_failed_exited = MasterClient.report_failed_exited
+
+    def report_once(self: Any) -> None:
+        self._report = functools.partial(type(self)._report.__wrapped__, self)
+        with contextlib.suppress(Exception):
+            report_failed_exited(self)
+
+    MasterClient.report_failed_exited = report_once
 
     # It restarts whatever fails. A worker that ends with a user's mistake would make it again, and so would one that crashes
     # of itself soon after each start.

@@ -44,6 +44,18 @@ def processes_of(name: str) -> list[str]:
     return [line for line in found if str(os.getpid()) != line.split()[0]]
 
 
+def test_a_node_that_is_asked_to_leave_does_not_wait_for_a_master_that_has_gone(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*ARGUMENTS, "--data.dir", str(data), "--run-dir", str(run)]
+    with LocalJob(["train", *arguments], least=1, most=1, threads=1) as job:
+        node = job.add_node()
+        wait(job, lambda: len(metrics(run)) >= 10)
+        job.kill_master()
+        job.terminate(node)
+        assert job.nodes[node].wait(20) == 0
+    assert events(run, "stopped")
+
+
 def test_a_run_through_kills_a_preemption_and_a_join_is_the_undisturbed_run(data: Path, tmp_path: Path) -> None:
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     arguments = [*ARGUMENTS, "--data.dir", str(data)]
