@@ -209,18 +209,29 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if built.returncode == 3:
         pytest.skip(built.stderr.strip().splitlines()[-1])
     assert built.returncode == 0, built.stderr
-    for program in ("kubectl", "tini", "unshare", "setpriv"):
+    for program in ("kubectl", "tini", "unshare", "nsenter", "setpriv"):
         if not shutil.which(program):
             pytest.skip(f"no cluster here: {program} is not installed")
     folder = tmp_path_factory.mktemp("cluster")
     # Pods run as another user, who has to get at their volumes.
     for path in (folder, *folder.parents[:2]):
         path.chmod(0o755)
-    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+    variables = {
+        "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # whose code the tests run
+    }
     with ControlPlane(cache, folder) as plane, contextlib.ExitStack() as stack:
         api = config.new_client_from_config(str(plane.kubeconfig))
         content = [HERE.parents[1], Path(sys.prefix)]
-        kubelet = Kubelet(api, folder, nodes=NODES, images={IMAGE}, content=content, path=path)
+        kubelet = Kubelet(
+            api,
+            folder,
+            nodes=NODES,
+            images={IMAGE},
+            content=content,
+            environment=variables,
+            server=cache / "kubelet_server",
+        )
         stack.callback(kubelet.close)
         made = Cluster(plane.kubeconfig, kubelet, folder / "volumes")
         made.kubectl("apply", "-f", CRD)

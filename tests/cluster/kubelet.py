@@ -3,10 +3,11 @@
 What it does as the real ones do: registers nodes with a capacity, so that the real scheduler places the pods; runs init
 containers, then containers, each with its own mounts (volumes, /tmp, /dev/shm), host name, process tree and user, a root file
 system over this machine's (read-only where asked), and the entrypoint of our image (tini); reports phases, states and exit
-codes; refuses images it does not have; ends pods with SIGTERM, a grace time, then SIGKILL; serves their logs.
+codes; refuses images it does not have; ends pods with SIGTERM, a grace time, then SIGKILL; serves logs, attach and exec
+(the streams of both by kubelet_server, which is Kubernetes' own code).
 
 What it does not: several containers of a pod at a time, networks (all pods share this machine's, and services resolve to
-loopback), limits on cpu and memory, probes.
+loopback), limits on cpu and memory, probes, a terminal for exec.
 """
 
 import base64
@@ -15,10 +16,12 @@ import datetime
 import http.server
 import json
 import os
+import shlex
 import shutil
 import signal
-import ssl
+import socket
 import subprocess
+import termios
 import threading
 import time
 import urllib.parse
@@ -44,33 +47,41 @@ class Kubelet:
         nodes: dict[str, Manifest],
         images: set[str],
         content: list[Path],
-        path: str,
+        environment: dict[str, str],
+        server: Path,
     ) -> None:
         """Args:
         folder: for logs and volumes; it must hold server.crt and server.key.
         images: names of images that count as pulled.
         content: folders of this machine that are in all of them.
-        path: PATH in the containers.
+        environment: variables of them.
+        server: kubelet_server, built.
         """
         self._core = client.CoreV1Api(api)
         self._folder = folder
-        self._images, self._content, self._path = images, content, path
+        self._images, self._content, self._environment = images, content, environment
         self._pods: dict[str, Pod] = {}
         self._stopped = threading.Event()
         self._down: set[str] = set()
-        self._server = _log_server(self)
+        self._backend = _backend(self)
+        url = f"http://127.0.0.1:{self._backend.server_address[1]}"
+        words = [server, folder / "server.crt", folder / "server.key", url]
+        self._server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._server.stdout
+        self._port = int(self._server.stdout.readline())
         self.api_host = api.configuration.host
         self._nodes: set[str] = set()
         for name, capacity in nodes.items():
             self.add_node(name, capacity)
-        for target in (self._server.serve_forever, self._sync_forever, self._heartbeat_forever):
+        for target in (self._backend.serve_forever, self._sync_forever, self._heartbeat_forever):
             threading.Thread(target=target, daemon=True).start()
 
     def close(self) -> None:
         self._stopped.set()
         for pod in self._pods.values():
             pod.kill()
-        self._server.shutdown()
+        self._server.communicate()  # it ends with its standard input
+        self._backend.shutdown()
 
     def pod(self, namespace: str, name: str) -> "Pod | None":
         found = [pod for pod in self._pods.values() if (pod.namespace, pod.name) == (namespace, name)]
@@ -97,7 +108,7 @@ class Kubelet:
             "capacity": capacity,
             "allocatable": capacity,
             "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}, {"type": "Hostname", "address": name}],
-            "daemonEndpoints": {"kubeletEndpoint": {"Port": self._server.server_address[1]}},
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": self._port}},
         }
         self._core.patch_node_status(name, {"status": status | _ready()})
         self._nodes.add(name)
@@ -163,6 +174,8 @@ class Pod:
         self._shot = False  # SIGKILL was sent
         self._killed = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
+        self._terminal: int | None = None  # our side of it
+        self._watchers: list[socket.socket] = []  # who is attached
         self._states: dict[str, Manifest] = {}
         self._hosts = ""
         self.write_hosts([])
@@ -220,6 +233,17 @@ class Pod:
     def log(self, container: str) -> Path:
         return self.folder / f"{container}.log"
 
+    def inside(self, container: str) -> list[str]:
+        """The words in front of a command that make it one in the container."""
+        [manifest] = [one for one in self.manifest["spec"]["containers"] if one["name"] == container]
+        entered = ["nsenter", f"--target={self.pids()[0]}", "--mount", "--uts", "--pid", "--root"]
+        variables = ["env", "-i", *(f"{name}={value}" for name, value in self._environment(manifest).items())]
+        return [*entered, *self._become(manifest), *variables, *_in_folder(manifest)]
+
+    def resize(self, rows: int, columns: int) -> None:
+        if self._terminal is not None:
+            termios.tcsetwinsize(self._terminal, (rows, columns))
+
     # -- the pod's life
 
     def _run(self) -> None:
@@ -253,16 +277,21 @@ class Pod:
             self._report("Pending")
             if self._terminating.wait(0.5):
                 raise _Never("ImagePullBackOff", waiting["message"])
-        script = self._script(container, volumes)
+        tty = container.get("tty", False)
+        ours, theirs = os.openpty() if tty else os.pipe()
+        apart = ["setsid", *["--ctty"] * tty, "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child"]
         self._process = subprocess.Popen(
-            ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "bash", "-c", script],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            [*apart, "bash", "-c", self._script(container, volumes)],
+            stdin=theirs if tty else subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
             env=self._environment(container),
-            start_new_session=True,
         )
-        writer = threading.Thread(target=self._write_log, args=(name, self._process.stdout), daemon=True)
+        os.close(theirs)
+        if tty:
+            self._terminal = ours
+            threading.Thread(target=self._accept, daemon=True).start()
+        writer = threading.Thread(target=self._write_log, args=(name, ours), daemon=True)
         writer.start()
         self._states[name] = {"running": {"startedAt": _now()}}
         self._report(phase)
@@ -276,13 +305,44 @@ class Pod:
         self._states[name] = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": _now()}}
         return code
 
-    def _write_log(self, container: str, output: Any) -> None:
-        """As container runtimes do: each line after the moment it was written."""
-        with self.log(container).open("ab", buffering=0) as log:
-            for line in output:
-                log.write(
-                    datetime.datetime.now(datetime.UTC).strftime(MOMENT).encode() + b" " + line.rstrip(b"\n") + b"\n"
-                )
+    def _write_log(self, container: str, output: int) -> None:
+        """As container runtimes do: each line after the moment it was written. To who is attached, all as it comes."""
+        rest = b""
+        with (
+            self.log(container).open("ab", buffering=0) as log,
+            contextlib.suppress(OSError),
+        ):  # EIO: the terminal's end
+            while piece := os.read(output, 65536):
+                for watcher in list(self._watchers):
+                    with contextlib.suppress(OSError):
+                        watcher.sendall(piece)
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    moment = datetime.datetime.now(datetime.UTC).strftime(MOMENT).encode()
+                    log.write(moment + b" " + line + b"\n")
+        self._terminal = None
+        os.close(output)
+        for watcher in list(self._watchers):
+            with contextlib.suppress(OSError):  # it has gone
+                watcher.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        """Who attaches to the terminal: what they type goes in, until they or the container go."""
+        with socket.socket(socket.AF_UNIX) as door:
+            door.bind(f"\0{self.namespace}/{self.name}")
+            door.listen()
+            door.settimeout(POLL_SECONDS)
+            while self._terminal is not None:
+                with contextlib.suppress(TimeoutError):
+                    watcher = door.accept()[0]
+                    self._watchers.append(watcher)
+                    threading.Thread(target=self._type, args=(watcher,), daemon=True).start()
+
+    def _type(self, watcher: socket.socket) -> None:
+        with watcher, contextlib.suppress(OSError):
+            while (keys := watcher.recv(4096)) and self._terminal is not None:
+                os.write(self._terminal, keys)
+        self._watchers.remove(watcher)
 
     def _script(self, container: Manifest, volumes: dict[str, Path | int]) -> str:
         """Builds the container's root inside its namespaces and becomes its first process."""
@@ -311,23 +371,26 @@ class Pod:
                 lines.append(f"mount -o remount,bind,ro {target}")
         for path in self._kubelet._content:  # a volume on /tmp would hide a checkout there
             lines.append(f"mkdir -p {root}{path} && mount --bind {path} {root}{path}")
-        context = self.manifest["spec"].get("securityContext", {}) | container.get("securityContext", {})
-        if context.get("readOnlyRootFilesystem"):
+        if self._security(container).get("readOnlyRootFilesystem"):
             lines.append(f"mount -o remount,ro {root}")
-        user, group = context.get("runAsUser", 0), context.get("runAsGroup", 0)
-        become = f"setpriv --reuid={user} --regid={group} --clear-groups --no-new-privs --"
-        folder = container.get("workingDir", "/workspace")
-        lines.append(f'exec /usr/sbin/chroot {root} {become} sh -c \'cd {folder}; exec "$@"\' sh "${{WORDS[@]}}"')
         words = container.get("command") or ["/usr/bin/tini", "--"]
-        words = [*words, *container.get("args", [])]
         environment = self._environment(container)
-        quoted = " ".join(_quote(_expand(word, environment)) for word in words)
-        return f"WORDS=({quoted})\n" + "\n".join(lines)
+        words = [_expand(word, environment) for word in (*words, *container.get("args", []))]
+        started = ["/usr/sbin/chroot", str(root), *self._become(container), *_in_folder(container), *words]
+        return "\n".join([*lines, f"exec {shlex.join(started)}"])
+
+    def _security(self, container: Manifest) -> Manifest:
+        return dict(self.manifest["spec"].get("securityContext", {}) | container.get("securityContext", {}))
+
+    def _become(self, container: Manifest) -> list[str]:
+        context = self._security(container)
+        user, group = context.get("runAsUser", 0), context.get("runAsGroup", 0)
+        return ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--no-new-privs", "--"]
 
     def _environment(self, container: Manifest) -> dict[str, str]:
         host, _, port = self._kubelet.api_host.removeprefix("https://").partition(":")
         environment = {
-            "PATH": self._kubelet._path,
+            **self._kubelet._environment,
             "PYTHONUNBUFFERED": "1",
             "HOME": "/tmp",
             "KUBERNETES_SERVICE_HOST": host,
@@ -407,7 +470,8 @@ class Pod:
             {"type": kind, "status": "True" if ready or kind == "PodScheduled" else "False"}
             for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")
         ]
-        status = {"phase": phase, "podIP": "127.0.0.1", "hostIP": "127.0.0.1", "conditions": conditions, **statuses}
+        # Services refuse loopback addresses. Nobody sends anything to this one: names resolve to loopback.
+        status = {"phase": phase, "podIP": "192.0.2.1", "hostIP": "127.0.0.1", "conditions": conditions, **statuses}
         if "startTime" not in self.manifest["status"]:
             self.manifest["status"]["startTime"] = status["startTime"] = _now()
         with contextlib.suppress(client.ApiException):
@@ -448,8 +512,8 @@ def _bytes(quantity: str) -> int:
     return int(quantity)
 
 
-def _quote(word: str) -> str:
-    return "'" + word.replace("'", "'\\''") + "'"
+def _in_folder(container: Manifest) -> list[str]:
+    return ["sh", "-c", 'cd "$0"; exec "$@"', container.get("workingDir", "/workspace")]
 
 
 def _expand(word: str, environment: dict[str, str]) -> str:
@@ -458,21 +522,38 @@ def _expand(word: str, environment: dict[str, str]) -> str:
     return word
 
 
-def _log_server(kubelet: Kubelet) -> http.server.ThreadingHTTPServer:
-    """What the API server asks for `kubectl logs`: GET /containerLogs/NAMESPACE/POD/CONTAINER, and options."""
+def _backend(kubelet: Kubelet) -> http.server.ThreadingHTTPServer:
+    """What kubelet_server asks for.
+
+    /containerLogs/NAMESPACE/POD/CONTAINER, and options, as the API server asks for `kubectl logs`;
+    /command/NAMESPACE/POD/CONTAINER: the words in front of a command that is to run in there;
+    /resize/NAMESPACE/POD/ROWS/COLUMNS: of the pod's terminal.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urllib.parse.urlparse(self.path)
             query = {name: values[0] for name, values in urllib.parse.parse_qs(url.query).items()}
-            parts = url.path.strip("/").split("/")
-            pod = kubelet.pod(parts[1], parts[2]) if len(parts) == 4 and parts[0] == "containerLogs" else None
-            if pod is None or not pod.log(parts[3]).exists():
+            what, namespace, name, *rest = url.path.strip("/").split("/")
+            pod = kubelet.pod(namespace, name)
+            if what == "containerLogs" and pod and pod.log(rest[0]).exists():
+                self._logs(pod, rest[0], query)
+            elif what == "command" and pod and pod.pids():
+                self._answer(json.dumps(pod.inside(rest[0])).encode())
+            elif what == "resize" and pod:
+                pod.resize(int(rest[0]), int(rest[1]))
+                self._answer(b"")
+            else:
                 self.send_error(404)
-                return
+
+        def _answer(self, body: bytes) -> None:
             self.send_response(200)
             self.end_headers()
-            with contextlib.suppress(OSError), pod.log(parts[3]).open("rb") as log:
+            self.wfile.write(body)
+
+        def _logs(self, pod: Pod, container: str, query: dict[str, str]) -> None:
+            self._answer(b"")
+            with contextlib.suppress(OSError), pod.log(container).open("rb") as log:
                 lines = [line for line in log.read().splitlines(keepends=True) if self._wanted(line, query)]
                 if "tailLines" in query:
                     lines = lines[len(lines) - min(len(lines), int(query["tailLines"])) :]
@@ -495,8 +576,4 @@ def _log_server(kubelet: Kubelet) -> http.server.ThreadingHTTPServer:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(kubelet._folder / "server.crt", kubelet._folder / "server.key")
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    return server
+    return http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
