@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from elastic_gpt.jobs.state import wanted_nodes
@@ -181,6 +182,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt master") ->
             Scaling(self.job_manager, args.job_name).start()
 
     dist_master.DistributedJobMaster = Master
+
+    # It looks every 30 s whether the job is over.
+    dist_master.time = SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 2.0)))
     return _run_dlrover(
         "--platform=pyk8s",
         f"--namespace={args.namespace}",

@@ -122,13 +122,14 @@ def read(cluster: Cluster, name: str, job: Tree | None = None) -> JobState:
 
 
 def tails(cluster: Cluster, job: JobState, lines: int = 60) -> dict[str, list[str]]:
-    """The ends of the logs of nodes that run; one of them is the first worker's, which tells of the world.
+    """The ends of the logs of nodes that run, or ran last; one of them is the first worker's, which tells of the world.
 
     DLRover gives ranks in the order of the nodes', so those of the lowest are enough. A log that cannot be read just now is
     left out.
     """
     found = {}
-    for node in [node for node in job.nodes if node.phase == "Running"][:FIRST_NODES]:
+    running = [node for node in job.nodes if node.phase == "Running"]
+    for node in (running or [node for node in job.nodes if node.phase in state.ENDED])[:FIRST_NODES]:
         try:
             found[node.name] = cluster.log(node.name, tail=lines)
         except ForbiddenError:

@@ -186,12 +186,12 @@ class Cluster:
         return self._lines(pod, query)
 
     def attach(self, pod: str, container: str) -> Any:
-        """A websocket with the pod's terminal (kubernetes.stream.ws_client.WSClient)."""
+        """A websocket with the pod's terminal (kubernetes.stream.ws_client.WSClient), which takes and gives bytes."""
         core = client.CoreV1Api(self.api)
         try:
             return stream.stream(
                 core.connect_get_namespaced_pod_attach, pod, self.namespace, container=container,
-                stdin=True, stdout=True, stderr=True, tty=True, _preload_content=False,
+                stdin=True, stdout=True, stderr=True, tty=True, binary=True, _preload_content=False,
             )  # fmt: skip
         except ApiException as error:
             raise ClusterError(f"pod {pod} cannot be attached to: {_line(error.reason)}") from error

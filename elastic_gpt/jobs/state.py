@@ -90,10 +90,11 @@ class JobState:
         return self.phase in ENDED
 
     def headline(self) -> str:
+        phase = f"{self.phase}{f' ({self.reason})' if self.reason else ''}"
+        if self.ended:
+            return phase
         wanted = f"{self.running} of " * bool(self.wanted) + count(self.wanted or self.running, "node")
-        return (
-            f"{self.phase}{f' ({self.reason})' if self.reason else ''}, {wanted} ({self.least} to {self.most} allowed)"
-        )
+        return f"{phase}, {wanted} ({self.least} to {self.most} allowed)"
 
     def troubles(self) -> list[str]:
         """What keeps pods from running, a line each."""
@@ -278,7 +279,7 @@ def job_events(name: str, volume: str, events: Iterable[Mapping[str, Any]]) -> l
         for one in events
         if about.fullmatch(one.get("involvedObject", {}).get("name", ""))
     ]
-    return sorted(found, key=lambda one: one.time)
+    return sorted(found, key=lambda one: one.time.rstrip("Z"))  # some have fractions of a second
 
 
 def age(since: str, now: datetime | None = None) -> str:

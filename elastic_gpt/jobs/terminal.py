@@ -1,6 +1,7 @@
 """This terminal as a pod's, over the API server's websocket: for machines without kubectl."""
 
 import contextlib
+import json
 import os
 import select
 import sys
@@ -10,33 +11,40 @@ from collections.abc import Iterator
 from typing import Any
 
 POLL_SECONDS = 0.05
+SIZE_CHANNEL = 4  # of Kubernetes' protocol v4.channel.k8s.io
 
 
 def pass_through(socket: Any) -> int:
     """Keys to the pod and its output here, until either side ends. Returns an exit code."""
-    keys = sys.stdin.fileno()
+    keys, size = sys.stdin.fileno(), None
     with _raw(keys):
         while socket.is_open():
-            socket.update(timeout=POLL_SECONDS)
-            for output in (socket.read_stdout(timeout=0), socket.read_stderr(timeout=0)):
-                if output:
-                    sys.stdout.write(output)
-                    sys.stdout.flush()
+            if os.isatty(keys) and (now := os.get_terminal_size(keys)) != size:
+                if size is None:  # a change makes who waits at a prompt write it again: it may have come before us
+                    _tell_size(socket, now.columns + 1, now.lines)
+                _tell_size(socket, now.columns, now.lines)
+                size = now
+            _show(socket)
             if select.select([keys], [], [], 0)[0]:
                 pressed = os.read(keys, 1024)
-                if not pressed:  # Ctrl-D, or the end of a file
-                    socket.write_stdin("\x04")
-                    return _drain(socket)
-                socket.write_stdin(pressed.decode(errors="replace"))
+                if not pressed:  # the end of a file: Ctrl-D
+                    socket.write_stdin(b"\x04")
+                    break
+                socket.write_stdin(pressed)
+        while socket.is_open():
+            _show(socket)
     return 0
 
 
-def _drain(socket: Any) -> int:
-    while socket.is_open():
-        socket.update(timeout=POLL_SECONDS)
-        sys.stdout.write(socket.read_stdout(timeout=0))
-        sys.stdout.flush()
-    return 0
+def _show(socket: Any) -> None:
+    socket.update(timeout=POLL_SECONDS)
+    if output := socket.read_stdout(timeout=0):  # bytes, for a piece may end inside a character
+        sys.stdout.buffer.write(output)
+        sys.stdout.buffer.flush()
+
+
+def _tell_size(socket: Any, columns: int, rows: int) -> None:
+    socket.write_channel(SIZE_CHANNEL, json.dumps({"Width": columns, "Height": rows}))
 
 
 @contextlib.contextmanager

@@ -78,16 +78,16 @@ def picture(job: JobState, progress: Progress | None, events: list[Event]) -> Re
             Text(node.reason, "red" if node.phase == "Failed" else "yellow"),
         )
     head = Text.assemble((job.name, "bold"), f" in {job.namespace}: {job.headline()}, {state.age(job.created)} old")
-    going = f"{progress} ({state.age(progress.time)} ago)" if progress else "no step has been reported yet"
+    going = [f"{progress} ({state.age(progress.time)} ago)"] if progress else []
+    if job.running and not progress:
+        going = ["its nodes have not reported a step yet"]
     happened = [
         Text(
             f"{state.age(event.time):>4} {event}", "yellow" if event.warning else "", overflow="ellipsis", no_wrap=True
         )
         for event in events
     ]
-    return Group(
-        head, *([] if job.ended and not progress else [Text(going)]), "", table, *([""] if happened else []), *happened
-    )
+    return Group(head, *map(Text, going), "", table, *([""] if happened else []), *happened)
 
 
 def jobs(cluster: Cluster, *, everywhere: bool) -> int:

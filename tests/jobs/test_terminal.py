@@ -1,5 +1,6 @@
 """A pod's terminal, without kubectl."""
 
+import json
 import os
 import pty
 import sys
@@ -20,7 +21,8 @@ class Socket:
 
     def __init__(self, keyboard: int, pieces: list[bytes]) -> None:
         self.keyboard, self.pieces = keyboard, pieces
-        self.out, self.typed, self.open = "prompt > ", "", True
+        self.out, self.typed, self.open = b"prompt > ", b"", True
+        self.sizes: list[dict[str, int]] = []
 
     def is_open(self) -> bool:
         return self.open
@@ -29,18 +31,19 @@ class Socket:
         if self.pieces:
             os.write(self.keyboard, self.pieces.pop(0))
 
-    def read_stdout(self, **_: float) -> str:
-        said, self.out = self.out, ""
+    def read_stdout(self, **_: float) -> bytes:
+        said, self.out = self.out[:10], self.out[10:]
         return said
 
-    def read_stderr(self, **_: float) -> str:
-        return ""
-
-    def write_stdin(self, text: str) -> None:
+    def write_stdin(self, text: bytes) -> None:
         self.typed += text
-        self.open = not self.typed.endswith(("exit\r", "\x04"))
-        if text.endswith("\r"):
-            self.out += text.upper() + "prompt > "
+        self.open = not self.typed.endswith((b"exit\r", b"\x04"))
+        if text.endswith(b"\r"):
+            self.out += text.decode().upper().encode() + b"prompt > "
+
+    def write_channel(self, channel: int, text: str) -> None:
+        assert channel == 4
+        self.sizes.append(json.loads(text))
 
 
 @pytest.fixture
@@ -59,9 +62,13 @@ def test_keys_go_to_the_pod_one_by_one_and_the_terminal_is_as_before(
     keys: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs = keys
+    termios.tcsetwinsize(theirs, (24, 80))
     before = termios.tcgetattr(theirs)
-    socket = Socket(ours, [b"hello\r", b"\x03", b"exit\r"])  # Ctrl-C is the pod's, not this process's
+    keyed = ["tschüß\r".encode(), b"", b"", b"\x03", b"exit\r"]  # Ctrl-C is the pod's, not this process's
+    socket = Socket(ours, keyed)
     assert pass_through(socket) == 0
-    assert socket.typed == "hello\r\x03exit\r"
-    assert capsys.readouterr().out.startswith("prompt > HELLO")
+    assert socket.typed == "tschüß\r\x03exit\r".encode()
+    assert capsys.readouterr().out.startswith("prompt > TSCHÜSS")
+    # The pod sees a change, upon which it writes its prompt again, and ends with the size there is.
+    assert socket.sizes == [{"Width": 81, "Height": 24}, {"Width": 80, "Height": 24}]
     assert termios.tcgetattr(theirs) == before
