@@ -4,12 +4,15 @@ make test-cluster builds what it needs once (about 6 minutes) and keeps it in ~/
 elsewhere the tests are skipped with the reason.
 """
 
+import codecs
 import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +76,7 @@ class Cluster:
                 "metadata": {"name": f"{namespace}-{claim}"},
                 "spec": {
                     "capacity": {"storage": "20Gi"},
-                    "accessModes": ["ReadWriteMany"],
+                    "accessModes": ["ReadWriteMany", "ReadWriteOnce"],
                     "hostPath": {"path": str(folder)},
                     "claimRef": {"namespace": namespace, "name": claim},
                 },
@@ -97,10 +100,15 @@ class Job:
     def apply(self, parts: tuple[str, ...]) -> None:
         self.cluster.kubectl("apply", "-f", "-", text=yaml.safe_dump_all(manifests(self.spec, parts)))
 
-    def command(self, *words: object, code: int | None = 0) -> str:
+    def words(self, action: str, *words: object) -> list[str]:
+        """The command line of `elastic-gpt job ...`."""
+        job = [sys.executable, "-m", "elastic_gpt.cli", "job", action, "--namespace", self.spec.namespace]
+        return [*job, *map(str, words)]
+
+    def command(self, *words: Any, code: int | None = 0) -> str:
         """`elastic-gpt job ...` as a person runs it; returns all that it printed."""
         done = subprocess.run(
-            [sys.executable, "-m", "elastic_gpt.cli", "job", *map(str, words), "--namespace", self.spec.namespace],
+            self.words(*words),
             capture_output=True,
             text=True,
             env=environment(KUBECONFIG=str(self.cluster.kubeconfig)),
@@ -110,6 +118,10 @@ class Job:
         said = done.stdout + done.stderr
         assert code in (None, done.returncode), f"{words}: exit code {done.returncode}\n{said}\n{self.story()}"
         return said
+
+    def terminal(self, *words: Any, **more: str) -> "Terminal":
+        """The same, in a terminal."""
+        return Terminal(self.words(*words), environment(KUBECONFIG=str(self.cluster.kubeconfig), TERM="xterm", **more))
 
     def patch(self, change: dict[str, Any]) -> None:
         words = [
@@ -198,6 +210,45 @@ class Job:
             time.sleep(0.2)
 
 
+class Terminal:
+    """A command in a terminal of its own: what a person sees of it, and what they type."""
+
+    def __init__(self, words: list[str], variables: dict[str, str]) -> None:
+        self.seen = ""
+        self._read = 0  # how far `expect` has come in it
+        self._screen, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (40, 120))
+        self._process = subprocess.Popen(
+            words, stdin=theirs, stdout=theirs, stderr=theirs, env=variables, start_new_session=True
+        )
+        os.close(theirs)
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with contextlib.suppress(OSError):  # EIO: the command has ended
+            while piece := os.read(self._screen, 65536):
+                self.seen += decoder.decode(piece)
+
+    def expect(self, text: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while (place := self.seen.find(text, self._read)) < 0:
+            assert time.monotonic() < deadline, f"no '{text}' within {seconds:.0f} s:\n{self.seen}"
+            time.sleep(0.05)
+        self._read = place + len(text)
+
+    def type(self, keys: str) -> None:
+        os.write(self._screen, keys.encode())
+
+    def end(self, seconds: float = 60) -> int:
+        """Wait for the command's end; returns its exit code."""
+        code = self._process.wait(seconds)
+        self._thread.join(10)
+        os.close(self._screen)
+        return code
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if not CRD.exists():
@@ -277,7 +328,7 @@ def make_job(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Calla
             }
             | fields
         )
-        made.append(Job(cluster, spec, cluster.volume(spec.namespace), steps, without))
+        made.append(Job(cluster, spec, cluster.volume(spec.namespace, spec.volume), steps, without))
         return made[-1]
 
     yield make

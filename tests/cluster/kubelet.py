@@ -279,7 +279,9 @@ class Pod:
                 raise _Never("ImagePullBackOff", waiting["message"])
         tty = container.get("tty", False)
         ours, theirs = os.openpty() if tty else os.pipe()
-        apart = ["setsid", *["--ctty"] * tty, "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child"]
+        # Signals that this process ignores, as one in a shell's background does, are not ignored in a container.
+        apart = ["env", "--default-signal", "setsid", *["--ctty"] * tty]
+        apart += ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child"]
         self._process = subprocess.Popen(
             [*apart, "bash", "-c", self._script(container, volumes)],
             stdin=theirs if tty else subprocess.DEVNULL,
