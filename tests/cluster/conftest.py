@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -231,12 +232,12 @@ class Terminal:
             while piece := os.read(self._screen, 65536):
                 self.seen += decoder.decode(piece)
 
-    def expect(self, text: str, seconds: float = 60) -> None:
+    def expect(self, pattern: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
-        while (place := self.seen.find(text, self._read)) < 0:
-            assert time.monotonic() < deadline, f"no '{text}' within {seconds:.0f} s:\n{self.seen}"
+        while not (match := re.compile(pattern, re.DOTALL).search(self.seen, self._read)):
+            assert time.monotonic() < deadline, f"no '{pattern}' within {seconds:.0f} s:\n{self.seen}"
             time.sleep(0.05)
-        self._read = place + len(text)
+        self._read = match.end()
 
     def type(self, keys: str) -> None:
         os.write(self._screen, keys.encode())

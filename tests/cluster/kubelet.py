@@ -295,6 +295,7 @@ class Pod:
             threading.Thread(target=self._accept, daemon=True).start()
         writer = threading.Thread(target=self._write_log, args=(name, ours), daemon=True)
         writer.start()
+        self._await_start(self._words(container))
         self._states[name] = {"running": {"startedAt": _now()}}
         self._report(phase)
         if self._terminating.is_set():
@@ -306,6 +307,17 @@ class Pod:
         reason = "Completed" if code == 0 else "Error"
         self._states[name] = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": _now()}}
         return code
+
+    def _await_start(self, words: list[str]) -> None:
+        """Until the container's first process is what it is to be: before that it is still in this machine's root."""
+        assert self._process
+        deadline = time.monotonic() + 5  # a script is its interpreter and does not show these words
+        while self._process.poll() is None and time.monotonic() < deadline:
+            for pid in self.pids()[:1]:
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1] == words:
+                        return
+            time.sleep(0.01)
 
     def _write_log(self, container: str, output: int) -> None:
         """As container runtimes do: each line after the moment it was written. To who is attached, all as it comes."""
@@ -375,11 +387,15 @@ class Pod:
             lines.append(f"mkdir -p {root}{path} && mount --bind {path} {root}{path}")
         if self._security(container).get("readOnlyRootFilesystem"):
             lines.append(f"mount -o remount,ro {root}")
+        entered = ["/usr/sbin/chroot", str(root), *self._become(container), *_in_folder(container)]
+        started = [*entered, *self._words(container)]
+        return "\n".join([*lines, f"exec {shlex.join(started)}"])
+
+    def _words(self, container: Manifest) -> list[str]:
+        """The command line of its first process."""
         words = container.get("command") or ["/usr/bin/tini", "--"]
         environment = self._environment(container)
-        words = [_expand(word, environment) for word in (*words, *container.get("args", []))]
-        started = ["/usr/sbin/chroot", str(root), *self._become(container), *_in_folder(container), *words]
-        return "\n".join([*lines, f"exec {shlex.join(started)}"])
+        return [_expand(word, environment) for word in (*words, *container.get("args", []))]
 
     def _security(self, container: Manifest) -> Manifest:
         return dict(self.manifest["spec"].get("securityContext", {}) | container.get("securityContext", {}))

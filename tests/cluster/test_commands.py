@@ -83,7 +83,7 @@ def talk(job: Job, **more: str) -> None:
     terminal.expect(PROMPT)
     assert len(terminal.seen.rpartition("import \r\n")[2]) > 100, terminal.seen
     terminal.type("def \r")
-    terminal.expect("def \r\n")
+    terminal.expect("def \r\n.")  # the reply has begun
     terminal.type("\x03")
     terminal.expect(PROMPT)
     terminal.type("exit\r" if more else "\x04")

@@ -174,6 +174,9 @@ def test_suspend_and_resume(make_job: Make, undisturbed: Undisturbed) -> None:
     job.wait_steps(5)
     assert_same_so_far(job, undisturbed)
     assert set(dropped(job)) == {0}
+    # The master goes first, and the nodes do not wait for it: the grace time is 30 s.
+    job.command("delete", job.spec.name)
+    job.wait("no pods", lambda: not job.cluster.core.list_namespaced_pod(job.spec.namespace).items, 20, gone=True)
 
 
 def test_an_image_that_cannot_be_pulled_is_named(make_job: Make) -> None:
