@@ -322,18 +322,16 @@ class Pod:
     def _write_log(self, container: str, output: int) -> None:
         """As container runtimes do: each line after the moment it was written. To who is attached, all as it comes."""
         rest = b""
-        with (
-            self.log(container).open("ab", buffering=0) as log,
-            contextlib.suppress(OSError),
-        ):  # EIO: the terminal's end
-            while piece := os.read(output, 65536):
+        with self.log(container).open("ab", buffering=0) as log:
+            for piece in _pieces(output):
                 for watcher in list(self._watchers):
                     with contextlib.suppress(OSError):
                         watcher.sendall(piece)
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in lines:
-                    moment = datetime.datetime.now(datetime.UTC).strftime(MOMENT).encode()
-                    log.write(moment + b" " + line + b"\n")
+                    log.write(_stamped(line))
+            if rest:
+                log.write(_stamped(rest))
         self._terminal = None
         os.close(output)
         for watcher in list(self._watchers):
@@ -528,6 +526,17 @@ def _bytes(quantity: str) -> int:
         if quantity.endswith(unit):
             return int(float(quantity.removesuffix(unit)) * factor)
     return int(quantity)
+
+
+def _pieces(output: int) -> Iterator[bytes]:
+    """What comes from a pipe or a terminal, until nobody is left to write."""
+    with contextlib.suppress(OSError):  # a terminal ends with EIO
+        while piece := os.read(output, 65536):
+            yield piece
+
+
+def _stamped(line: bytes) -> bytes:
+    return datetime.datetime.now(datetime.UTC).strftime(MOMENT).encode() + b" " + line + b"\n"
 
 
 def _in_folder(container: Manifest) -> list[str]:

@@ -16,20 +16,7 @@ PROMPT = "GPT prompt > "
 
 
 def submit(job: Job, *words: object, steps: int = SHORT, code: int = 0) -> str:
-    spec = [
-        "--image",
-        IMAGE,
-        "--gpus",
-        0,
-        "--cpus",
-        1,
-        "--memory",
-        4,
-        "--tokenizer",
-        "char",
-        "--env",
-        "OMP_NUM_THREADS=1",
-    ]
+    spec = f"--image {IMAGE} --gpus 0 --cpus 1 --memory 4 --tokenizer char --env OMP_NUM_THREADS=1".split()
     return job.command("submit", job.spec.name, *spec, *words, "--", *TRAINING, f"--steps={steps}", code=code)
 
 
@@ -56,8 +43,7 @@ def test_from_submit_to_delete(make_job: Make, tmp_path: Path) -> None:
     for what in ("gpt-edljob-worker-0", "tokens/s", "Scheduled", "Succeeded"):
         assert what in live.seen
     job.command("wait", "gpt")
-    for action in ("status", "list"):
-        assert "Succeeded" in job.command(action, "gpt" if action == "status" else "-A")
+    assert "Succeeded" in job.command("list", "-A")
     assert f"step {SHORT}/{SHORT}" in job.command("status", "gpt")
     assert "prepare | " in job.command("logs", "gpt", "--of", "prepare")
     assert "master-0 | " in job.command("logs", "gpt", "--of", "master", "--tail", 3)
