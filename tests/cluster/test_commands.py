@@ -1,5 +1,6 @@
 """The commands of the runbook, as a person types them."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,11 @@ def test_a_text_on_the_volume_and_a_look_at_the_ledger(make_job: Make, tmp_path:
     job, text = make_job(), tmp_path / "data.txt"
     text.write_text(Path(os.__file__).read_text())
     kubectl = lambda *words: job.cluster.kubectl("-n", job.spec.namespace, *words)  # noqa: E731
+    with contextlib.suppress(
+        AssertionError
+    ):  # a new namespace has no service account for a moment, and refuses the pod
+        job.apply(("namespace", "volume", "shell"))
+    job.wait("the service account", lambda: "default" in kubectl("get", "serviceaccounts"), 20, gone=True)
     job.apply(("namespace", "volume", "shell"))
     kubectl("wait", "--for=condition=Ready", "pod/gpt-shell")
     kubectl("cp", text, "gpt-shell:/workspace/data.txt")
