@@ -1,7 +1,7 @@
 """Where text comes from: files, folders, globs, URLs, standard input, or the sample; plain, JSON lines or Parquet;
 packed with gzip or zstd or not.
 
-Text passes through as bytes of UTF-8 in pieces of about 1 MiB, whose borders mean nothing (they may cut a character). Of
+Text passes through as bytes of UTF-8 in pieces of about 0.5 MiB, whose borders mean nothing (they may cut a character). Of
 plain text no more than a piece is held; a line of JSON and a row of Parquet are held whole.
 """
 
@@ -15,7 +15,7 @@ import os
 import platform
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from prepare.tokens import DataError, Input
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 19
 KINDS = {".txt": "text", ".jsonl": "rows", ".parquet": "table"}
 PACKED = (".gz", ".zst")
 
@@ -82,40 +82,56 @@ class Layout:
     """Whether broken lines of JSON are left out and counted, instead of stopping."""
 
 
+@dataclass
+class _Seen:
+    """What was read of a source."""
+
+    documents: int = 0
+    characters: int = 0
+    bytes: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+
 class Reading:
-    """Reads sources once, from the first to the last, and measures them on the way."""
+    """Reads sources once, from the first to the last."""
 
     def __init__(self, sources: Sequence[Source], layout: Layout, advance: Advance) -> None:
         self.documents = 0
         self._sources = sources
         self._layout = layout
         self._advance = advance
-        self._measured: list[Input] = []
+        self._seen: list[_Seen] = []
         self.left_out = [0] * len(sources)
         """Lines of JSON left out because they are broken, per source."""
 
     def pieces(self) -> Iterator[Piece]:
         """All text there is. Raises DataError where a source cannot be read as what it should be, or changed."""
         for number, source in enumerate(self._sources):
-            documents = characters = size = 0
-            digest = hashlib.sha256()
+            empty = True
             for row, offset, begins, data in self._read(number, source):
-                documents += begins
                 self.documents += begins
-                characters += count_characters(data)
-                size += len(data)
-                digest.update(data)
+                empty = empty and not data
                 yield Piece(number, row, offset, begins, data)
-            if not size and len(self._sources) == 1:
+            if empty and len(self._sources) == 1:
                 raise DataError(f"{source.name} is empty: there is nothing to learn from")
-            self._measured.append(Input(source.name, documents, characters, size, digest.hexdigest()))
+
+    def measured_pieces(self) -> Iterator[Piece]:
+        """The same; at their end, `inputs` knows what they were."""
+        self._seen = [_Seen() for _ in self._sources]
+        for piece in self.pieces():
+            seen = self._seen[piece.source]
+            seen.documents += piece.begins
+            seen.characters += count_characters(piece.data)
+            seen.bytes += len(piece.data)
+            seen.digest.update(piece.data)
+            yield piece
 
     def inputs(self, repaired: Sequence[int]) -> list[Input]:
-        """What was read; `repaired` of each source is the number of places that were no UTF-8."""
-        counts = zip(self._measured, repaired, self.left_out, strict=True)
+        """What measured_pieces read; `repaired` of each source is the number of places that were no UTF-8."""
+        counts = zip(self._sources, self._seen, repaired, self.left_out, strict=True)
         return [
-            Input(seen.name, seen.documents, seen.characters, seen.bytes, seen.sha256, places + lines)
-            for seen, places, lines in counts
+            Input(source.name, seen.documents, seen.characters, seen.bytes, seen.digest.hexdigest(), places + lines)
+            for source, seen, places, lines in counts
         ]
 
     def _read(self, number: int, source: Source) -> Iterator[Row]:
@@ -305,10 +321,9 @@ class _Counted(io.RawIOBase):
         return self._file.tell()
 
     def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        self._advance(len(data))
-        return len(data)
+        count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self._advance(count)
+        return count
 
     def close(self) -> None:
         self._file.close()

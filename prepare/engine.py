@@ -107,39 +107,45 @@ def choose(name: str, tokenizer: Tokenizer, folder: Path) -> Engine:
 def _as_json(ranks: dict[bytes, int]) -> str:
     """The vocabulary as Hugging Face's tokenizer.json, with GPT-2's own way of splitting."""
     letters = printable_bytes()
-
-    def spelled(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
+    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
     model = {
         "type": "BPE",
-        "vocab": {spelled(token): rank for token, rank in ranks.items()},
-        "merges": [[spelled(left), spelled(right)] for left, right in _merges(ranks)],
+        "vocab": {spelled[token]: rank for token, rank in ranks.items()},
+        "merges": [[spelled[left], spelled[right]] for left, right in _merges(ranks)],
     }
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return json.dumps({"version": "1.0", "added_tokens": [], "pre_tokenizer": split, "decoder": split, "model": model})
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that each token of two or more bytes is made of, by rank."""
-    merges = []
+    """The two tokens that each token of two or more bytes is made of, by rank: what merging leaves before its last step."""
+    halves: dict[bytes, tuple[bytes, bytes]] = {}
+    rank_of = ranks.get
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
-        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
-        halves = [(a, b) for a, b in halves if ranks.get(a, rank) < rank and ranks.get(b, rank) < rank]
-        if len(halves) != 1:
-            halves = [_last_merge(token, rank, ranks)]
-        merges.append(halves[0])
-    return merges
-
-
-def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """What merging by rank makes of `token`'s bytes before the last step."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        best, i = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-        if best >= rank:
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if rank_of(left, rank) < rank and rank_of(right, rank) < rank and _apart(left, right, rank, ranks, halves):
+                halves[token] = left, right
+                break
+        else:
             raise Unfit(f"token {rank} of its vocabulary is not made of two others")
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
+    return list(halves.values())
+
+
+def _apart(
+    left: bytes, right: bytes, rank: int, ranks: dict[bytes, int], halves: dict[bytes, tuple[bytes, bytes]]
+) -> bool:
+    """Whether merging the bytes of both up to `rank` leaves just these two tokens.
+
+    Undoes the merges at their border, the last one first: none may have had a better one across the border instead.
+    """
+    while ranks.get(left + right, rank) >= rank:
+        if left in halves and (right not in halves or ranks[left] > ranks[right]):
+            rank, left = ranks[left], halves[left][1]
+        elif right in halves:
+            rank, right = ranks[right] + 1, halves[right][0]  # of two equal merges the left one came first
+        else:
+            return True
+    return False

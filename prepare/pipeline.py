@@ -155,10 +155,11 @@ def _prepare(
         with phase("encoding", size) as meter:
             reading = Reading(sources, layout, meter.advance)
             chunker = Chunker(cuts_anywhere=coder.cuts_anywhere)
+            pieces = reading.measured_pieces()
             sided = (
-                splits.by_tail(reading.pieces(), plan["border"])
+                splits.by_tail(pieces, plan["border"])
                 if plan["method"] == "tail"
-                else splits.by_hash(reading.pieces(), settings.seed, settings.val_fraction)
+                else splits.by_hash(pieces, settings.seed, settings.val_fraction)
             )
 
             def ahead() -> Iterator[tuple[int, Chunk]]:

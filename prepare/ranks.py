@@ -162,8 +162,8 @@ def _from_package(known: Known) -> bytes:
     path = Path(spec.origin).parent / "data" / "vocab.bpe"
     if not path.is_file():
         return b""
-    byte_of = {character: byte for byte, character in printable_bytes().items()}
-    tokens = [bytes([byte]) for byte in byte_of.values()]
+    byte_of = {ord(character): byte for byte, character in printable_bytes().items()} | {ord(" "): None}
+    tokens = [bytes([byte]) for byte in printable_bytes()]
     for line in path.read_text(encoding="utf-8").split("\n")[1:-1]:
-        tokens.append(bytes(byte_of[character] for character in line.replace(" ", "")))
+        tokens.append(line.translate(byte_of).encode("latin-1"))
     return dump({token: rank for rank, token in enumerate(tokens)})

@@ -271,7 +271,7 @@ def train_bpe(chunks: Iterable[str], vocab_size: int) -> BytePairs:
     trainer = rustbpe.Tokenizer()
     # A run of blanks without end stops the trainer's matcher, and has nothing to teach.
     learnable = (chunk for chunk in chunks if not endless_blanks(chunk))
-    # buffer_size counts chunks, of 2 MiB here; its default of 8192 would hold gigabytes.
+    # buffer_size counts chunks, of 0.5 MiB here; its default of 8192 would hold gigabytes.
     trainer.train_from_iterator(learnable, vocab_size - 1, buffer_size=16, pattern=PATTERNS["gpt2"])
     return BytePairs("bpe", ranks.dump({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}))
 

@@ -25,7 +25,7 @@ def read(*names: str, layout: Layout = Layout()) -> tuple[list[str], list[Input]
     """The documents of what `names` name, and how they were measured."""
     reading = Reading(find(names), layout, lambda _: None)
     documents: list[bytes] = []
-    for piece in reading.pieces():
+    for piece in reading.measured_pieces():
         if piece.begins:
             documents.append(b"")
         documents[-1] += piece.data
@@ -234,7 +234,7 @@ def test_missing_package_is_not_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_sample_is_missing_or_changes_between_readings() -> None:
     first, second = (Reading([corpus.sample()], Layout(), lambda _: None) for _ in range(2))
-    assert list(first.pieces()) == list(second.pieces())
+    assert list(first.measured_pieces()) == list(second.pieces())
     [seen] = first.inputs([0])
     assert seen.documents > 50
     assert seen.bytes == corpus.sample().size > 300_000

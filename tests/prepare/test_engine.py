@@ -97,6 +97,39 @@ def test_engine_with_other_ids_is_used(tmp_path: Path, monkeypatch: pytest.Monke
         choose("fast", GPT2, tmp_path)
 
 
+def last_two(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, ...]:
+    """What merging by rank, step by step, makes of `token`'s bytes before it stops short of the token."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        best, at = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
+        if best >= ranks[token]:
+            break
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return tuple(parts)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(letters=st.integers(1, 3), joins=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=10))
+def test_halves_are_not_what_merging_leaves(letters: int, joins: list[tuple[int, int]]) -> None:
+    tokens = [bytes([ord("a") + i]) for i in range(letters)]
+    for left, right in joins:
+        token = tokens[left % len(tokens)] + tokens[right % len(tokens)]
+        if token not in tokens and len(token) < 14:
+            tokens.append(token)
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    expected = [last_two(token, ranks) for token in tokens[letters:]]
+    if all(len(parts) == 2 for parts in expected):
+        assert engine._merges(ranks) == expected
+    else:
+        with pytest.raises(Unfit, match="not made of two others"):
+            engine._merges(ranks)
+
+
+def test_halves_of_gpt2_are_not_what_merging_leaves() -> None:
+    by_rank = sorted(GPT2.merges, key=lambda token: GPT2.merges[token])
+    assert engine._merges(GPT2.merges) == [last_two(token, GPT2.merges) for token in by_rank if len(token) > 1]
+
+
 def test_vocabulary_that_no_merging_makes_is_misread(tmp_path: Path) -> None:
     """A token whose halves are missing can only be met as a whole word, which merging never finds."""
     lines = train_bpe(["ab " * 9], 258).data + b"eHl6 257\n"  # xyz

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from prepare import journal
@@ -168,6 +169,23 @@ def test_signal_harms_the_old_data_or_is_not_explained(
     assert kept == before
     assert room.main([str(big), "--engine", "fast"]) == 0
     assert read_meta(tmp_path).inputs[0].bytes == len(big_text)
+
+
+def test_ctrl_c_while_the_workers_start_prints_their_tracebacks(tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("Some words to encode again and again. " * 600_000)
+    command = [sys.executable, str(SCRIPT), str(source), "--engine", "tiktoken", "--workers", "2"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0)
+
+    def starting() -> bool:
+        return any("spawn_main" in " ".join(child.cmdline()) for child in psutil.Process(run.pid).children())
+
+    while not starting():
+        assert run.poll() is None
+    time.sleep(0.1)  # it imports now
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate(timeout=60)[1].splitlines()[2:] == ["prepare.py: stopped; nothing half-written is left"]
+    assert run.returncode == 130
 
 
 def unfinished(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
