@@ -15,7 +15,6 @@ import importlib
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -27,6 +26,7 @@ from elastic_gpt.cli import COMMANDS
 from elastic_gpt.processes import die_with_parent
 from elastic_gpt.rendezvous import Lease
 from elastic_gpt.settings import USERS_MISTAKE, fail, node_range
+from elastic_gpt.standby import keep
 
 GRACE_SECONDS = 40.0  # torchelastic gives a worker 30 s after SIGTERM
 # Exit code of a node's workers: this many in so many seconds end the node. An exception is 1; a world that cannot be formed
@@ -141,15 +141,13 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int, net
 
 
 def _standby(command: Sequence[str]) -> list[str]:
-    """Start this node's standby process; returns the command line of a worker."""
+    """Have a standby process on this node; returns the command line of a worker."""
     if not hasattr(os, "pidfd_open"):  # not Linux
         return [sys.executable, "-m", "elastic_gpt.cli", *command]
     name = f"elastic-gpt-{os.getpid()}-{secrets.token_hex(8)}"
     # What is imported only at its first use, which is in each worker: TensorBoard's writer, and for optimizers torch._dynamo.
     modules = [COMMANDS[command[0]][0], "torch.utils.tensorboard", "torch._dynamo"]
-    subprocess.Popen(
-        [sys.executable, "-c", f"from elastic_gpt.standby import serve; serve({name!r}, {modules!r}, {os.getpid()})"]
-    )
+    keep(name, modules)
     return [sys.executable, "-I", "-S", str(Path(__file__).with_name("standby.py")), name, *command]
 
 

@@ -15,7 +15,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 import traceback
 from typing import Any
 
@@ -45,14 +44,43 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
     return json.loads(content), list(descriptors)
 
 
-# --- the standby -------------------------------------------------------------------------------------------------------
+# --- the agent's side --------------------------------------------------------------------------------------------------
 
 
-def serve(name: str, modules: list[str], agent: int) -> None:
-    """Import `modules`, then fork a worker for each client until the agent that started this process dies.
+def keep(name: str, modules: list[str]) -> None:
+    """Keep a standby running until this process ends; one that is killed has a successor.
+
+    This process holds the socket, so clients that come meanwhile wait for the successor's imports instead of doing them
+    themselves.
 
     Args:
         name: of the socket, in Linux's abstract namespace, so that nothing is left behind.
+        modules: as `serve` has them.
+    """
+    import subprocess
+    import threading
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"\0{name}")
+    listener.listen()
+    code = f"from elastic_gpt.standby import serve; serve({listener.fileno()}, {modules!r}, {os.getpid()})"
+
+    def run() -> None:
+        while subprocess.run([sys.executable, "-c", code], pass_fds=[listener.fileno()], check=False).returncode < 0:
+            print("warning: the standby process was killed; another one starts", file=sys.stderr, flush=True)
+        listener.close()  # it cannot import the modules: workers find nobody, try themselves and say why
+
+    threading.Thread(target=run, name="standby", daemon=True).start()
+
+
+# --- the standby -------------------------------------------------------------------------------------------------------
+
+
+def serve(descriptor: int, modules: list[str], agent: int) -> None:
+    """Import `modules`, then fork a worker for each client until the agent that started this process dies.
+
+    Args:
+        descriptor: of the socket that clients connect to, inherited from the agent.
         modules: the first holds the `main(argv, prog)` that workers run.
         agent: process id of who started this.
     """
@@ -60,9 +88,7 @@ def serve(name: str, modules: list[str], agent: int) -> None:
     import importlib
     import select
 
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(f"\0{name}")
-    listener.listen()
+    listener = socket.socket(fileno=descriptor)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # meant for the workers, who get them from their clients
     from elastic_gpt.processes import die_with_parent
@@ -161,7 +187,7 @@ def work(name: str, command: list[str]) -> int:
     agent = os.getppid()
     connection = _connect(name)
     if connection is None:  # no standby: start the slow way, which is better than not at all
-        print("warning: the standby process is gone; this worker imports torch itself", file=sys.stderr, flush=True)
+        print("warning: there is no standby process; this worker imports torch itself", file=sys.stderr, flush=True)
         sys.path.append(os.path.dirname(os.path.dirname(__file__)))  # noqa: PTH120 - see below
         from elastic_gpt.processes import die_with_parent
 
@@ -191,17 +217,13 @@ def work(name: str, command: list[str]) -> int:
 
 
 def _connect(name: str) -> socket.socket | None:
-    deadline = time.monotonic() + 5.0
-    while True:
-        connection = socket.socket(socket.AF_UNIX)
-        try:
-            connection.connect(f"\0{name}")
-            return connection
-        except ConnectionRefusedError:  # it has not come so far yet, or it is gone
-            connection.close()
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.02)
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(f"\0{name}")
+    except ConnectionRefusedError:
+        connection.close()
+        return None
+    return connection
 
 
 if __name__ == "__main__":

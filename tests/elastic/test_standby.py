@@ -54,9 +54,12 @@ def standby_of(folder: Path, before: str = "") -> Iterator[tuple[str, subprocess
     (folder / "room.py").write_text(textwrap.dedent(ROOM))
     name = f"test-{secrets.token_hex(8)}"
     code = f"import sys; sys.path.insert(0, '{folder}'); from elastic_gpt.standby import serve\n{before}\n"
-    code += f"serve({name!r}, ['room'], {os.getpid()})"
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
-    server = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen()
+        code += f"serve({listener.fileno()}, ['room'], {os.getpid()})"
+        server = subprocess.Popen([sys.executable, "-c", code], env=environment, pass_fds=[listener.fileno()])
     try:
         yield name, server
     finally:
@@ -230,6 +233,51 @@ def test_another_user_gets_no_worker(name: str, tmp_path: Path) -> None:
     refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
     assert refused.returncode == 128 + signal.SIGKILL
     assert refused.stdout == ""
+
+
+@contextlib.contextmanager
+def agent_of(folder: Path, room: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A process that keeps a standby, and the name of that."""
+    (folder / "room.py").write_text(textwrap.dedent(room))
+    name = f"test-{secrets.token_hex(8)}"
+    code = f"import time; from elastic_gpt.standby import keep; keep({name!r}, ['room']); print('kept', flush=True)"
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    agent = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; time.sleep(600)"], env=environment | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert agent.stdout
+    assert agent.stdout.readline() == "kept\n"
+    try:
+        yield name, agent
+    finally:
+        agent.kill()
+        agent.wait()
+
+
+def test_a_killed_standby_has_a_successor_and_who_comes_meanwhile_waits_for_it(tmp_path: Path) -> None:
+    with agent_of(tmp_path, ROOM) as (name, agent):
+        running, worker = waiting(name, tmp_path)
+        (server,) = psutil.Process(agent.pid).children()
+        server.kill()
+        early = client(name, tmp_path, "go", "3")
+        assert running.wait(timeout=20) == 128 + signal.SIGKILL
+        soon(lambda: not alive(worker), "the worker outlived the standby")
+        errors = early.communicate(timeout=60)[1]
+        assert (early.returncode, errors) == (3, "to standard error\n")
+        (successor,) = psutil.Process(agent.pid).children()
+        assert successor.pid != server.pid
+        agent.kill()
+        soon(lambda: not alive(successor.pid), "the successor outlived the agent")
+
+
+def test_a_standby_that_cannot_start_leaves_its_workers_to_say_why(tmp_path: Path) -> None:
+    with agent_of(tmp_path, "raise RuntimeError('of the room')") as (name, agent):
+        assert agent.stderr
+        while "RuntimeError: of the room" not in agent.stderr.readline():
+            pass
+        soon(lambda: standby._connect(name) is None, "somebody still listens")
 
 
 def test_without_a_standby_the_worker_starts_the_slow_way(tmp_path: Path) -> None:
