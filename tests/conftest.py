@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+# A shell that runs the tests in the background has Ctrl-C ignored, here and in all that we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = [
     *("--global-batch=8", "--micro-batch=2", "--model.block-size=32", "--model.n-layer=1", "--model.n-embd=32"),

@@ -117,7 +117,7 @@ def test_an_asked_stop_loses_no_step(data: Path, undisturbed: Path, tmp_path: Pa
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a small volume")
 def test_a_volume_that_is_full_for_a_while_costs_nothing(data: Path, tmp_path: Path) -> None:
-    volume, run, flags = tmp_path / "volume", tmp_path / "volume" / "run", ["--steps=1500", "--checkpoint.interval=100"]
+    volume, run, flags = tmp_path / "volume", tmp_path / "volume" / "run", ["--steps=700", "--checkpoint.interval=100"]
     volume.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", volume], check=False).returncode:
         pytest.skip("no volume can be mounted here")
