@@ -5,7 +5,6 @@
 Reads what training reads (ours, nanoGPT's, DLRover's, llm.c's), and llm.c's shards too, which nanoGPT's format joins.
 """
 
-import argparse
 import os
 import pickle
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from prepare.interop import KINDS, load_tokenizer, open_ids, token_files
+from prepare.parser import Parser
 from prepare.tokens import META, DataError, blocks, open_split, read_meta, write_file
 
 _MAX_TOKENS = 2**31 - 1  # llm.c counts in an int32
@@ -78,7 +78,7 @@ def write_llmc(folder: Path, target: Path, shard_tokens: int = _MAX_TOKENS) -> l
 
 def main(argv: list[str] | None = None, prog: str = "elastic-gpt convert") -> int:
     """The command line. Returns the exit status: 0, or 2 for the user's mistake."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Write prepared data in the format of another trainer, into a folder of its own.",
         epilog="nanogpt: for nanoGPT and DLRover, with meta.pkl for characters. llm.c: a header before the ids.",

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from prepare.interop import load_tokenizer
+from prepare.parser import Parser
 from prepare.tokenizer import Tokenizer
 from prepare.tokens import META, DataError, Meta, blocks, document_lengths, fingerprint, open_split, read_meta
 from prepare.verify import verify
@@ -123,7 +124,7 @@ def _check_drawable(meta: Meta) -> None:
 
 
 def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Show what prepared data holds, or check all of it.",
         epilog="Opens what prepare, nanoGPT, DLRover and llm.c made. --verify ends with status 1 if something is wrong.",

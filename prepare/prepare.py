@@ -12,13 +12,13 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import difflib
 import re
 import signal
 from types import FrameType
 from typing import NoReturn
 
 from prepare import corpus, journal, pipeline, progress, tokens
+from prepare.parser import Parser
 from prepare.pipeline import Settings
 from prepare.ranks import KNOWN, PATTERNS
 from prepare.tokens import DataError, Meta
@@ -81,19 +81,8 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistyped flag with the nearest right one."""
-
-    def error(self, message: str) -> NoReturn:
-        typos = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        known = [flag for action in self._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(typos[0], known, n=1) if message.startswith("unrecognized") and typos else []
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        self.exit(2, f"error: {message}{hint}; {self.prog} --help tells more\n")
-
-
 def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Turn text of any size into the tokens that training reads.",
         epilog=EXAMPLES,

@@ -127,6 +127,11 @@ def test_histogram_loses_documents(folder: Path, tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main([str(folder), "--histogram", "lengths.doc"])
     assert "--histogram lengths.doc: name a .png, .svg or .pdf file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(folder), "--histgram", "lengths.png"])
+    assert capsys.readouterr().err.startswith(
+        "error: unrecognized arguments: --histgram lengths.png (did you mean --histogram?)"
+    )
 
 
 def test_histogram_without_documents_or_without_matplotlib_ends_in_a_traceback(
