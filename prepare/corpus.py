@@ -155,6 +155,10 @@ class Reading:
                         offset += len(block)
         except (EOFError, gzip.BadGzipFile, zlib.error) as err:
             raise DataError(f"{source.name} cannot be unpacked ({err}): it is damaged, or no gzip file") from err
+        except Exception as err:  # each store raises errors of its own
+            if "://" not in source.place or isinstance(err, DataError):
+                raise
+            raise DataError(f"{source.name} cannot be read to its end ({err}): run the same command again") from err
         if _stat(source) != now:
             raise DataError(f"{source.name} changed while it was being read: try again when nobody writes to it")
 
@@ -259,12 +263,17 @@ def _remote(url: str) -> list[Source]:
     try:
         if glob.has_magic(path):
             paths = sorted(filesystem.glob(path))
-        elif filesystem.isdir(path):
+        elif filesystem.info(path)["type"] == "directory":  # isdir would load a whole file over HTTP, to look for links
             paths = sorted(found for found in filesystem.find(path) if _is_text(Path(found)))
         else:
-            paths = [path] if filesystem.exists(path) else []
-    except OSError as err:
-        raise DataError(f"{url} cannot be reached ({err}): check the address and your credentials") from err
+            paths = [path]
+    except (
+        Exception
+    ) as err:  # each store raises errors of its own; HTTP's says "not found" where no server answers, too
+        cause = err.__cause__ or err
+        if not isinstance(cause, FileNotFoundError):
+            raise DataError(f"{url} cannot be reached ({cause}): check the address and your credentials") from err
+        paths = []
     if not paths:
         raise DataError(
             f"there is nothing to read at {url}: check the address, and its files' endings ({', '.join(KINDS)})"
@@ -277,7 +286,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec  # 0.1 s, for URLs only
 
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        # From a cache of listings nobody sees that a file has changed.
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as err:
         raise DataError(f"{url} cannot be opened: {str(err).rstrip('.')}") from err
     return found

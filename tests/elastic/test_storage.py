@@ -21,30 +21,11 @@ from elastic_gpt.storage import LocalStorage, RemoteStorage, Unreachable
 from tests.conftest import TINY, elastic_gpt, environment, metrics
 from tests.elastic.test_checkpoint import Killed, state
 
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """Address of an S3 server with a bucket named `bucket`; the environment points to it as a user's would."""
-    pytest.importorskip("s3fs", reason="pip install s3fs")
-    moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
-    running = moto.ThreadedMotoServer("127.0.0.1", 0)
-    running.start()
-    host, port = running.get_host_and_port()
-    address = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (KEYS | {"AWS_ENDPOINT_URL_S3": address}).items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-        yield address
-    running.stop()
-
 
 @pytest.fixture(params=["memory", "s3"])
 def url(request: pytest.FixtureRequest) -> str:
     if request.param == "s3":
-        request.getfixturevalue("server")
+        request.getfixturevalue("s3_server")
         return f"s3://bucket/{uuid.uuid4().hex}"
     return f"memory://{uuid.uuid4().hex}"
 
@@ -185,7 +166,7 @@ def test_a_folder_that_may_not_be_looked_into_is_not_empty(visible: Path) -> Non
     assert LocalStorage(visible / "file").manifests() == []
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("s3_server")
 def test_a_server_that_is_down_fails_the_save_and_the_next_one_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"s3://bucket/{uuid.uuid4().hex}"
     checkpoints = write(url, 10)
@@ -214,7 +195,7 @@ def test_a_missing_package_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch
         Checkpoints("nonsense://bucket/run")
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("s3_server")
 def test_a_killed_run_resumes_from_s3_and_text_is_generated_from_it(data: Path, tmp_path: Path) -> None:
     run, url = tmp_path / "run", f"s3://bucket/{uuid.uuid4().hex}"
     words = ["train", "debug_cpu", *TINY, "--data.dir", data, "--run-dir", run, "--checkpoint.dir", url]

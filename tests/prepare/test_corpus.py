@@ -1,12 +1,17 @@
 """corpus.py: the same text whatever holds it and however it is cut; clear words for what is no text."""
 
+import contextlib
 import gzip
 import hashlib
+import http.server
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -130,22 +135,71 @@ def test_folder_or_glob_gives_other_files(folder: Path) -> None:
     assert names(find([f"{folder}/odd[1].txt"]), folder) == ["odd[1].txt"]
 
 
-def test_url_is_not_read_like_a_file() -> None:
-    store = fsspec.filesystem("memory")
+@pytest.mark.parametrize("store", ["memory", "s3"])
+def test_url_is_not_read_like_a_file(store: str, request: pytest.FixtureRequest) -> None:
+    if store == "s3":
+        request.getfixturevalue("s3_server")
+    files, folder = fsspec.filesystem(store, skip_instance_cache=True), f"{store}://bucket/in"
     for name, data in (("b.txt", b"bee "), ("a.jsonl.gz", gzip.compress(lines(["ay"]))), ("n.png", b"no")):
-        store.pipe(f"/corpus/in/{name}", data)
+        files.pipe(f"{folder}/{name}", data)
     try:
-        assert read("memory://corpus/in/b.txt")[0] == ["bee "]
-        assert read("memory://corpus/in/*.txt")[0] == ["bee "]
-        assert read("memory://corpus")[0] == ["ay", "bee "]
-        with pytest.raises(DataError, match="nothing to read at memory://corpus/none"):
-            find(["memory://corpus/none"])
-        [source] = find(["memory://corpus/in/b.txt"])
-        store.pipe("/corpus/in/b.txt", b"bigger than before")
+        assert read(f"{folder}/b.txt")[0] == ["bee "]
+        assert read(f"{folder}/*.txt")[0] == ["bee "]
+        assert read(folder)[0] == ["ay", "bee "]
+        with pytest.raises(DataError, match=f"nothing to read at {folder}/none"):
+            find([f"{folder}/none"])
+        [source] = find([f"{folder}/b.txt"])
+        files.pipe(f"{folder}/b.txt", b"bigger than before")
         with pytest.raises(DataError, match="changed since this run began"):
             list(Reading([source], Layout(), lambda _: None).pieces())
     finally:
-        store.rm("/corpus", recursive=True)
+        files.rm(folder, recursive=True)
+
+
+@contextlib.contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    """The address of a web server."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_download_that_breaks_off_ends_in_a_traceback() -> None:
+    class Broken(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+            self.wfile.write(b"text " * 100)
+
+        def answer(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "5000000")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serving(Broken) as address, pytest.raises(DataError, match=f"{address}/a.txt cannot be read to its end"):
+        read(f"{address}/a.txt")
+
+
+def test_address_on_the_web_is_not_read_like_a_file(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"bee ")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"sea"))
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serving(partial(Quiet, directory=str(tmp_path))) as address:
+        assert read(f"{address}/b.txt", f"{address}/c.txt.gz")[0] == ["bee ", "sea"]
+        with pytest.raises(DataError, match=rf"{address}/none cannot be reached \(404"):
+            find([f"{address}/none"])
+    with pytest.raises(DataError, match=f"{address}/b.txt cannot be reached"):
+        find([f"{address}/b.txt"])
 
 
 @pytest.mark.parametrize("url", ["nosuch://a/b.txt", "https:///"])
