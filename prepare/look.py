@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None, prog: str = "elastic-gpt inspect") -> in
             _check_drawable(meta)
         console = Console()
         counts = {}
-        with _bars("reading", _size(meta)) as advance:
+        with _bars("reading", _size(meta), console) as advance:
             for name in meta.splits:
                 counts[name] = count(open_split(flags.folder, name), meta.vocab_size, meta.eot_id, advance)
         _show(flags.folder, meta, counts, console)
@@ -151,7 +151,7 @@ def check(folder: Path) -> int:
     console = Console(highlight=False, soft_wrap=True)
     marks = {True: "[green]ok[/]   ", None: "[yellow]note[/] ", False: "[red]WRONG[/]"}
     wrong = 0
-    with _bars("checking", _size(meta)) as advance:
+    with _bars("checking", _size(meta), console) as advance:
         for finding in verify(folder, advance):
             console.print(f"{marks[finding.good]}  {escape(finding.text)}")
             wrong += finding.good is False
@@ -242,9 +242,9 @@ def _size(meta: Meta) -> int:
 
 
 @contextmanager
-def _bars(title: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far reading came, on a terminal."""
-    console = Console(stderr=True)
+def _bars(title: str, size: int, results: Console) -> Iterator[Callable[[int], None]]:
+    """Shows how far reading came, on a terminal: below what is printed on `results` meanwhile, if that is one."""
+    console = results if results.is_terminal else Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(title, total=size)
