@@ -71,7 +71,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, data: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+    style = "|" if "\n" in data else None
+    if set(data) & set("\x85\u2028\u2029"):  # PyYAML takes these for ends of lines, and doubles blanks after them
+        style = '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
 def _list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.SequenceNode:

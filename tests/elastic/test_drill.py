@@ -159,7 +159,7 @@ def test_who_trains_is_told_from_who_stands_for_it_and_an_agents_end_is_the_end_
         job.add_node()
 
         def wait(condition: Callable[[], bool]) -> None:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while not condition():
                 assert time.monotonic() < deadline
                 time.sleep(0.02)

@@ -206,7 +206,7 @@ def test_a_killed_run_resumes_from_s3_and_text_is_generated_from_it(data: Path, 
         stdout=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not Checkpoints(url).steps() and worker.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
     finally:

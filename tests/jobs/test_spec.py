@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from elastic_gpt.jobs.manifest import JOB_LABEL, PARTS, Tree, manifests
@@ -66,6 +66,7 @@ def test_every_job_has_its_names_its_range_and_its_memory(spec: JobSpec) -> None
 
 
 @settings(deadline=None, max_examples=40)
+@example(JobSpec(env=(("A", "\x85\U000579e4`"), ("B", "a\u2028\n b"))))
 @given(specs())
 def test_a_job_is_the_same_each_time_and_yaml_says_what_the_dicts_say(spec: JobSpec) -> None:
     trees = manifests(spec, tuple(PARTS))

@@ -239,7 +239,7 @@ def test_a_terminal_session_streams_and_survives_ctrl_c_in_a_reply_and_leaves_at
     def wait_for(text: str) -> None:
         """Read until `text` comes; forget all up to its end."""
         nonlocal said
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while text not in said:
             assert select.select([terminal], [], [], end - time.monotonic())[0], said[-500:]
             said += os.read(terminal, 65536).decode()

@@ -57,7 +57,7 @@ def interrupt(data: Path, run: Path, number: signal.Signals, at: int, *flags: st
     """Train until step `at` is written, then send a signal; returns exit code and output."""
     command = [sys.executable, "-m", "elastic_gpt.cli", "train", *arguments(data, run, *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while len(metrics(run)) < at:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
@@ -293,7 +293,7 @@ def test_a_failed_checkpoint_is_told_once_and_made_up_for_at_the_next_snapshot(d
         assert any("could not be written" in line for line in worker.stdout)
         time.sleep(0.2)  # it is tried again
         (run / "checkpoints").unlink()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not events(run, "saved"):
             assert time.monotonic() < deadline
             time.sleep(0.01)
