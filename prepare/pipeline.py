@@ -22,7 +22,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from prepare import corpus, engine, journal, learn, progress, splits, tokenizer, tokens
-from prepare.corpus import Layout, Reading, Source
+from prepare.corpus import Layout, Reading
 from prepare.encoder import (
     TRIM_EVERY,
     BadText,
@@ -38,6 +38,7 @@ from prepare.encoder import (
 from prepare.journal import Changed, Journal
 from prepare.progress import Phase
 from prepare.ranks import KNOWN
+from prepare.sources import Source, find, sample
 from prepare.tokenizer import Tokenizer
 from prepare.tokens import DataError, Meta, TokenizerSection
 
@@ -89,7 +90,7 @@ def prepare(
     with journal.stage(output_dir) as stage:
         try:
             spooled = _spool(stage / journal.STDIN, phase) if "-" in inputs else None
-            sources = corpus.find(inputs, spooled) if inputs else [corpus.sample()]
+            sources = find(inputs, spooled) if inputs else [sample()]
             for source in sources:
                 if Path(source.place).resolve() in [
                     (output_dir / name).resolve() for name in (*journal.SIDES, tokens.META)

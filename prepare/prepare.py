@@ -17,10 +17,11 @@ import signal
 from types import FrameType
 from typing import NoReturn
 
-from prepare import corpus, journal, pipeline, progress, tokens
+from prepare import journal, pipeline, progress, tokens
 from prepare.parser import Parser
 from prepare.pipeline import Settings
 from prepare.ranks import KNOWN, PATTERNS
+from prepare.sources import matching
 from prepare.tokens import DataError, Meta
 
 USERS_MISTAKE = 2  # the exit status that says: starting this again will not help
@@ -186,7 +187,7 @@ def _beside(inputs: list[str]) -> Path:
         raise DataError("the input is no file on this machine: choose where to write with --output_dir DIR")
     folders = set()
     for path in map(Path, inputs):
-        found = [path] if path.exists() else corpus.matching(str(path)) or [path]
+        found = [path] if path.exists() else matching(str(path)) or [path]
         folders |= {file if file.is_dir() else file.parent for file in found}
     if len(folders) > 1:
         raise DataError("the inputs lie in several folders: choose where to write with --output_dir DIR")

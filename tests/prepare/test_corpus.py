@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prepare import corpus
-from prepare.corpus import Layout, Reading, find
+from prepare.corpus import Layout, Reading
+from prepare.sources import Source, find, sample
 from prepare.tokens import DataError, Input
 
 TEXT = "línea uno\r\n漢字 👍\ufeff\n"
@@ -122,7 +123,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def names(sources: list[corpus.Source], folder: Path) -> list[str]:
+def names(sources: list[Source], folder: Path) -> list[str]:
     return [source.name.removeprefix(f"{folder}/") for source in sources]
 
 
@@ -287,11 +288,11 @@ def test_missing_package_is_not_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_sample_is_missing_or_changes_between_readings() -> None:
-    first, second = (Reading([corpus.sample()], Layout(), lambda _: None) for _ in range(2))
+    first, second = (Reading([sample()], Layout(), lambda _: None) for _ in range(2))
     assert list(first.measured_pieces()) == list(second.pieces())
     [seen] = first.inputs([0])
     assert seen.documents > 50
-    assert seen.bytes == corpus.sample().size > 300_000
+    assert seen.bytes == sample().size > 300_000
 
 
 @given(text=st.text(max_size=20), number=st.integers(0, 19))

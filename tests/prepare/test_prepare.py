@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prepare import corpus, pipeline
+from prepare import pipeline
 from prepare import prepare as room
 from prepare.encoder import Coder
 from prepare.pipeline import Settings
+from prepare.sources import sample_texts
 from prepare.tokenizer import gpt2, load
 from prepare.tokens import open_split, read_meta
 
@@ -118,7 +119,7 @@ def test_memory_grows_with_the_text(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("engine", ["fast", "tiktoken"])
 def test_workers_or_engine_change_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     monkeypatch.setattr("prepare.encoder.CHUNK", 5000)
-    texts = corpus._sample_texts()
+    texts = sample_texts()
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 2))
     (tmp_path / "b.txt").write_text("\n".join(texts))
     flags = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt"), "--output_dir"]

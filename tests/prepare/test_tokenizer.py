@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prepare import corpus, ranks
+from prepare import ranks
 from prepare.corpus import Piece
 from prepare.encoder import Chunker
 from prepare.prepare import main
 from prepare.ranks import PATTERNS
+from prepare.sources import sample_texts
 from prepare.tokenizer import BytePairs, Bytes, Characters, Tokenizer, Words, gpt2, load, train_bpe
 from prepare.tokens import DataError, open_split, read_meta
 
@@ -147,7 +148,7 @@ def test_vocabulary_without_room_for_bytes_is_trained(size: int) -> None:
 
 
 def test_training_depends_on_the_chunks() -> None:
-    text = "".join(corpus._sample_texts())[:100_000]
+    text = "".join(sample_texts())[:100_000]
     pieces = ((0, Piece(0, 0, at, not at, text[at : at + 999].encode())) for at in range(0, len(text), 999))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prepare.encoder.CHUNK", 0)
