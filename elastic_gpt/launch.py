@@ -162,6 +162,7 @@ def _mend() -> None:
     from dlrover.python.elastic_agent.torch import master_kv_store
     from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent, MasterRendezvousHandler
+    from torch.distributed.elastic.multiprocessing import api as multiprocessing
 
     # The agents poll the rendezvous every 5 s; a membership change waits for that.
     JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.2
@@ -211,15 +212,11 @@ def _mend() -> None:
     # We keep our own snapshots: no thread, sockets and files under /tmp/dlrover for the ones of Flash Checkpoint.
     AsyncCheckpointSaver.start_async_saving_ckpt = classmethod(lambda _: None)
 
-    # Called after each start of the workers, to save those snapshots at a signal. Ours tells the workers that this node
-    # leaves for good; on its way out the agent then sends them SIGTERM and waits. torchelastic's own handler raises an
-    # Exception, and DLRover's retries around each call to the master swallow it.
-    def register_signal_handler(_: type) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, leave)
-
-    def leave(_number: int, _frame: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+    # The handler that torchelastic sets at each start of the workers raises an Exception, which DLRover swallows: it retries
+    # that start, and each call to the master. Ours tells the workers that this node leaves for good; on its way out the agent
+    # then sends them SIGTERM and waits.
+    def leave(signum: int, frame: types.FrameType | None) -> None:  # noqa: ARG001 - a handler has these
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)  # once is enough
         for held in lease:
             held.release()
@@ -228,7 +225,8 @@ def _mend() -> None:
                 os.kill(worker, signal.SIGUSR1)
         raise Leaving
 
-    AsyncCheckpointSaver.register_signal_handler = classmethod(register_signal_handler)
+    multiprocessing._terminate_process_handler = leave
+    AsyncCheckpointSaver.register_signal_handler = classmethod(lambda _: None)
 
     # Its last word to the master is repeated ten times, 5 s apart, where that has gone as well, as when a job is deleted.
     report_failed_exited = MasterClient.report_failed_exited

@@ -44,6 +44,36 @@ def processes_of(name: str) -> list[str]:
     return [line for line in found if str(os.getpid()) != line.split()[0]]
 
 
+WINDOW = """
+import os, signal
+from elastic_gpt import launch
+launch._mend()
+from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+def initialize(self, group):  # up to the moment when the workers have been started
+    start_processes("worker", "sleep", {0: ("60",)}, {0: {}}, DefaultLogsSpecs()).close()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+LocalElasticAgent._initialize_workers = initialize
+agent = ElasticTrainingAgent.__new__(ElasticTrainingAgent)
+agent._config = type("", (), {"rdzv_configs": {}, "network_check": False})
+agent._stop_workers = lambda *_, **__: None
+try:
+    ElasticTrainingAgent._initialize_workers(agent, None)
+except launch.Leaving:
+    print("it leaves")
+"""
+
+
+def test_an_agent_that_is_asked_to_leave_while_it_starts_its_workers_leaves() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WINDOW], capture_output=True, text=True, timeout=120, env=environment(), check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["it leaves"], done.stderr
+
+
 def test_a_node_that_is_asked_to_leave_does_not_wait_for_a_master_that_has_gone(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*ARGUMENTS, "--data.dir", str(data), "--run-dir", str(run)]
