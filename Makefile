@@ -15,13 +15,13 @@ demo: $(READY) ## the main job on this machine: prepare, train elastically with 
 	$(BIN)/python examples/demo.py
 
 # Two at a time: half of the time the tests wait. Files stay whole, for what their tests share is made once.
-test: $(READY) ## all tests that need no cluster (6 minutes)
+test: $(READY) ## all tests that need no cluster (8 minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## a short drill: kills and joins at random, all laws held (1 minute and a half)
 	$(BIN)/python -m pytest -m slow
 
-test-cluster: $(READY) ## the job on a real Kubernetes control plane; needs root and apt (builds it once, 7 minutes; then 15)
+test-cluster: $(READY) ## the job on a real Kubernetes control plane; needs root and apt (builds it once, 7 minutes; then 13)
 	$(BIN)/python -m pytest -m cluster tests/cluster
 
 test-image: $(READY) ## the image, built and run in containers as on Kubernetes; needs root and apt (4 minutes, then 1)
