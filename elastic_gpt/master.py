@@ -107,7 +107,9 @@ class Scaling:
         if plan.launch_nodes:
             print(f"scaling: starting {', '.join(node.name for node in plan.launch_nodes)}", flush=True)
             self._manager._scaler.scale(plan)
-        self._suspended = wanted == 0
+        # Nodes that were told to leave may take a while, and go between two looks.
+        others = plan.launch_nodes or any(node.relaunchable and node.status != "Deleted" for node in nodes)
+        self._suspended = wanted == 0 or (self._suspended and not others)
 
     def _remove(self, node: Any) -> None:
         print(f"scaling: {node.name} is to leave", flush=True)

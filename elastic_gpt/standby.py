@@ -15,11 +15,13 @@ import signal
 import socket
 import struct
 import sys
+import time
 import traceback
 from typing import Any
 
 LENGTH = 8  # bytes in front of each message
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # passed on to workers
+DEATHS, WITHIN = 3, 60.0  # so many of a node's standbys killed in so many seconds: it cannot have one
 
 
 def send(connection: socket.socket, message: object, descriptors: tuple[int, ...] = ()) -> None:
@@ -51,7 +53,8 @@ def keep(name: str, modules: list[str]) -> None:
     """Keep a standby running until this process ends; one that is killed has a successor.
 
     This process holds the socket, so clients that come meanwhile wait for the successor's imports instead of doing them
-    themselves.
+    themselves. Where none can live, the socket is closed: workers find nobody, import torch themselves, and say why
+    they cannot.
 
     Args:
         name: of the socket, in Linux's abstract namespace, so that nothing is left behind.
@@ -66,9 +69,17 @@ def keep(name: str, modules: list[str]) -> None:
     code = f"from elastic_gpt.standby import serve; serve({listener.fileno()}, {modules!r}, {os.getpid()})"
 
     def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # this thread's, and a standby's until it ignores them
+        deaths: list[float] = []
         while subprocess.run([sys.executable, "-c", code], pass_fds=[listener.fileno()], check=False).returncode < 0:
+            deaths = [*deaths[1 - DEATHS :], time.monotonic()]
+            if len(deaths) == DEATHS and deaths[-1] - deaths[0] < WITHIN:
+                print(
+                    f"warning: {DEATHS} standby processes were killed; there is no other", file=sys.stderr, flush=True
+                )
+                break
             print("warning: the standby process was killed; another one starts", file=sys.stderr, flush=True)
-        listener.close()  # it cannot import the modules: workers find nobody, try themselves and say why
+        listener.close()
 
     threading.Thread(target=run, name="standby", daemon=True).start()
 
@@ -91,6 +102,7 @@ def serve(descriptor: int, modules: list[str], agent: int) -> None:
     listener = socket.socket(fileno=descriptor)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # meant for the workers, who get them from their clients
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     from elastic_gpt.processes import die_with_parent
 
     die_with_parent(agent)

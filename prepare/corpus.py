@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from prepare.sources import Source, sample_texts, state, store_of
+from prepare.sources import Source, sample_texts, state, store_of, unreachable
 from prepare.tokens import DataError, Input
 
 PIECE_BYTES = 1 << 19
@@ -124,10 +124,10 @@ class Reading:
                         offset += len(block)
         except (EOFError, gzip.BadGzipFile, zlib.error) as err:
             raise DataError(f"{source.name} cannot be unpacked ({err}): it is damaged, or no gzip file") from err
-        except Exception as err:  # each store raises errors of its own
-            if "://" not in source.place or isinstance(err, DataError):
+        except Exception as err:
+            if "://" not in source.place or isinstance(err, DataError | MemoryError):
                 raise
-            raise DataError(f"{source.name} cannot be read to its end ({err}): run the same command again") from err
+            raise unreachable(source.name, err) from err
         if state(source) != now:
             raise DataError(f"{source.name} changed while it was being read: try again when nobody writes to it")
 

@@ -107,16 +107,15 @@ def _remote(url: str) -> list[Source]:
     try:
         if glob.has_magic(path):
             paths = sorted(store.glob(path))
-        elif store.info(path)["type"] == "directory":  # isdir would load a whole file over HTTP, to look for links
+        # Over HTTP a folder is what ends in "/"; isdir would load a whole file, to look for links.
+        elif path.endswith("/") or store.info(path)["type"] == "directory":
             paths = sorted(found for found in store.find(path) if _is_text(Path(found)))
         else:
             paths = [path]
-    except (
-        Exception
-    ) as err:  # each store raises errors of its own; HTTP's says "not found" where no server answers, too
-        cause = err.__cause__ or err
-        if not isinstance(cause, FileNotFoundError):
-            raise DataError(f"{url} cannot be reached ({cause}): check the address and your credentials") from err
+    except Exception as err:
+        # HTTP's store says "not found" where no server answers, too.
+        if not isinstance(err.__cause__ or err, FileNotFoundError):
+            raise unreachable(url, err) from err
         paths = []
     if not paths:
         raise DataError(
@@ -126,21 +125,31 @@ def _remote(url: str) -> list[Source]:
     return [Source(place, place, *_remote_state(place)) for place in places]
 
 
+def unreachable(url: str, err: Exception) -> DataError:
+    """What to say of a store's error; each has kinds of its own."""
+    return DataError(
+        f"{url} cannot be read ({err.__cause__ or err}): check the address, your credentials, and try again"
+    )
+
+
 def store_of(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path there. Raises DataError where its package is missing."""
     import fsspec  # 0.1 s, for URLs only
 
     try:
-        # From a cache of listings nobody sees that a file has changed.
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        store, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as err:
         raise DataError(f"{url} cannot be opened: {str(err).rstrip('.')}") from err
-    return found
+    store.invalidate_cache()  # from a cache of listings nobody sees that a file has changed
+    return store, path
 
 
 def _remote_state(place: str) -> tuple[int, str]:
     store, path = store_of(place)
-    info = store.info(path)
+    try:
+        info = store.info(path)
+    except Exception as err:
+        raise unreachable(place, err) from err
     state = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
     return int(info.get("size") or 0), str(state)
 

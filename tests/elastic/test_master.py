@@ -74,7 +74,10 @@ def test_no_node_is_started_for_a_job_whose_training_is_over() -> None:
     assert decide([Record(0, 0, "Succeeded"), Record(1, 1)], 4) == ([], [])
 
 
-def test_the_master_of_a_suspended_job_ends_neither_then_nor_while_it_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slow", [False, True])  # whether the old nodes go after the resume only
+def test_the_master_of_a_suspended_job_ends_neither_then_nor_while_it_resumes(
+    monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
     nodes = {0: Record(0, 0), 1: Record(1, 1)}
     spec = job(2, suspend=True)
     stays: list[bool] = []  # what DLRover is told each time that nodes go or come
@@ -91,11 +94,34 @@ def test_the_master_of_a_suspended_job_ends_neither_then_nor_while_it_resumes(mo
     scaling.reconcile()
     # DLRover takes a released node to have ended, and one that it did not see go for one that runs, for ever.
     assert not any(node.is_released for node in nodes.values())
+    if slow:
+        spec["spec"]["suspend"] = False
+        scaling.reconcile()
+        assert manager.pend_without_workers()
     for node in nodes.values():
         node.status = "Deleted"
+    assert manager.pend_without_workers()
+    if not slow:
+        scaling.reconcile()
+        assert manager.pend_without_workers()
+        spec["spec"]["suspend"] = False
+    scaling.reconcile()
+    assert stays == [True, True, True]
+    assert not manager.pend_without_workers()
+
+
+def test_the_master_of_a_job_that_ended_while_it_was_suspended_ends_when_it_is_resumed() -> None:
+    nodes = {0: Record(0, 0, "Succeeded")}
+    spec = job(1, suspend=True)
+    manager = SimpleNamespace(
+        pend_without_workers=lambda: False,
+        _k8s_client=SimpleNamespace(get_custom_resource=lambda **_: spec),
+        _worker_manager=SimpleNamespace(_get_mutable_nodes=lambda: nodes),
+        _scaler=SimpleNamespace(_create_node_queue=[]),
+    )
+    scaling = Scaling(manager, "gpt")
     scaling.reconcile()
     assert manager.pend_without_workers()
     spec["spec"]["suspend"] = False
     scaling.reconcile()
-    assert stays == [True, True, True]
     assert not manager.pend_without_workers()

@@ -272,12 +272,20 @@ def test_a_killed_standby_has_a_successor_and_who_comes_meanwhile_waits_for_it(t
         soon(lambda: not alive(successor.pid), "the successor outlived the agent")
 
 
-def test_a_standby_that_cannot_start_leaves_its_workers_to_say_why(tmp_path: Path) -> None:
-    with agent_of(tmp_path, "raise RuntimeError('of the room')") as (name, agent):
-        assert agent.stderr
-        while "RuntimeError: of the room" not in agent.stderr.readline():
-            pass
+@pytest.mark.parametrize("end", ["raise RuntimeError('of the room')", "import os; os.kill(os.getpid(), 11)"])
+def test_a_standby_that_cannot_start_leaves_its_workers_to_say_why(tmp_path: Path, end: str) -> None:
+    with agent_of(tmp_path, end) as (name, agent):
         soon(lambda: standby._connect(name) is None, "somebody still listens")
+    assert agent.stderr
+    assert ("of the room" if "raise" in end else "3 standby processes were killed") in agent.stderr.read()
+
+
+def test_a_signal_for_the_workers_does_not_kill_a_standby_that_is_starting(tmp_path: Path) -> None:
+    with agent_of(tmp_path, ROOM) as (name, agent):
+        (starting,) = psutil.Process(agent.pid).children()
+        starting.send_signal(signal.SIGUSR1)
+        assert client(name, tmp_path, "go", "0").wait(timeout=60) == 0
+        assert psutil.Process(agent.pid).children() == [starting]
 
 
 def test_without_a_standby_the_worker_starts_the_slow_way(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_download_that_breaks_off_ends_in_a_traceback() -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    with serving(Broken) as address, pytest.raises(DataError, match=f"{address}/a.txt cannot be read to its end"):
+    with serving(Broken) as address, pytest.raises(DataError, match=f"{address}/a.txt cannot be read"):
         read(f"{address}/a.txt")
 
 
@@ -197,9 +197,10 @@ def test_address_on_the_web_is_not_read_like_a_file(tmp_path: Path) -> None:
 
     with serving(partial(Quiet, directory=str(tmp_path))) as address:
         assert read(f"{address}/b.txt", f"{address}/c.txt.gz")[0] == ["bee ", "sea"]
-        with pytest.raises(DataError, match=rf"{address}/none cannot be reached \(404"):
+        assert read(f"{address}/")[0] == ["bee ", "sea"]
+        with pytest.raises(DataError, match=rf"{address}/none cannot be read \(404"):
             find([f"{address}/none"])
-    with pytest.raises(DataError, match=f"{address}/b.txt cannot be reached"):
+    with pytest.raises(DataError, match=f"{address}/b.txt cannot be read"):
         find([f"{address}/b.txt"])
 
 
