@@ -43,6 +43,7 @@ def main() -> int:
     CACHE.mkdir(parents=True, exist_ok=True)
     LOG.unlink(missing_ok=True)
     os.environ["CONTAINERS_STORAGE_CONF"] = str(own_store())
+    os.environ["PATH"] += ":/usr/sbin:/sbin"  # debootstrap's place, which not every root's path has
     try:
         mirror = prepare_machine()
         make_base(mirror)
