@@ -282,6 +282,7 @@ def test_a_standby_that_cannot_start_leaves_its_workers_to_say_why(tmp_path: Pat
 
 def test_a_signal_for_the_workers_does_not_kill_a_standby_that_is_starting(tmp_path: Path) -> None:
     with agent_of(tmp_path, ROOM) as (name, agent):
+        soon(lambda: bool(psutil.Process(agent.pid).children()), "no standby was started")
         (starting,) = psutil.Process(agent.pid).children()
         starting.send_signal(signal.SIGUSR1)
         assert client(name, tmp_path, "go", "0").wait(timeout=60) == 0
