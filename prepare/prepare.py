@@ -18,13 +18,11 @@ from types import FrameType
 from typing import NoReturn
 
 from prepare import journal, pipeline, progress, tokens
-from prepare.parser import Parser
+from prepare.parser import USERS_MISTAKE, Parser
 from prepare.pipeline import Settings
 from prepare.ranks import KNOWN, PATTERNS
 from prepare.sources import matching
 from prepare.tokens import DataError, Meta
-
-USERS_MISTAKE = 2  # the exit status that says: starting this again will not help
 
 EXAMPLES = """\
 examples:

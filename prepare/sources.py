@@ -50,7 +50,8 @@ def find(names: Sequence[str], stdin: Path | None = None) -> list[Source]:
     """The sources that `names` stand for, in that order; a folder's and a glob's files in the order of their names.
 
     A name is a file, a folder (of .txt, .jsonl and .parquet files, each also .gz or .zst, at any depth), a glob, a URL of
-    any of these, or `-` for standard input, which was saved to `stdin`. Raises DataError where there is no such thing.
+    any of these (over HTTP, a folder's ends in /), or `-` for standard input, which was saved to `stdin`. Raises DataError
+    where there is no such thing.
     """
     sources: list[Source] = []
     for name in names:

@@ -3,16 +3,15 @@
 import argparse
 import dataclasses
 import difflib
-import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 from elastic_gpt.jobs import manifest
 from elastic_gpt.jobs.render import to_yaml
 from elastic_gpt.jobs.spec import ACCESS_MODES, JobSpec, read_texts
-from elastic_gpt.settings import USERS_MISTAKE, fail
+from elastic_gpt.settings import fail
+from prepare.parser import Parser
 
 EXAMPLES = """\
 a first job, on GPUs:
@@ -31,36 +30,6 @@ what follows -- are flags of `elastic-gpt train`:
 on CPUs, with a text of one's own:
   elastic-gpt job %(action)s small --gpus 0 --text data.txt --tokenizer char
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that answers a typo with the nearest right word, in one line."""
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """A subparser would hand what it does not know up to one that knows other flags."""
-        known, unknown = super().parse_known_args(*args, **kwargs)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return known, unknown
-
-    def error(self, message: str) -> NoReturn:
-        typo, known = "", []
-        if message.startswith("unrecognized"):
-            typo = next((word.partition("=")[0] for word in message.split() if word.startswith("-")), "")
-            known = [flag for action in self._actions for flag in action.option_strings]
-        elif choice := re.match(r"argument (?P<what>[^:]+): invalid choice: '(?P<typo>[^']*)'", message):
-            typo, what = choice["typo"], choice["what"]
-            known = [
-                word
-                for action in self._actions
-                if what in ("/".join(action.option_strings), action.metavar)
-                for word in action.choices or []
-            ]
-            if what == "ACTION":
-                message = f"no action '{typo}'"
-        near = difflib.get_close_matches(typo, known, n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
-        self.exit(USERS_MISTAKE, f"error: {message}{hint}; {self.prog} --help tells more\n")
 
 
 def _spec_flags(parser: argparse.ArgumentParser) -> None:
@@ -106,11 +75,11 @@ def _spec_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=prog, description=__doc__.partition(": ")[2], epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=_Parser)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
 
     def action(name: str, needs_job: bool = False, cluster: bool = True, spec: bool = False) -> argparse.ArgumentParser:
         made = actions.add_parser(

@@ -184,8 +184,9 @@ def test_an_image_that_cannot_be_pulled_is_named(make_job: Make) -> None:
     job.submit()
     job.wait("the pods", lambda: bool(job.pods("dlrover-master")))
     job.wait("the reason", lambda: "ImagePullBackOff" in job.command("status", job.spec.name), 30)
-    job.command("delete", job.spec.name)
-    job.wait("no pods", lambda: not job.pods("dlrover-master"), gone=True)
+    assert 'pulling image "elastic-gpt:typo"' in job.command("status", job.spec.name)
+    assert "deleted" in job.command("delete", job.spec.name)
+    job.wait("no pods", lambda: not job.pods("dlrover-master") and not job.pods(), gone=True)
 
 
 def test_a_volume_that_is_missing_is_named_and_awaited(make_job: Make, undisturbed: Undisturbed) -> None:

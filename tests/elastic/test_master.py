@@ -74,21 +74,27 @@ def test_no_node_is_started_for_a_job_whose_training_is_over() -> None:
     assert decide([Record(0, 0, "Succeeded"), Record(1, 1)], 4) == ([], [])
 
 
+def manager_of(nodes: dict[int, Record], spec: dict[str, Any]) -> SimpleNamespace:
+    """What we use of DLRover's job manager; `stays` is what it hears from us each time that nodes go or come."""
+    made = SimpleNamespace(
+        pend_without_workers=lambda: False,
+        stays=[],
+        _k8s_client=SimpleNamespace(get_custom_resource=lambda **_: spec),
+        _worker_manager=SimpleNamespace(_get_mutable_nodes=lambda: nodes),
+        _job_context=SimpleNamespace(update_job_node=lambda _: None),
+    )
+    look = lambda _: made.stays.append(made.pend_without_workers())  # noqa: E731
+    made._scaler = SimpleNamespace(scale=look, _remove_nodes=look, _create_node_queue=[])
+    return made
+
+
 @pytest.mark.parametrize("slow", [False, True])  # whether the old nodes go after the resume only
 def test_the_master_of_a_suspended_job_ends_neither_then_nor_while_it_resumes(
     monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
     nodes = {0: Record(0, 0), 1: Record(1, 1)}
     spec = job(2, suspend=True)
-    stays: list[bool] = []  # what DLRover is told each time that nodes go or come
-    manager = SimpleNamespace(
-        pend_without_workers=lambda: False,
-        _k8s_client=SimpleNamespace(get_custom_resource=lambda **_: spec),
-        _worker_manager=SimpleNamespace(_get_mutable_nodes=lambda: nodes),
-        _job_context=SimpleNamespace(update_job_node=lambda _: None),
-    )
-    look = lambda _: stays.append(manager.pend_without_workers())  # noqa: E731
-    manager._scaler = SimpleNamespace(scale=look, _remove_nodes=look, _create_node_queue=[])
+    manager = manager_of(nodes, spec)
     scaling = Scaling(manager, "gpt")
     monkeypatch.setattr(scaling, "_new_node", lambda rank: Record(2 + rank, rank, "Initial"))
     scaling.reconcile()
@@ -106,19 +112,13 @@ def test_the_master_of_a_suspended_job_ends_neither_then_nor_while_it_resumes(
         assert manager.pend_without_workers()
         spec["spec"]["suspend"] = False
     scaling.reconcile()
-    assert stays == [True, True, True]
+    assert manager.stays == [True, True, True]
     assert not manager.pend_without_workers()
 
 
 def test_the_master_of_a_job_that_ended_while_it_was_suspended_ends_when_it_is_resumed() -> None:
-    nodes = {0: Record(0, 0, "Succeeded")}
     spec = job(1, suspend=True)
-    manager = SimpleNamespace(
-        pend_without_workers=lambda: False,
-        _k8s_client=SimpleNamespace(get_custom_resource=lambda **_: spec),
-        _worker_manager=SimpleNamespace(_get_mutable_nodes=lambda: nodes),
-        _scaler=SimpleNamespace(_create_node_queue=[]),
-    )
+    manager = manager_of({0: Record(0, 0, "Succeeded")}, spec)
     scaling = Scaling(manager, "gpt")
     scaling.reconcile()
     assert manager.pend_without_workers()

@@ -240,12 +240,12 @@ def agent_of(folder: Path, room: str) -> Iterator[tuple[str, subprocess.Popen[st
     """A process that keeps a standby, and the name of that."""
     (folder / "room.py").write_text(textwrap.dedent(room))
     name = f"test-{secrets.token_hex(8)}"
-    code = f"import time; from elastic_gpt.standby import keep; keep({name!r}, ['room']); print('kept', flush=True)"
+    code = f"import sys; from elastic_gpt.standby import keep; keep({name!r}, ['room']); print('kept', flush=True)"
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     agent = subprocess.Popen(
-        [sys.executable, "-c", f"{code}; time.sleep(600)"], env=environment | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", f"{code}; sys.stdin.read()"], env=environment | {"PYTHONPATH": path},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert agent.stdout
     assert agent.stdout.readline() == "kept\n"

@@ -130,7 +130,7 @@ def test_histogram_loses_documents(folder: Path, tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main([str(folder), "--histgram", "lengths.png"])
     assert capsys.readouterr().err.startswith(
-        "error: unrecognized arguments: --histgram lengths.png (did you mean --histogram?)"
+        "error: unrecognized arguments: --histgram lengths.png: did you mean --histogram?"
     )
 
 
