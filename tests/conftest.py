@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -46,6 +47,18 @@ def s3_server() -> Iterator[str]:
     running.stop()
 
 
+PATIENCE = 240.0
+"""Seconds that a test waits for what has to come: it only bounds a failure, so that a busy machine fails none."""
+
+
+def until(condition: Callable[[], object], otherwise: str = "waited in vain") -> None:
+    """Wait for `condition`."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.01)
+
+
 def environment(**more: str) -> dict[str, str]:
     """One CPU thread, as nodes that share a machine have: bit for bit the same needs the same."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
@@ -58,7 +71,7 @@ def elastic_gpt(*words: object, code: int = 0, **more: str) -> subprocess.Comple
         capture_output=True,
         text=True,
         env=environment(**more),
-        timeout=240,
+        timeout=2 * PATIENCE,
         check=False,
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -28,7 +28,7 @@ from elastic_gpt.jobs.spec import JobSpec
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.elasticjob_operator import Operator
 from tests.cluster.kubelet import Kubelet
-from tests.conftest import elastic_gpt, environment, events, metrics
+from tests.conftest import PATIENCE, elastic_gpt, environment, events, metrics
 
 HERE = Path(__file__).parent
 CRD = Path(
@@ -63,7 +63,7 @@ class Cluster:
 
     def kubectl(self, *words: object, text: str | None = None) -> str:
         command = ["kubectl", "--kubeconfig", str(self.kubeconfig), *map(str, words)]
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -113,7 +113,7 @@ class Job:
             capture_output=True,
             text=True,
             env=environment(KUBECONFIG=str(self.cluster.kubeconfig)),
-            timeout=240,
+            timeout=2 * PATIENCE,
             check=False,
         )
         said = done.stdout + done.stderr
@@ -164,31 +164,31 @@ class Job:
         """Workers in the newest step."""
         return metrics(self.run)[-1]["world_size"] if metrics(self.run) else 0
 
-    def wait(self, what: str, holds: Callable[[], bool], seconds: float = 90, gone: bool = False) -> None:
+    def wait(self, what: str, holds: Callable[[], bool], gone: bool = False) -> None:
         """Until `holds`. `gone`: the job itself may be."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             with contextlib.suppress(client.ApiException):
                 if holds():
                     return
                 assert gone or self.phase() != "Failed", self.story()
             time.sleep(0.2)
-        raise AssertionError(f"{what}: not within {seconds:.0f} s\n{self.story()}")
+        raise AssertionError(f"{what}: not within {PATIENCE:.0f} s\n{self.story()}")
 
-    def wait_world(self, size: int, seconds: float = 90) -> None:
-        self.wait(f"a world of {size}", lambda: self.world() == size, seconds)
+    def wait_world(self, size: int) -> None:
+        self.wait(f"a world of {size}", lambda: self.world() == size)
 
-    def wait_life(self, seconds: float = 90) -> None:
+    def wait_life(self) -> None:
         """Until a new world has done its first step."""
         lives = len(events(self.run, "recovered"))
-        self.wait("a new world", lambda: len(events(self.run, "recovered")) > lives, seconds)
+        self.wait("a new world", lambda: len(events(self.run, "recovered")) > lives)
 
-    def wait_steps(self, more: int, seconds: float = 90) -> None:
+    def wait_steps(self, more: int) -> None:
         goal = self.step() + more
-        self.wait(f"step {goal}", lambda: self.step() >= goal, seconds)
+        self.wait(f"step {goal}", lambda: self.step() >= goal)
 
-    def finish(self, seconds: float = 180) -> None:
-        self.wait("Succeeded", lambda: self.phase() == "Succeeded", seconds)
+    def finish(self) -> None:
+        self.wait("Succeeded", lambda: self.phase() == "Succeeded")
 
     def story(self) -> str:
         """For a test that fails: the pods, and the end of what each of them said."""
@@ -206,7 +206,7 @@ class Job:
         with contextlib.suppress(client.ApiException):
             self.cluster.core.delete_namespace(self.spec.namespace)
         self.cluster.core.delete_persistent_volume(f"{self.spec.namespace}-{self.spec.volume}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and self.cluster.core.list_namespaced_pod(self.spec.namespace).items:
             time.sleep(0.2)
 
@@ -232,19 +232,19 @@ class Terminal:
             while piece := os.read(self._screen, 65536):
                 self.seen += decoder.decode(piece)
 
-    def expect(self, pattern: str, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
+    def expect(self, pattern: str) -> None:
+        deadline = time.monotonic() + PATIENCE
         while not (match := re.compile(pattern, re.DOTALL).search(self.seen, self._read)):
-            assert time.monotonic() < deadline, f"no '{pattern}' within {seconds:.0f} s:\n{self.seen}"
+            assert time.monotonic() < deadline, f"no '{pattern}' within {PATIENCE:.0f} s:\n{self.seen}"
             time.sleep(0.05)
         self._read = match.end()
 
     def type(self, keys: str) -> None:
         os.write(self._screen, keys.encode())
 
-    def end(self, seconds: float = 60) -> int:
+    def end(self) -> int:
         """Wait for the command's end; returns its exit code."""
-        code = self._process.wait(seconds)
+        code = self._process.wait(PATIENCE)
         self._thread.join(10)
         os.close(self._screen)
         return code

@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
+from tests.conftest import PATIENCE
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -140,7 +142,7 @@ class ControlPlane:
 
     def _wait(self) -> None:
         context = ssl.create_default_context(cafile=str(self.ca))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if (code := self._processes[-1].poll()) is not None:
                 log = (self._folder / "kube-apiserver.log").read_text()[-2000:]
@@ -152,7 +154,7 @@ class ControlPlane:
                 self._get("/api/v1/namespaces/default", context)
                 return
             time.sleep(0.2)
-        raise RuntimeError("kube-apiserver is not ready after 60 s")
+        raise RuntimeError(f"kube-apiserver is not ready after {PATIENCE:.0f} s")
 
     def _get(self, path: str, context: ssl.SSLContext) -> dict:
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {self.token}"})

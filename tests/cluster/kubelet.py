@@ -171,8 +171,7 @@ class Pod:
         self.silent = False
         self._terminating = threading.Event()
         self._deleted, self._ended = False, threading.Event()
-        self._shot = False  # SIGKILL was sent
-        self._killed = threading.Event()
+        self.killed = False  # SIGKILL was sent
         self._process: subprocess.Popen[bytes] | None = None
         self._terminal: int | None = None  # our side of it
         self._watchers: list[socket.socket] = []  # who is attached
@@ -210,12 +209,11 @@ class Pod:
 
     def kill(self) -> None:
         self._terminating.set()
-        self._killed.set()
         self.signal(signal.SIGKILL)
 
     def signal(self, number: int) -> None:
         """To the container's first process; its end is the end of all in it."""
-        self._shot = self._shot or number == signal.SIGKILL
+        self.killed = self.killed or number == signal.SIGKILL
         with contextlib.suppress(ProcessLookupError, IndexError):
             os.kill(self.pids()[0], number)
 
@@ -299,10 +297,10 @@ class Pod:
         self._states[name] = {"running": {"startedAt": _now()}}
         self._report(phase)
         if self._terminating.is_set():
-            self.signal(signal.SIGKILL if self._killed.is_set() else signal.SIGTERM)
+            self.signal(signal.SIGKILL if self.killed else signal.SIGTERM)
         code = self._process.wait()
         writer.join(10)
-        if self._shot or code < 0:  # unshare 2.38 says 1 where its child was killed
+        if self.killed or code < 0:  # unshare 2.38 says 1 where its child was killed
             code = 128 + signal.SIGKILL
         reason = "Completed" if code == 0 else "Error"
         self._states[name] = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": _now()}}

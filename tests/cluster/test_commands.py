@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.cluster.conftest import HERE, IMAGE, SHORT, TRAINING, Job
-from tests.conftest import events, metrics
+from tests.conftest import PATIENCE, events, metrics
 
 Make = Callable[..., Job]
 EXAMPLES = HERE.parents[1] / "examples" / "elasticjob"
@@ -54,7 +54,7 @@ def test_from_submit_to_delete(make_job: Make, tmp_path: Path) -> None:
 
     # Deleted and submitted again, it goes on where it was.
     assert "volume elastic-gpt stays" in job.command("delete", "gpt")
-    job.wait("no pods", lambda: not job.pods() and not job.pods("dlrover-master"), 20, gone=True)
+    job.wait("no pods", lambda: not job.pods() and not job.pods("dlrover-master"), gone=True)
     submit(job, "--text", text, steps=SHORT + 50)
     job.command("wait", "gpt")
     assert len(metrics(job.run)) == SHORT + 50
@@ -76,7 +76,7 @@ def talk(job: Job, **more: str) -> None:
     terminal.type("exit\r" if more else "\x04")
     assert terminal.end() == 0
     pods = lambda: job.cluster.kubectl("get", "pods", "-n", job.spec.namespace)  # noqa: E731
-    job.wait("no prompt pod", lambda: "gpt-prompt" not in pods(), 20)
+    job.wait("no prompt pod", lambda: "gpt-prompt" not in pods())
 
 
 def test_a_text_on_the_volume_and_a_look_at_the_ledger(make_job: Make, tmp_path: Path) -> None:
@@ -87,9 +87,9 @@ def test_a_text_on_the_volume_and_a_look_at_the_ledger(make_job: Make, tmp_path:
         AssertionError
     ):  # a new namespace has no service account for a moment, and refuses the pod
         job.apply(("namespace", "volume", "shell"))
-    job.wait("the service account", lambda: "default" in kubectl("get", "serviceaccounts"), 20, gone=True)
+    job.wait("the service account", lambda: "default" in kubectl("get", "serviceaccounts"), gone=True)
     job.apply(("namespace", "volume", "shell"))
-    kubectl("wait", "--for=condition=Ready", "pod/gpt-shell")
+    kubectl("wait", "--for=condition=Ready", f"--timeout={PATIENCE:.0f}s", "pod/gpt-shell")
     kubectl("cp", text, "gpt-shell:/workspace/data.txt")
     submit(job, "--text", "/workspace/data.txt")
     job.command("wait", "gpt")

@@ -15,6 +15,7 @@ import torch
 
 from elastic_gpt.snapshot import LEFT_OVER_SECONDS, Snapshot, SnapshotError, Snapshots
 from elastic_gpt.state import Run
+from tests.conftest import until
 
 
 def always(_life: int, _step: int) -> bool:
@@ -68,9 +69,9 @@ def test_what_a_node_that_is_no_more_held_on_this_machine_is_found_and_then_drop
 
 
 def wait_for(snapshots: Snapshots) -> Snapshot:
-    deadline = time.monotonic() + 10
-    while not (newest := snapshots.newest(always)):
-        assert time.monotonic() < deadline
+    until(lambda: snapshots.newest(always))
+    newest = snapshots.newest(always)
+    assert newest
     return newest
 
 

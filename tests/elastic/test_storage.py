@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from elastic_gpt.checkpoint import CheckpointError, Checkpoints
 from elastic_gpt.storage import LocalStorage, RemoteStorage, Unreachable
-from tests.conftest import TINY, elastic_gpt, environment, metrics
+from tests.conftest import TINY, elastic_gpt, environment, metrics, until
 from tests.elastic.test_checkpoint import Killed, state
 
 
@@ -206,9 +205,7 @@ def test_a_killed_run_resumes_from_s3_and_text_is_generated_from_it(data: Path, 
         stdout=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 180
-        while not Checkpoints(url).steps() and worker.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
+        until(lambda: Checkpoints(url).steps() or worker.poll() is not None)
     finally:
         worker.send_signal(signal.SIGKILL)
         worker.wait()

@@ -7,19 +7,19 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from tests.conftest import PATIENCE
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "elastic_gpt.gradients", "model_zoo.nanogpt.model"])
 
 
-def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `function(world, *args)` on each rank of a new world; returns the results in order of rank."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     queue = CONTEXT.SimpleQueue()
-    processes = [
-        CONTEXT.Process(target=_work, args=(rank, size, port, timeout, queue, function, args)) for rank in range(size)
-    ]
+    processes = [CONTEXT.Process(target=_work, args=(rank, size, port, queue, function, args)) for rank in range(size)]
     for process in processes:
         process.start()
     results = dict(pickle.loads(queue.get()) for _ in processes)
@@ -31,9 +31,7 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     return [results[rank] for rank in range(size)]
 
 
-def _work(
-    rank: int, size: int, port: int, timeout: float, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _work(rank: int, size: int, port: int, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
     import torch
@@ -42,7 +40,7 @@ def _work(
 
     torch.set_num_threads(1)
     try:
-        result = function(join("cpu", timeout), *args)
+        result = function(join("cpu", PATIENCE), *args)
     except Exception as error:
         result = error
     queue.put(

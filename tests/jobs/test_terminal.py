@@ -57,7 +57,6 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> Any:
     os.close(theirs)
 
 
-@pytest.mark.timeout(30)
 def test_keys_go_to_the_pod_one_by_one_and_the_terminal_is_as_before(
     keys: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

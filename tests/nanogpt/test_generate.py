@@ -25,6 +25,7 @@ from model_zoo.nanogpt.generate import _print_stream, load_model, main, text_str
 from model_zoo.nanogpt.model import GPT, GPTConfig
 from prepare.tokenizer import Bytes, Characters, Tokenizer, train_bpe
 from prepare.tokens import Meta, SplitRule
+from tests.conftest import PATIENCE
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz\n"
 ACCENTS = "naïve €😀\n"
@@ -239,7 +240,7 @@ def test_a_terminal_session_streams_and_survives_ctrl_c_in_a_reply_and_leaves_at
     def wait_for(text: str) -> None:
         """Read until `text` comes; forget all up to its end."""
         nonlocal said
-        end = time.monotonic() + 180
+        end = time.monotonic() + PATIENCE
         while text not in said:
             assert select.select([terminal], [], [], end - time.monotonic())[0], said[-500:]
             said += os.read(terminal, 65536).decode()

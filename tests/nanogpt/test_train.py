@@ -27,7 +27,7 @@ from model_zoo.nanogpt import rundir, train
 from model_zoo.nanogpt.config import PRESETS, OptimizerConfig, TrainConfig
 from model_zoo.nanogpt.train import on_its_way
 from prepare.tokens import read_meta
-from tests.conftest import TINY, assert_same_run, elastic_gpt, environment, events, metrics
+from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, events, metrics, until
 from tests.elastic.worlds import run_world
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +57,10 @@ def interrupt(data: Path, run: Path, number: signal.Signals, at: int, *flags: st
     """Train until step `at` is written, then send a signal; returns exit code and output."""
     command = [sys.executable, "-m", "elastic_gpt.cli", "train", *arguments(data, run, *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-    deadline = time.monotonic() + 180
     while len(metrics(run)) < at:
-        assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     return process.returncode, output
 
 
@@ -89,7 +87,7 @@ def test_kill_9_resumes_from_the_snapshot_and_the_run_is_the_same(
     assert_same_run(tmp_path / "run", undisturbed)
     restored = events(tmp_path / "run", "restored")[1]
     assert restored["source"].startswith("snapshot")
-    assert reached - 10 <= restored["step"] <= reached + 1  # at most the steps since the last snapshot
+    assert reached - 20 <= restored["step"] <= reached + 1  # the newest snapshot may have been on its way
 
 
 def test_without_its_snapshot_it_resumes_from_the_checkpoint(data: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -128,15 +126,17 @@ def test_a_volume_that_is_full_for_a_while_costs_nothing(data: Path, tmp_path: P
         )
         while len(metrics(run)) < 150:
             assert process.poll() is None
-        with (volume / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
-            while ballast.write(bytes(4096)) == 4096:
-                pass
-        full_at = len(metrics(run))
-        time.sleep(2.0)  # hundreds of steps
+        full_at = -1
+        with (volume / "ballast").open("wb", buffering=0) as ballast:
+            while len(metrics(run)) > full_at:  # a checkpoint that failed makes room once more
+                full_at = len(metrics(run))
+                with contextlib.suppress(OSError):
+                    while ballast.write(bytes(4096)) == 4096:
+                        pass
+                time.sleep(2.0)  # hundreds of steps
         assert process.poll() is None
-        assert len(metrics(run)) < full_at + 50
         (volume / "ballast").unlink()
-        output = process.communicate(timeout=120)[0]
+        output = process.communicate(timeout=PATIENCE)[0]
         assert process.returncode == 0, output
         assert "training goes on, make room" in output
         elastic_gpt("train", *arguments(data, tmp_path / "undisturbed", *flags))
@@ -151,7 +151,7 @@ def test_torchrun_with_two_workers_is_the_same_run(data: Path, undisturbed: Path
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
             *(str(ROOT / "model_zoo/nanogpt/train.py"), *arguments(data, tmp_path / "run")),
         ],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment(GLOO_SOCKET_IFNAME="lo"), check=False,
+        capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, env=environment(GLOO_SOCKET_IFNAME="lo"), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", undisturbed)
@@ -293,15 +293,12 @@ def test_a_failed_checkpoint_is_told_once_and_made_up_for_at_the_next_snapshot(d
         assert any("could not be written" in line for line in worker.stdout)
         time.sleep(0.2)  # it is tried again
         (run / "checkpoints").unlink()
-        deadline = time.monotonic() + 180
-        while not events(run, "saved"):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: events(run, "saved"))
     finally:
         worker.kill()
     worker.wait()
     saved = events(run, "saved")[0]
-    assert (500 < saved["step"] < 1000, saved["place"]) == (True, str(run / "checkpoints"))
+    assert (saved["step"] % 500 != 0, saved["place"]) == (True, str(run / "checkpoints"))
     assert len(events(run, "save_failed")) == 1
 
 
@@ -319,32 +316,31 @@ import os, signal, sys, time
 from elastic_gpt.checkpoint import Checkpoints
 from elastic_gpt.gradients import Gradients
 from model_zoo.nanogpt import train
+from elastic_gpt.world import Signals
 reduce, asked = Gradients.reduce, []
 
 def slow_reduce(self, *stops):
     if not asked:
-        asked.append(time.monotonic())
+        asked.append(True)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(4)  # a long step
+        Signals.waited = 1e6  # a step of 11 days
         stops = (True, True)
     return reduce(self, *stops)
 
 def say(self, text):
     if "NOT saved" in text:
-        print("waited", time.monotonic() - asked[0], flush=True)
-        os._exit(0)
+        os._exit(77)
 
-Gradients.reduce, Checkpoints._write = slow_reduce, lambda *_: time.sleep(60)
+Gradients.reduce, Checkpoints._write = slow_reduce, lambda *_: time.sleep(1e6)
 train.ConsoleObserver.on_message = say
 train.main(sys.argv[1:])
 """
 
 
 def test_the_grace_time_runs_from_the_signal_on(data: Path, tmp_path: Path) -> None:
-    words = arguments(data, tmp_path / "run", "--elastic.grace-seconds=6")
-    done = subprocess.run([sys.executable, "-c", SLOW, *words], capture_output=True, text=True, timeout=120,
-                          env=environment(), check=False)  # fmt: skip
-    assert 6.0 <= float(done.stdout.split("waited ")[1]) < 9.0  # of 10, if it ran from the end of the step on
+    words = arguments(data, tmp_path / "run", "--elastic.grace-seconds=1000000")
+    done = subprocess.run([sys.executable, "-c", SLOW, *words], timeout=PATIENCE, env=environment(), check=False)
+    assert done.returncode == 77  # it waits for storage no longer
 
 
 def test_other_data_under_the_same_run_is_refused(undisturbed: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from prepare import prepare as room
 from prepare.encoder import Chunk, Coded, Part
 from prepare.journal import STAGE, Changed, Journal
 from prepare.tokens import DataError, open_split, read_meta
+from tests.conftest import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "prepare" / "prepare.py"
@@ -133,14 +134,19 @@ def test_workers_outlive_their_parent(tmp_path: Path) -> None:
         time.sleep(0.01)
     run.kill()
     run.wait()
-    for _ in range(100):
+
+    def gone() -> bool:
         try:
             os.killpg(run.pid, 0)
         except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGKILL)
-    pytest.fail("processes are left after ten seconds")
+            return True
+        return False
+
+    try:
+        until(gone, "processes are left")
+    finally:
+        if not gone():
+            os.killpg(run.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -160,7 +166,7 @@ def test_signal_harms_the_old_data_or_is_not_explained(
         assert run.poll() is None
         time.sleep(0.01)
     os.killpg(run.pid, sent) if sent == signal.SIGINT else run.send_signal(sent)  # a terminal tells the workers too
-    rest = run.communicate(timeout=60)[1]
+    rest = run.communicate(timeout=PATIENCE)[1]
     assert run.returncode == status
     assert rest.splitlines()[-1] == "prepare.py: stopped; the same command goes on from here"
     assert "Traceback" not in rest
@@ -184,7 +190,9 @@ def test_ctrl_c_while_the_workers_start_prints_their_tracebacks(tmp_path: Path) 
         assert run.poll() is None
     time.sleep(0.1)  # it imports now
     os.killpg(run.pid, signal.SIGINT)
-    assert run.communicate(timeout=60)[1].splitlines()[2:] == ["prepare.py: stopped; nothing half-written is left"]
+    assert run.communicate(timeout=PATIENCE)[1].splitlines()[2:] == [
+        "prepare.py: stopped; nothing half-written is left"
+    ]
     assert run.returncode == 130
 
 
