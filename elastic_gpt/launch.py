@@ -114,6 +114,8 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int, net
     if launcher:  # a node of LocalJob leaves nothing behind when that is killed
         die_with_parent(int(launcher))
     worker = _standby(command)  # imports while this process does
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup, whose work torchelastic would undo
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     from dlrover.trainer.torch import elastic_run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -284,7 +286,9 @@ def run_local(command: Sequence[str], *, nodes: int, least: int, most: int, work
     def ask(number: int, _frame: Any) -> None:
         asked.append(number)
 
-    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    handlers = {number: signal.signal(number, ask) for number in heard}
     try:
         with job:
             for _ in range(nodes):

@@ -20,7 +20,7 @@ import traceback
 from typing import Any
 
 LENGTH = 8  # bytes in front of each message
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # passed on to workers
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # passed on to workers
 DEATHS, WITHIN = 3, 60.0  # so many of a node's standbys killed in so many seconds: it cannot have one
 
 
@@ -100,8 +100,8 @@ def serve(descriptor: int, modules: list[str], agent: int) -> None:
     import select
 
     listener = socket.socket(fileno=descriptor)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # meant for the workers, who get them from their clients
+    # They are meant for the workers, who get them from their clients; a terminal sends them to all of us.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     from elastic_gpt.processes import die_with_parent
 
@@ -123,7 +123,7 @@ def serve(descriptor: int, modules: list[str], agent: int) -> None:
                 if not _same_user(connection):
                     connection.close()
                 else:
-                    worker = _fork(connection, listener, room)
+                    worker = _fork(connection, listener, room, before)
                     ended = os.pidfd_open(worker)
                     workers[ended], clients[connection.fileno()] = (worker, connection), worker
                     events.register(connection, 0)  # its end is told in any case
@@ -149,7 +149,7 @@ def _same_user(connection: socket.socket) -> bool:
     return bool(struct.unpack("3i", credentials)[1] == os.getuid())
 
 
-def _fork(connection: socket.socket, listener: socket.socket, room: Any) -> int:
+def _fork(connection: socket.socket, listener: socket.socket, room: Any, handlers: dict[signal.Signals, Any]) -> int:
     """Fork a worker for the client at the other end of `connection`; returns its process id in the standby."""
     from elastic_gpt.processes import die_with_parent
 
@@ -162,8 +162,8 @@ def _fork(connection: socket.socket, listener: socket.socket, room: Any) -> int:
         listener.close()
         try:
             request, streams = receive(connection)
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+            for number, handler in handlers.items():  # nohup's SIGHUP is ignored here, too
+                signal.signal(number, handler)
             send(connection, {"worker": os.getpid()})  # from here on the client passes signals on
         except (EOFError, ConnectionError):  # it is gone
             os._exit(1)
@@ -216,7 +216,8 @@ def work(name: str, command: list[str]) -> int:
                 os.kill(worker, number)
 
         for number in SIGNALS:
-            signal.signal(number, pass_on)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, pass_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = int(receive(connection)[0]["code"])
     except (EOFError, ConnectionError):

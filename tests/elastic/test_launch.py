@@ -85,6 +85,29 @@ def test_a_node_that_is_asked_to_leave_does_not_wait_for_a_master_that_has_gone(
     assert events(run, "stopped")
 
 
+def test_a_terminal_that_closes_over_a_node_costs_no_step_and_nohup_keeps_it(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*ARGUMENTS, "--steps=100000", "--checkpoint.interval=100000", "--data.dir", str(data), "--run-dir"]
+    with LocalJob(["train", *arguments, str(run)], least=1, most=1, threads=1) as job:
+        node = job.add_node()
+        wait(job, lambda: len(metrics(run)) >= 10)
+        os.killpg(job.nodes[node].pid, signal.SIGHUP)  # agent, standby, worker: all that the terminal started
+        assert job.nodes[node].wait(PATIENCE) == 0
+    done = metrics(run)[-1]["step"]
+    assert [event["step"] for event in events(run, "saved")] == [done]
+
+    command = [sys.executable, "-m", "elastic_gpt.cli", "launch", "--nodes=1", "--", "train", *arguments, str(run)]
+    launch = subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    until(lambda: len(metrics(run)) >= done + 10)
+    for process in processes_of(str(run)):
+        os.kill(int(process.split()[0]), signal.SIGHUP)
+    reached = len(metrics(run))
+    until(lambda: len(metrics(run)) >= reached + 100 or launch.poll() is not None)
+    launch.send_signal(signal.SIGINT)
+    assert launch.wait(PATIENCE) == 130
+    assert len(events(run, "restored")) == 2  # the same worker all the time
+
+
 def test_a_run_through_kills_a_preemption_and_a_join_is_the_undisturbed_run(data: Path, tmp_path: Path) -> None:
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     arguments = [*ARGUMENTS, "--data.dir", str(data)]

@@ -121,6 +121,32 @@ def test_signals_reach_the_worker(name: str, tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+def test_a_terminal_that_closes_ends_the_worker_and_not_the_standby(
+    running: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    name, server = running
+    process, _ = waiting(name, tmp_path)
+    for told in (server, process):
+        told.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=PATIENCE) == -signal.SIGHUP  # the room has no handler for it
+    assert client(name, tmp_path, "go", "0").wait(timeout=PATIENCE) == 0
+    assert server.poll() is None
+
+
+def test_under_nohup_nobody_minds_a_terminal_that_closes(tmp_path: Path) -> None:
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with standby_of(tmp_path) as (name, server):
+            process, worker = waiting(name, tmp_path)
+            for told in (server.pid, process.pid, worker):
+                os.kill(told, signal.SIGHUP)
+            process.send_signal(signal.SIGUSR1)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=PATIENCE) == 0
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
 def test_a_killed_client_takes_its_worker_along(name: str, tmp_path: Path) -> None:
     process, worker = waiting(name, tmp_path)
     assert alive(worker)
