@@ -159,17 +159,21 @@ class Drill:
     def any_node(self) -> int:
         return self.dice.choice(self.job.running())
 
+    def cost(self) -> int:
+        """Steps that the death of a node's worker may cost. Others finish the snapshot of which it was writing its copy."""
+        return SNAPSHOT_INTERVAL * (1 if len(self.job.running()) > 1 else 2)
+
     def kill_worker(self) -> tuple[int | None, int]:
         node = self.any_node()
         for worker in self.job.workers_of(node):
             os.kill(worker, signal.SIGKILL)
-        return node, SNAPSHOT_INTERVAL
+        return node, self.cost()
 
     def kill_standby(self) -> tuple[int | None, int]:
         standbys = {node: self.job.standby_of(node) for node in self.job.running()}
         node = self.dice.choice([node for node, standby in standbys.items() if standby])
         os.kill(standbys[node] or 0, signal.SIGKILL)
-        return node, SNAPSHOT_INTERVAL
+        return node, self.cost()
 
     def kill_agent(self) -> tuple[int | None, int]:
         node = self.any_node()

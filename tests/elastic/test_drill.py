@@ -129,11 +129,14 @@ def test_an_event_is_over_when_all_nodes_are_in_and_answers_for_each_restart(pre
     job.alive = ["a", "b"]
     threading.Thread(target=later).start()
     second = pretended.drill.do("kill -9 of a worker")
-    one, both = (event["time"] - second.time for event in job.ledger.events() if event["event"] == "restored")
+    *_, one, both = (event["time"] - second.time for event in job.ledger.events() if event["event"] == "restored")
     assert one < second.seconds < both < time.time() - second.time
     charge([first, second], job.ledger.events())
     assert [first.dropped, second.dropped] == [80, 100]
     assert second.parts == dict.fromkeys(PARTS, 0.1)
+    assert second.allowed == 10
+    job.alive = ["a"]
+    assert pretended.drill.kill_worker() == (0, 20)  # with nobody to finish the newest snapshot
 
 
 def test_a_restart_before_any_event_is_nobodys() -> None:

@@ -143,7 +143,7 @@ def test_a_run_through_kills_a_preemption_and_a_join_is_the_undisturbed_run(data
     (created,) = events(run, "created")
     assert not (shared_memory() / created["run_id"]).exists()
     restored = events(run, "restored")
-    assert all(event["dropped"] <= 20 for event in restored)  # the newest snapshot may have been on its way
+    assert all(event["dropped"] <= 10 for event in restored)  # since the last snapshot, which survivors finish
     assert all(event["source"].startswith("snapshot of node") for event in restored[1:])  # never by way of storage
     assert job.node_name(0) in [event["node"] for event in events(run, "lost")]
     (left,) = events(run, "left")
@@ -265,5 +265,5 @@ def test_ctrl_c_in_the_middle_of_a_change_loses_no_more_than_the_kill_did(data: 
     reached = len(metrics(run))
     elastic_gpt("launch", "--nodes=1", "--", "train", *arguments, f"--steps={reached + 20}")
     restored = events(run, "restored")[-1]
-    assert restored["step"] >= reached - 20  # the snapshots outlived their nodes
+    assert restored["step"] >= reached - 10  # the snapshots outlived their nodes
     assert [line["step"] for line in metrics(run)] == list(range(1, reached + 21))
