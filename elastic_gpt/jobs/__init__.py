@@ -5,8 +5,11 @@ manifest.py  JobSpec -> plain dicts, by pure functions
 render.py    plain dicts -> YAML with notes
 client.py    the API server (the only user of the `kubernetes` package)
 state.py     what the API server told -> what became of a job, in words
-actions.py   submit, scale, suspend, wait, logs, delete ...
+looks.py     looking at a job, once or again and again
+actions.py   submit, scale, suspend, resume, wait, delete
+prompt.py    talking to its model (terminal.py: without kubectl)
 watch.py     the live table
+logs.py      what its pods write
 doctor.py    what a cluster lacks
 commands.py  the command line
 """

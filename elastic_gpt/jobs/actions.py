@@ -1,10 +1,7 @@
 """What can be done with a job. Each action ends with an exit code, says what it did, and can be repeated after a failure."""
 
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from elastic_gpt.jobs import manifest, state
@@ -15,23 +12,13 @@ from elastic_gpt.jobs.client import (
     ExistsError,
     ForbiddenError,
     NotFoundError,
-    UnreachableError,
 )
-from elastic_gpt.jobs.manifest import JOB_LABEL, Tree
+from elastic_gpt.jobs.looks import Told, fetch, late, looks, read, say, tails
+from elastic_gpt.jobs.manifest import Tree
 from elastic_gpt.jobs.spec import JobSpec
-from elastic_gpt.jobs.state import JobState
-from elastic_gpt.settings import nearest
 
-POLL_SECONDS = 1.0
-ALONE_SECONDS = (
-    15.0  # a suspended job's pods that are still there after this, with no master to remove them, are ours to remove
-)
-FIRST_NODES = 4
-TIMED_OUT = 124  # the exit code of timeout(1)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
+# A suspended job's pods that are still there after this, with no master to remove them, are ours to remove.
+ALONE_SECONDS = 15.0
 
 
 def submit(cluster: Cluster, spec: JobSpec, *, dry_run: bool) -> int:
@@ -104,73 +91,6 @@ def covers(there: Any, wanted: Any) -> bool:
     return bool(there == wanted)
 
 
-def fetch(cluster: Cluster, name: str) -> Tree:
-    """The ElasticJob. Raises NotFoundError with the nearest name there is."""
-    job = cluster.find("ElasticJob", name)
-    if job is None:
-        names = [one["metadata"]["name"] for one in cluster.select("ElasticJob")]
-        near = nearest(name, names) if names else ": there is none here; `elastic-gpt job list -A` looks everywhere"
-        raise NotFoundError(f"no job '{name}' in namespace {cluster.namespace}{near}")
-    return job
-
-
-def read(cluster: Cluster, name: str, job: Tree | None = None) -> JobState:
-    job = job or fetch(cluster, name)
-    pods = {pod["metadata"]["name"]: pod for label in (state.JOB_NAME, JOB_LABEL)
-            for pod in cluster.select("Pod", labels=f"{label}={name}")}  # fmt: skip
-    return state.job_state(job, pods.values())
-
-
-def tails(cluster: Cluster, job: JobState, lines: int = 60) -> dict[str, list[str]]:
-    """The ends of the logs of nodes that run, or ran last; one of them is the first worker's, which tells of the world.
-
-    DLRover gives ranks in the order of the nodes', so those of the lowest are enough. A log that cannot be read just now is
-    left out.
-    """
-    found = {}
-    running = [node for node in job.nodes if node.phase == "Running"]
-    for node in (running or [node for node in job.nodes if node.phase in state.ENDED])[:FIRST_NODES]:
-        try:
-            found[node.name] = cluster.log(node.name, tail=lines)
-        except ForbiddenError:
-            raise
-        except ClusterError:
-            continue
-    return found
-
-
-def looks(cluster: Cluster, name: str, seconds: float | None) -> Iterator[JobState]:
-    """The job's state again and again, until the time is over. A server that is away for a while is waited for."""
-    end = None if seconds is None else time.monotonic() + seconds
-    away = False
-    while True:
-        try:
-            now = read(cluster, name)
-            away = False
-        except UnreachableError as error:
-            if not away:
-                say(f"{error} Trying on.")
-            away = True
-        else:
-            yield now
-        if end is not None and time.monotonic() >= end:
-            return
-        time.sleep(POLL_SECONDS)
-
-
-class Told:
-    """Says what is new, once."""
-
-    def __init__(self) -> None:
-        self.said: set[str] = set()
-
-    def __call__(self, lines: list[str]) -> None:
-        for line in lines:
-            if line not in self.said:
-                say(line)
-        self.said = set(lines)
-
-
 def wait(cluster: Cluster, name: str, *, timeout: float | None) -> int:
     """Until the job has ended: 0 Succeeded, 1 Failed, 124 when the time is over."""
     tell = Told()
@@ -178,12 +98,7 @@ def wait(cluster: Cluster, name: str, *, timeout: float | None) -> int:
         tell([f"{name}: {now.headline()}", *now.troubles()])
         if now.ended:
             return 0 if now.phase == "Succeeded" else 1
-    return _late(name, timeout, " has not ended")
-
-
-def _late(name: str, timeout: float | None, what: str) -> int:
-    print(f"error: {name}{what} after {timeout:g} s; `elastic-gpt job status {name}` tells more", file=sys.stderr)
-    return TIMED_OUT
+    return late(name, timeout, " has not ended")
 
 
 def scale(cluster: Cluster, name: str, nodes: int, *, timeout: float, wait: bool) -> int:
@@ -220,7 +135,7 @@ def until_world(cluster: Cluster, name: str, *, timeout: float) -> int:
             return 0
         forming = ["the nodes run; their world is being formed"] if now.running == now.wanted else []
         tell([f"{now.running} of {now.wanted} nodes run", *now.troubles(), *gone, *forming])
-    return _late(name, timeout, " has not the nodes it was asked for")
+    return late(name, timeout, " has not the nodes it was asked for")
 
 
 def workers(job: Tree) -> int:
@@ -256,7 +171,7 @@ def suspend(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
             for node in left:
                 if node.phase != "Leaving" and cluster.delete("Pod", node.name):
                     say(f"{node.name}: deleted, for no master runs that would")
-    return _late(name, timeout, " still has nodes")
+    return late(name, timeout, " still has nodes")
 
 
 def resume(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
@@ -297,85 +212,3 @@ def claim_of(job: Tree) -> str:
     return next(
         (str(one["persistentVolumeClaim"]["claimName"]) for one in volumes if "persistentVolumeClaim" in one), ""
     )
-
-
-def prompt_pod(job: Tree) -> Tree:
-    """The pod in which one talks to the model of an ElasticJob."""
-    pod = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]
-    main = pod["containers"][0]
-    words = main.get("args", [])
-    if "train" not in words:
-        raise ClusterError(f"{job['metadata']['name']} does not run `elastic-gpt train`: there is no model to talk to")
-    preset, *arguments = words[words.index("train") + 1 :]
-    run = next((word.partition("=")[2] for word in arguments if word.startswith("--run-dir=")), "")
-    spec = JobSpec(
-        name=job["metadata"]["name"],
-        namespace=job["metadata"]["namespace"],
-        image=main["image"],
-        preset=preset,
-        arguments=tuple(arguments),
-        volume=claim_of(job),
-        pull_secret=next((one["name"] for one in pod.get("imagePullSecrets", [])), ""),
-    )
-    [tree] = manifest.prompt(spec)
-    tree["spec"]["containers"][0]["args"][-1] = run or spec.run_dir
-    return tree
-
-
-def prompt(cluster: Cluster, name: str, *, timeout: float, terminal: Callable[[Cluster, str], int]) -> int:
-    """Start the prompt pod, wait for it, and hand it to `terminal`. The pod goes when the person leaves."""
-    tree = prompt_pod(fetch(cluster, name))
-    pod = tree["metadata"]["name"]
-    there = cluster.find("Pod", pod)
-    if there and there.get("status", {}).get("phase") in state.ENDED:
-        cluster.delete("Pod", pod)
-        there = None
-        _until_gone(cluster, pod, timeout)
-    if not there:
-        cluster.create(tree)
-    tell, end = Told(), time.monotonic() + timeout
-    while time.monotonic() < end:
-        now = cluster.get("Pod", pod)
-        phase = now.get("status", {}).get("phase")
-        if phase == "Running":
-            code = terminal(cluster, pod)
-            cluster.delete("Pod", pod)
-            return code
-        if phase in state.ENDED:
-            for entry in cluster.log(pod, tail=5):
-                say(entry.partition(" ")[2])
-            raise ClusterError(f"pod {pod} has ended before anything was asked; its last lines are above")
-        trouble = state.pod_trouble(now)
-        tell([f"{pod}: Pending{f': {trouble}' if trouble else ''}", *_warnings(cluster, pod)])
-        time.sleep(POLL_SECONDS)
-    return _late(name, timeout, "'s prompt pod does not run")
-
-
-def _until_gone(cluster: Cluster, pod: str, timeout: float) -> None:
-    end = time.monotonic() + timeout
-    while cluster.find("Pod", pod) and time.monotonic() < end:
-        time.sleep(POLL_SECONDS)
-
-
-def _warnings(cluster: Cluster, pod: str) -> list[str]:
-    found = state.job_events(pod, "", cluster.select("Event"))
-    return [f"{pod}: {one.reason}: {one.message}" for one in found if one.warning]
-
-
-def attach(cluster: Cluster, pod: str) -> int:
-    """This terminal becomes the pod's: through kubectl where there is one, else over the API itself."""
-    say("the prompt appears when the model is loaded; `exit` leaves")
-    if kubectl := shutil.which("kubectl"):
-        command = [
-            kubectl,
-            "--namespace",
-            cluster.namespace,
-            *cluster.kubectl_flags,
-            "attach",
-            pod,
-            "--container=prompt",
-        ]
-        return subprocess.run([*command, "-it" if sys.stdin.isatty() else "-i"], check=False).returncode
-    from elastic_gpt.jobs.terminal import pass_through
-
-    return pass_through(cluster.attach(pod, "prompt"))

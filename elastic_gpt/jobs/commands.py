@@ -225,7 +225,7 @@ def _show(spec: JobSpec) -> int:
 def _with_cluster(args: argparse.Namespace, trailing: tuple[str, ...]) -> int:
     # The kubernetes package takes half a second to import; --help and render do without it.
     try:
-        from elastic_gpt.jobs import actions, doctor, logs, watch
+        from elastic_gpt.jobs import actions, doctor, logs, prompt, watch
         from elastic_gpt.jobs.client import Cluster
     except ModuleNotFoundError as error:
         raise ValueError(f"no package {error.name}: pip install 'elastic-gpt[kubernetes]'") from error
@@ -253,7 +253,7 @@ def _with_cluster(args: argparse.Namespace, trailing: tuple[str, ...]) -> int:
         case "wait":
             return actions.wait(cluster, args.name, timeout=args.timeout)
         case "prompt":
-            return actions.prompt(cluster, args.name, timeout=args.timeout, terminal=actions.attach)
+            return prompt.prompt(cluster, args.name, timeout=args.timeout, terminal=prompt.attach)
         case "delete":
             return actions.delete(cluster, args.name, volume=args.volume)
         case _:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from elastic_gpt.jobs import actions, manifest, state
+from elastic_gpt.jobs import looks, manifest, state
 from elastic_gpt.jobs.client import INSTALL_DEFINITION, INSTALL_OPERATOR, Cluster, ClusterError, UnknownKindError
 from elastic_gpt.jobs.manifest import Tree
 
@@ -62,14 +62,14 @@ class Finding:
 def doctor(cluster: Cluster, *, volume: str) -> int:
     """Print what is there and what is not. Exit code 1 if something is missing."""
     findings = [Finding("server", True, f"{cluster.server}, Kubernetes {cluster.version()}")]
-    actions.say(str(findings[0]))
+    looks.say(str(findings[0]))
     for check in (_definition, _operator, _namespace, _rights, _volume, _gpus, _images):
         try:
             found = list(check(cluster, volume))
         except ClusterError as error:
             found = [Finding(check.__name__.strip("_"), None, str(error).partition(";")[0])]
         for one in found:
-            actions.say(str(one))
+            looks.say(str(one))
         findings += found
     return int(any(one.well is False for one in findings))
 

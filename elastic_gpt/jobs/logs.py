@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 
-from elastic_gpt.jobs import actions, state
+from elastic_gpt.jobs import looks, state
 from elastic_gpt.jobs.client import Cluster, ClusterError, NotFoundError, UnreachableError
 from elastic_gpt.jobs.state import JobState, Node
 
@@ -17,7 +17,7 @@ def logs(cluster: Cluster, name: str, *, of: str, tail: int | None, follow: bool
     if follow:
         return _follow(cluster, name, of, tail)
     entries = []
-    for node in _pods(actions.read(cluster, name), of):
+    for node in _pods(looks.read(cluster, name), of):
         try:
             entries += [(_time(entry), short(node), entry) for entry in cluster.log(node.name, tail=tail)]
         except NotFoundError:
@@ -27,7 +27,7 @@ def logs(cluster: Cluster, name: str, *, of: str, tail: int | None, follow: bool
     for _, who, entry in sorted(entries, key=lambda entry: entry[0]):
         _print(who, entry)
     if not entries:
-        actions.say(f"{name}: nothing has been written yet; `elastic-gpt job status {name}` tells why")
+        looks.say(f"{name}: nothing has been written yet; `elastic-gpt job status {name}` tells why")
     return 0
 
 
@@ -50,7 +50,7 @@ def _follow(cluster: Cluster, name: str, of: str, tail: int | None) -> int:
         if not ended and time.monotonic() - looked > AGAIN_SECONDS:
             looked = time.monotonic()
             try:
-                job = actions.read(cluster, name)
+                job = looks.read(cluster, name)
             except UnreachableError:
                 continue  # it was there a moment ago
             for node in _pods(job, of):
@@ -66,7 +66,7 @@ def _follow(cluster: Cluster, name: str, of: str, tail: int | None) -> int:
             _print(*lines.get(timeout=0.2))
         except queue.Empty:
             if ended and not any(thread.is_alive() for thread in threads.values()):
-                actions.say(f"{name}: {job.headline()}")
+                looks.say(f"{name}: {job.headline()}")
                 return 0
 
 
@@ -94,4 +94,4 @@ def _time(entry: str) -> str:
 
 
 def _print(who: str, entry: str) -> None:
-    actions.say(f"{who} | {entry.partition(' ')[2]}")
+    looks.say(f"{who} | {entry.partition(' ')[2]}")

@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from elastic_gpt.jobs import actions, state
+from elastic_gpt.jobs import looks, state
 from elastic_gpt.jobs.client import Cluster, ClusterError
 from elastic_gpt.jobs.state import Event, JobState, Progress
 
@@ -30,7 +30,7 @@ def watch(cluster: Cluster, name: str) -> int:
         return _lines(cluster, name)
     job: JobState | None = None
     with Live(console=Console(highlight=False), auto_refresh=False) as live:
-        for job in actions.looks(cluster, name, None):
+        for job in looks.looks(cluster, name, None):
             _, progress, events = look(cluster, name, job)
             live.update(picture(job, progress, events), refresh=True)
             if job.ended:
@@ -39,13 +39,13 @@ def watch(cluster: Cluster, name: str) -> int:
 
 
 def _lines(cluster: Cluster, name: str) -> int:
-    tell, told = actions.Told(), ""
-    for job in actions.looks(cluster, name, None):
+    tell, told = looks.Told(), ""
+    for job in looks.looks(cluster, name, None):
         _, progress, events = look(cluster, name, job)
         tell([job.headline(), *job.troubles(), *(str(event) for event in events if event.warning)])
         if progress and str(progress) != told:
             told = str(progress)
-            actions.say(told)
+            looks.say(told)
         if job.ended:
             return 0 if job.phase == "Succeeded" else 1
     return 1
@@ -53,10 +53,10 @@ def _lines(cluster: Cluster, name: str) -> int:
 
 def look(cluster: Cluster, name: str, job: JobState | None = None) -> tuple[JobState, Progress | None, list[Event]]:
     """All there is to show. What this user may not read, or cannot just now, is left out."""
-    job = job or actions.read(cluster, name)
+    job = job or looks.read(cluster, name)
     progress, events = None, []
     with contextlib.suppress(ClusterError):
-        progress = state.progress(actions.tails(cluster, job))
+        progress = state.progress(looks.tails(cluster, job))
     with contextlib.suppress(ClusterError):
         events = state.job_events(name, "", cluster.select("Event"))[-EVENTS:]
     return job, progress, events
@@ -95,7 +95,7 @@ def jobs(cluster: Cluster, *, everywhere: bool) -> int:
     found = cluster.select("ElasticJob", everywhere=everywhere)
     if not found:
         where = "in this cluster" if everywhere else f"in namespace {cluster.namespace}; -A looks in all"
-        actions.say(f"no jobs {where}; `elastic-gpt job submit` makes one")
+        looks.say(f"no jobs {where}; `elastic-gpt job submit` makes one")
         return 0
     pods = cluster.select("Pod", labels=state.JOB_NAME, everywhere=everywhere)
     table = Table(

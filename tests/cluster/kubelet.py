@@ -171,7 +171,8 @@ class Pod:
         self.silent = False
         self._terminating = threading.Event()
         self._deleted, self._ended = False, threading.Event()
-        self.killed = False  # SIGKILL was sent
+        self.killed = False  # while it ran
+        self._no_grace = False
         self._process: subprocess.Popen[bytes] | None = None
         self._terminal: int | None = None  # our side of it
         self._watchers: list[socket.socket] = []  # who is attached
@@ -208,14 +209,16 @@ class Pod:
         threading.Thread(target=end, daemon=True).start()
 
     def kill(self) -> None:
+        self._no_grace = True
         self._terminating.set()
         self.signal(signal.SIGKILL)
 
     def signal(self, number: int) -> None:
         """To the container's first process; its end is the end of all in it."""
-        self.killed = self.killed or number == signal.SIGKILL
-        with contextlib.suppress(ProcessLookupError, IndexError):
-            os.kill(self.pids()[0], number)
+        if pids := self.pids():
+            self.killed = self.killed or number == signal.SIGKILL
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pids[0], number)
 
     def pids(self) -> list[int]:
         """The container's processes, the first one first."""
@@ -297,7 +300,7 @@ class Pod:
         self._states[name] = {"running": {"startedAt": _now()}}
         self._report(phase)
         if self._terminating.is_set():
-            self.signal(signal.SIGKILL if self.killed else signal.SIGTERM)
+            self.signal(signal.SIGKILL if self._no_grace else signal.SIGTERM)
         code = self._process.wait()
         writer.join(10)
         if self.killed or code < 0:  # unshare 2.38 says 1 where its child was killed

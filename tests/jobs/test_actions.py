@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from elastic_gpt.jobs import actions, client
+from elastic_gpt.jobs import actions, client, looks, prompt
 from elastic_gpt.jobs.manifest import manifests
 from elastic_gpt.jobs.spec import JobSpec
+from tests.conftest import PATIENCE
 from tests.jobs.cluster import StubCluster
 
 Job = Callable[..., int]
@@ -211,7 +212,7 @@ def test_scale_patches_waits_for_the_world_and_says_what_it_waits_for(
         stub.logs["elastic-gpt-edljob-worker-0"].append(entry(9, BATCH.format(workers=3)))
 
     later(start)
-    assert job("scale", "elastic-gpt", "--nodes", 3, "--timeout", 20) == 0
+    assert job("scale", "elastic-gpt", "--nodes", 3, "--timeout", PATIENCE) == 0
     assert tree["spec"]["replicaSpecs"]["worker"]["replicas"] == 3
     told = capsys.readouterr().out
     assert "elastic-gpt-edljob-worker-2: Pending: Unschedulable: Insufficient nvidia.com/gpu" in told
@@ -228,7 +229,7 @@ def test_scale_down_waits_until_the_nodes_are_gone(stub: StubCluster, job: Job, 
         stub.logs["elastic-gpt-edljob-worker-0"].append(entry(9, STEP.format(step=20, workers=1)))
 
     later(go)
-    assert job("scale", "elastic-gpt", "--nodes", 1, "--timeout", 20) == 0
+    assert job("scale", "elastic-gpt", "--nodes", 1, "--timeout", PATIENCE) == 0
     told = capsys.readouterr().out
     assert "elastic-gpt-edljob-worker-1: Leaving" in told
     assert told.strip().endswith("trains on 1 node together, with 1 worker")
@@ -259,7 +260,7 @@ def test_scale_that_finds_no_room_ends_with_124(stub: StubCluster, job: Job, cap
 def test_suspend_waits_until_no_node_is_left_and_resume_goes_on(stub: StubCluster, job: Job, capsys: Output) -> None:
     tree = running(stub)
     later(lambda: [stub.objects.pop(("Pod", "training", f"elastic-gpt-edljob-worker-{rank}")) for rank in range(2)])
-    assert job("suspend", "elastic-gpt", "--timeout", 20) == 0
+    assert job("suspend", "elastic-gpt", "--timeout", PATIENCE) == 0
     assert tree["spec"]["suspend"] is True
     assert "no node is left" in capsys.readouterr().out
     assert job("status", "elastic-gpt") == 0
@@ -271,7 +272,7 @@ def test_suspend_waits_until_no_node_is_left_and_resume_goes_on(stub: StubCluste
         stub.logs["elastic-gpt-edljob-worker-0"] = [entry(30, BATCH.format(workers=2))]
 
     later(come)
-    assert job("resume", "elastic-gpt", "--timeout", 20) == 0
+    assert job("resume", "elastic-gpt", "--timeout", PATIENCE) == 0
     assert tree["spec"]["suspend"] is False
 
 
@@ -281,7 +282,7 @@ def test_suspend_removes_the_nodes_itself_where_no_master_runs(
     monkeypatch.setattr(actions, "ALONE_SECONDS", 0.1)
     running(stub)
     del stub.objects["Pod", "training", "elasticjob-elastic-gpt-dlrover-master-0"]
-    assert job("suspend", "elastic-gpt", "--timeout", 20) == 0
+    assert job("suspend", "elastic-gpt", "--timeout", PATIENCE) == 0
     assert not [key for key in stub.objects if key[0] == "Pod"]
 
 
@@ -306,7 +307,7 @@ def test_waits_exit_code_is_the_jobs(stub: StubCluster, job: Job, phase: str, co
     tree = running(stub)
     condition = {"type": "Failed", "message": "The job master failed with exitcode=1."}
     later(lambda: tree.update(status={"phase": phase, "status": {"conditions": [condition]}}))
-    assert job("wait", "elastic-gpt", "--timeout", 20) == code
+    assert job("wait", "elastic-gpt", "--timeout", PATIENCE) == code
     assert ("exitcode=1" in capsys.readouterr().out) == (phase == "Failed")
     assert job("watch", "elastic-gpt") == code
 
@@ -320,16 +321,16 @@ def test_wait_outlives_a_server_that_is_away(
     stub: StubCluster, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
     tree = running(stub)
-    read, calls = actions.read, []
+    read, calls = looks.read, []
 
     def flaky(*args: Any) -> Any:
         calls.append(1)
         if len(calls) < 3:
-            raise actions.UnreachableError("the server does not answer.")
+            raise client.UnreachableError("the server does not answer.")
         tree["status"] = {"phase": "Succeeded"}
         return read(*args)
 
-    monkeypatch.setattr(actions, "read", flaky)
+    monkeypatch.setattr(looks, "read", flaky)
     assert job("wait", "elastic-gpt") == 0
     assert capsys.readouterr().out.count("Trying on") == 1
 
@@ -396,13 +397,13 @@ def test_prompt_makes_a_pod_with_the_jobs_image_volume_and_run(
         seen.update(stub.get("Pod", pod) or {})
         return 7
 
-    monkeypatch.setattr(actions, "attach", terminal)
+    monkeypatch.setattr(prompt, "attach", terminal)
     later(lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Running"}))  # type: ignore[union-attr]
-    assert job("prompt", "elastic-gpt", "--timeout", 20) == 7
-    [prompt] = seen["spec"]["containers"]
-    assert prompt["image"] == "registry.example.com/gpt:1"
-    assert prompt["args"] == ["elastic-gpt", "generate", "/workspace/elastic-gpt/run"]
-    assert (prompt["stdin"], prompt["tty"]) == (True, True)
+    assert job("prompt", "elastic-gpt", "--timeout", PATIENCE) == 7
+    [made] = seen["spec"]["containers"]
+    assert made["image"] == "registry.example.com/gpt:1"
+    assert made["args"] == ["elastic-gpt", "generate", "/workspace/elastic-gpt/run"]
+    assert (made["stdin"], made["tty"]) == (True, True)
     assert not stub.get("Pod", "elastic-gpt-prompt")  # and it goes with the person
 
 
@@ -410,7 +411,7 @@ def test_prompt_shows_why_the_pod_ended(stub: StubCluster, job: Job, capsys: Out
     running(stub)
     stub.logs["elastic-gpt-prompt"] = [entry(1, "error: no checkpoint in /workspace/elastic-gpt/run yet")]
     later(lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Failed"}))  # type: ignore[union-attr]
-    assert job("prompt", "elastic-gpt", "--timeout", 20) == 2
+    assert job("prompt", "elastic-gpt", "--timeout", PATIENCE) == 2
     output = capsys.readouterr()
     assert "no checkpoint" in output.out
     assert "has ended before anything was asked" in output.err
