@@ -10,10 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
+import hypothesis
 import pytest
 
 # A shell that runs the tests in the background has Ctrl-C ignored, here and in all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples each time, so that a change is blamed for what it did; --hypothesis-profile=default looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 TINY = [
     *("--global-batch=8", "--micro-batch=2", "--model.block-size=32", "--model.n-layer=1", "--model.n-embd=32"),

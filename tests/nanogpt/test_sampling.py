@@ -44,8 +44,9 @@ def test_a_draw_is_among_the_k_likeliest_and_in_the_nucleus(
     drawn = next_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     assert drawn.shape == (2, 1)
     assert drawn.dtype == torch.int64
-    for ids, numbers in zip(drawn.tolist(), logits.double(), strict=True):
-        probabilities = (numbers / temperature).softmax(-1)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # in float32, where near ones become equal
+    for ids, numbers in zip(drawn.tolist(), scaled.double(), strict=True):
+        probabilities = numbers.softmax(-1)
         likelier = probabilities[numbers > numbers[ids[0]]]
         if top_k is not None:
             assert len(likelier) < top_k
