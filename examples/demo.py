@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 
 from elastic_gpt.compare import compare, draw
-from elastic_gpt.drill import Drill
+from elastic_gpt.faults import Faults
 from elastic_gpt.local import LocalJob
 
 DEMO = Path("demo")
@@ -69,16 +69,16 @@ def run(*words: object) -> None:
 
 def elastic(arguments: list[str]) -> None:
     with LocalJob(["train", *arguments], least=1, most=4, threads=1) as job:
-        drill = Drill(job, DEMO / "run", nodes=4, dice=Random(1))
+        faults = Faults(job, DEMO / "run", nodes=4, dice=Random(1))
         for _ in range(3):
             job.add_node()
-        drill.reach(KILL_AT)
+        faults.reach(KILL_AT)
         job.kill(0)
         job.say("[demo] kill -9 of node 0")
-        drill.reach(JOIN_AT)
+        faults.reach(JOIN_AT)
         job.say("[demo] a new node joins")
         job.add_node()
-        drill.reach(STEPS)
+        faults.reach(STEPS)
         while job.running():
             time.sleep(0.1)
 
