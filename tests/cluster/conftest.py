@@ -57,6 +57,7 @@ class Cluster:
 
     def __init__(self, kubeconfig: Path, kubelet: Kubelet, volumes: Path) -> None:
         self.kubeconfig, self.kubelet, self._volumes = kubeconfig, kubelet, volumes
+        self.operator = Operator(config.new_client_from_config(str(kubeconfig)))
         self.api = config.new_client_from_config(str(kubeconfig))
         self.core = client.CoreV1Api(self.api)
         self.custom = client.CustomObjectsApi(self.api)
@@ -286,14 +287,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         )
         stack.callback(kubelet.close)
         made = Cluster(plane.kubeconfig, kubelet, folder / "volumes")
+        stack.callback(made.operator.close)
         made.kubectl("apply", "-f", CRD)
         for _ in range(100):  # until the API server serves them
             with contextlib.suppress(client.ApiException):
                 made.custom.list_cluster_custom_object("elastic.iml.github.io", "v1alpha1", "elasticjobs")
                 break
             time.sleep(0.2)
-        operator = Operator(config.new_client_from_config(str(plane.kubeconfig)))
-        stack.callback(operator.close)
         yield made
 
 

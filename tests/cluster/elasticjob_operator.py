@@ -19,13 +19,13 @@ POLL_SECONDS = 0.3
 
 
 class Operator:
-    """Reconciles the ElasticJobs of all namespaces until closed."""
+    """Reconciles the ElasticJobs of all namespaces until closed; while `away`, none."""
 
     def __init__(self, api: client.ApiClient) -> None:
         self._core, self._custom = client.CoreV1Api(api), client.CustomObjectsApi(api)
         self._failed: dict[str, set[str]] = {}  # job uid to uids of masters that failed or were deleted
         self._seen: dict[str, dict[str, str]] = {}  # job uid to master uid to phase
-        self._stopped = threading.Event()
+        self._stopped, self.away = threading.Event(), False
         threading.Thread(target=self._run, daemon=True).start()
 
     def close(self) -> None:
@@ -35,6 +35,8 @@ class Operator:
         while not self._stopped.wait(POLL_SECONDS):
             with contextlib.suppress(client.ApiException):
                 for job in self._custom.list_cluster_custom_object(GROUP, VERSION, PLURAL)["items"]:
+                    if self.away:
+                        break
                     try:
                         self._reconcile(job)
                     except client.ApiException as error:  # tried again, as controllers do

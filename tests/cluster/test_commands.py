@@ -60,6 +60,11 @@ def test_from_submit_to_delete(make_job: Make, tmp_path: Path) -> None:
     assert len(metrics(job.run)) == SHORT + 50
     assert [event["dropped"] for event in events(job.run, "restored")] == [0, 0]
 
+    claims = lambda: job.cluster.kubectl("get", "pvc", "-n", job.spec.namespace)  # noqa: E731
+    assert "elastic-gpt" in claims()
+    assert "persistentvolumeclaim/elastic-gpt deleted" in job.command("delete", "gpt", "--volume")
+    job.wait("no claim", lambda: "elastic-gpt" not in claims(), gone=True)
+
 
 def talk(job: Job, **more: str) -> None:
     """Ask the model twice in `job prompt`, once with Ctrl-C in the middle of the reply."""

@@ -181,6 +181,20 @@ def test_suspend_and_resume(make_job: Make, undisturbed: Undisturbed) -> None:
     assert not any(pod.killed for pod in pods)
 
 
+def test_without_an_operator_a_job_is_new_and_says_why(make_job: Make) -> None:
+    job = make_job()
+    job.cluster.operator.away = True
+    try:
+        job.submit()
+        said = job.command("status", job.spec.name)
+        assert "New" in said
+        assert "DLRover's operator has not taken it up yet" in said
+        assert not job.pods("dlrover-master")
+    finally:
+        job.cluster.operator.away = False
+    job.wait("the master", lambda: bool(job.pods("dlrover-master")))
+
+
 def test_an_image_that_cannot_be_pulled_is_named(make_job: Make) -> None:
     job = make_job(image="elastic-gpt:typo")
     job.submit()
