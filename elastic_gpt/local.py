@@ -53,7 +53,8 @@ class LocalJob:
         self.nodes: list[subprocess.Popen[str]] = []
         self.readers: list[threading.Thread] = []
         self.master: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self._reserved = _free_port()
+        self.port = int(self._reserved.getsockname()[1])
 
     def __enter__(self) -> "LocalJob":
         self.say(f"logs: {self.logs}")
@@ -66,6 +67,7 @@ class LocalJob:
         self.kill_master()
         for reader in self.readers:
             reader.join(timeout=5)
+        self._reserved.close()
 
     def start_master(self) -> None:
         """Start DLRover's job master, and wait until it listens."""
@@ -227,10 +229,15 @@ def _kill_group(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def _free_port() -> socket.socket:
+    """A bound socket, so that nobody else gets its port before the master does, or between two masters.
+
+    gRPC servers share ports with sockets of the same user that set SO_REUSEPORT, as theirs do.
+    """
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.bind(("127.0.0.1", 0))
+    return bound
 
 
 def _listens(port: int) -> bool:

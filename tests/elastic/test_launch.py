@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from elastic_gpt.local import LocalJob
 from elastic_gpt.snapshot import shared_memory
@@ -71,6 +73,14 @@ def test_an_agent_that_is_asked_to_leave_while_it_starts_its_workers_leaves() ->
         [sys.executable, "-c", WINDOW], capture_output=True, text=True, timeout=PATIENCE, env=environment(), check=False
     )
     assert done.stdout.splitlines()[-1:] == ["it leaves"], done.stderr
+
+
+def test_nobody_gets_the_masters_port_while_there_is_no_master() -> None:
+    with LocalJob(["train"], least=1, most=1) as job, socket.socket() as other:
+        job.kill_master()
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", job.port))
+        job.start_master()
 
 
 def test_a_node_that_is_asked_to_leave_does_not_wait_for_a_master_that_has_gone(data: Path, tmp_path: Path) -> None:
