@@ -107,7 +107,7 @@ def _check(command: Sequence[str]) -> int:
 
 
 def run_node(command: Sequence[str], *, least: int, most: int, workers: int, network_check: bool = False) -> int:
-    """Run DLRover's agent in this process until the job is over or this node is asked to leave (SIGTERM)."""
+    """Run DLRover's agent in this process until the job is over or this node is asked to leave (SIGTERM, Ctrl-C, SIGHUP)."""
     if "DLROVER_MASTER_ADDR" not in os.environ:
         raise ValueError("no DLRover master in the environment (DLROVER_MASTER_ADDR): add --nodes N to start one here")
     launcher, finished = os.environ.get("ELASTIC_GPT_LOCAL", ":").split(":", 1)
@@ -286,9 +286,9 @@ def run_local(command: Sequence[str], *, nodes: int, least: int, most: int, work
     def ask(number: int, _frame: Any) -> None:
         asked.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    handlers = {number: signal.signal(number, ask) for number in heard}
+    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, ask)
     try:
         with job:
             for _ in range(nodes):

@@ -20,7 +20,7 @@ import traceback
 from typing import Any
 
 LENGTH = 8  # bytes in front of each message
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)  # passed on to workers
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # passed on to workers
 DEATHS, WITHIN = 3, 60.0  # so many of a node's standbys killed in so many seconds: it cannot have one
 
 
@@ -66,7 +66,8 @@ def keep(name: str, modules: list[str]) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"\0{name}")
     listener.listen()
-    code = f"from elastic_gpt.standby import serve; serve({listener.fileno()}, {modules!r}, {os.getpid()})"
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    code = f"from elastic_gpt.standby import serve; serve({listener.fileno()}, {modules!r}, {os.getpid()}, {nohup})"
 
     def run() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # this thread's, and a standby's until it ignores them
@@ -87,13 +88,14 @@ def keep(name: str, modules: list[str]) -> None:
 # --- the standby -------------------------------------------------------------------------------------------------------
 
 
-def serve(descriptor: int, modules: list[str], agent: int) -> None:
+def serve(descriptor: int, modules: list[str], agent: int, nohup: bool) -> None:
     """Import `modules`, then fork a worker for each client until the agent that started this process dies.
 
     Args:
         descriptor: of the socket that clients connect to, inherited from the agent.
         modules: the first holds the `main(argv, prog)` that workers run.
         agent: process id of who started this.
+        nohup: workers do not mind a terminal that closes.
     """
     import gc
     import importlib
@@ -101,7 +103,11 @@ def serve(descriptor: int, modules: list[str], agent: int) -> None:
 
     listener = socket.socket(fileno=descriptor)
     # They are meant for the workers, who get them from their clients; a terminal sends them to all of us.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    handlers: dict[int, Any] = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    if nohup:
+        handlers[signal.SIGHUP] = signal.SIG_IGN
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     from elastic_gpt.processes import die_with_parent
 
@@ -123,7 +129,7 @@ def serve(descriptor: int, modules: list[str], agent: int) -> None:
                 if not _same_user(connection):
                     connection.close()
                 else:
-                    worker = _fork(connection, listener, room, before)
+                    worker = _fork(connection, listener, room, handlers)
                     ended = os.pidfd_open(worker)
                     workers[ended], clients[connection.fileno()] = (worker, connection), worker
                     events.register(connection, 0)  # its end is told in any case
@@ -149,7 +155,7 @@ def _same_user(connection: socket.socket) -> bool:
     return bool(struct.unpack("3i", credentials)[1] == os.getuid())
 
 
-def _fork(connection: socket.socket, listener: socket.socket, room: Any, handlers: dict[signal.Signals, Any]) -> int:
+def _fork(connection: socket.socket, listener: socket.socket, room: Any, handlers: dict[int, Any]) -> int:
     """Fork a worker for the client at the other end of `connection`; returns its process id in the standby."""
     from elastic_gpt.processes import die_with_parent
 
@@ -162,7 +168,7 @@ def _fork(connection: socket.socket, listener: socket.socket, room: Any, handler
         listener.close()
         try:
             request, streams = receive(connection)
-            for number, handler in handlers.items():  # nohup's SIGHUP is ignored here, too
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
             send(connection, {"worker": os.getpid()})  # from here on the client passes signals on
         except (EOFError, ConnectionError):  # it is gone

@@ -141,11 +141,16 @@ class Signals:
     """What this worker was asked to do; read once a step.
 
     Our agent (launch.py) sends SIGTERM when it restarts its workers because the members change, and SIGUSR1 first when the
-    node itself has to go. Any other SIGTERM, and Ctrl-C, may mean going for good. A second Ctrl-C stops at once.
+    node itself has to go. Any other SIGTERM, Ctrl-C, and a terminal that closes (SIGHUP) may mean going for good. A second
+    Ctrl-C stops at once, but not under our agent: there one key reaches a worker from the terminal and by way of its client.
     """
 
     def __init__(self) -> None:
-        self.stop = self.leave = False
+        self.stop = False
+        self.leave = False
+        """What this node knows has to be on storage: it may be going."""
+        self.released = False
+        """Whoever started this worker starts no other."""
         self.number = 0
         self._since = 0.0
         self.told_apart = "DLROVER_MASTER_ADDR" in os.environ
@@ -159,11 +164,12 @@ class Signals:
         return time.monotonic() - self._since if self.stop else 0.0
 
     def _asked(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and self.stop:
+        if number == signal.SIGINT and self.stop and not self.told_apart:
             raise KeyboardInterrupt
         self._since = self._since or time.monotonic()
         self.stop, self.number = True, number
-        self.leave = self.leave or number == signal.SIGUSR1 or not self.told_apart
+        self.leave = self.leave or number != signal.SIGTERM or not self.told_apart
+        self.released = self.released or number == signal.SIGUSR1 or not self.told_apart
 
 
 def _pick(device: Device) -> str:

@@ -13,11 +13,12 @@ import fsspec
 import hypothesis
 import pytest
 
-# A shell that runs the tests in the background has Ctrl-C ignored, here and in all that we start.
+# A shell that runs the tests in the background, or nohup, has these ignored, here and in all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples each time, so that a change is blamed for what it did; --hypothesis-profile=default looks for new ones.
-hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
 TINY = [

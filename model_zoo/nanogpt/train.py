@@ -266,7 +266,7 @@ def train(config: TrainConfig, meta: Meta) -> int:
         raise CheckpointError(
             f"{config.run_dir} holds no checkpoint of the last step: make room, then run again to save it"
         )
-    if finished or (world.elastic and signals.leave):
+    if finished or (world.elastic and signals.released):
         return FINISHED
     return RESTART_ME if world.elastic else 128 + signals.number
 

@@ -50,7 +50,7 @@ os.fork = slow
 
 
 @contextlib.contextmanager
-def standby_of(folder: Path, before: str = "") -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def standby_of(folder: Path, before: str = "", nohup: bool = False) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A running standby: its name and process."""
     (folder / "room.py").write_text(textwrap.dedent(ROOM))
     name = f"test-{secrets.token_hex(8)}"
@@ -59,7 +59,7 @@ def standby_of(folder: Path, before: str = "") -> Iterator[tuple[str, subprocess
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0{name}")
         listener.listen()
-        code += f"serve({listener.fileno()}, ['room'], {os.getpid()})"
+        code += f"serve({listener.fileno()}, ['room'], {os.getpid()}, {nohup})"
         server = subprocess.Popen([sys.executable, "-c", code], env=environment, pass_fds=[listener.fileno()])
     try:
         yield name, server
@@ -136,7 +136,7 @@ def test_a_terminal_that_closes_ends_the_worker_and_not_the_standby(
 def test_under_nohup_nobody_minds_a_terminal_that_closes(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with standby_of(tmp_path) as (name, server):
+        with standby_of(tmp_path, nohup=True) as (name, server):
             process, worker = waiting(name, tmp_path)
             for told in (server.pid, process.pid, worker):
                 os.kill(told, signal.SIGHUP)

@@ -137,23 +137,26 @@ def test_a_node_that_crashes_or_finds_no_world_again_and_again_ends_and_lost_pee
     [
         (True, signal.SIGTERM, False),
         (True, signal.SIGUSR1, True),
+        (True, signal.SIGHUP, True),
+        (True, signal.SIGINT, True),
         (False, signal.SIGTERM, True),
         (False, signal.SIGINT, True),
     ],
 )
-def test_an_agents_sigterm_is_a_stop_and_its_sigusr1_is_leaving_for_good(
+def test_an_agents_sigterm_is_a_stop_and_all_else_may_be_leaving_for_good(
     monkeypatch: pytest.MonkeyPatch, agent: bool, number: signal.Signals, leaves: bool
 ) -> None:
     monkeypatch.delenv("DLROVER_MASTER_ADDR", raising=False)
     if agent:
         monkeypatch.setenv("DLROVER_MASTER_ADDR", "127.0.0.1:1")
-    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
     try:
         signals = Signals()
         assert not signals.stop
         assert signals.waited == 0.0
         os.kill(os.getpid(), number)
         assert (signals.stop, signals.leave) == (True, leaves)
+        assert signals.released == (number == signal.SIGUSR1 or not agent)
         time.sleep(0.02)
         assert 0.02 <= signals.waited < PATIENCE  # the grace time runs from the first signal on
     finally:

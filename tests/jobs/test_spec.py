@@ -46,7 +46,7 @@ def specs(draw: Any) -> JobSpec:
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(specs())
 def test_every_job_has_its_names_its_range_and_its_memory(spec: JobSpec) -> None:
     trees = manifests(spec, tuple(PARTS))
@@ -65,7 +65,7 @@ def test_every_job_has_its_names_its_range_and_its_memory(spec: JobSpec) -> None
     assert ("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]) == (spec.gpus > 0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @example(JobSpec(env=(("A", "\x85\U000579e4`"), ("B", "a\u2028\n b"))))
 @given(specs())
 def test_a_job_is_the_same_each_time_and_yaml_says_what_the_dicts_say(spec: JobSpec) -> None:

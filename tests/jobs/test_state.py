@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_gpt.jobs.manifest import elasticjob
@@ -38,7 +38,6 @@ def job(**spec: Any) -> Tree:
     return tree
 
 
-@settings(deadline=None)
 @given(
     step=st.integers(1, 10**7), loss=st.floats(0, 100, allow_nan=False), speed=st.floats(1, 1e9), workers=st.integers(1, 4096),
     mfu=st.none() | st.floats(0, 1), validation=st.none() | st.floats(0, 100),

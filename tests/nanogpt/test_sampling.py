@@ -34,7 +34,7 @@ def draws(logits: Tensor, n: int = 4000, **options: Any) -> Tensor:
 rows = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows, st.floats(0.05, 5), st.none() | st.integers(1, 15), st.none() | st.floats(0.01, 1), st.integers(0, 99))
 def test_a_draw_is_among_the_k_likeliest_and_in_the_nucleus(
     row: list[float], temperature: float, top_k: int | None, top_p: float | None, seed: int

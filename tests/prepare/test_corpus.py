@@ -96,7 +96,7 @@ def test_documents_of_rows_are_others(tmp_path: Path, ending: str, field: str) -
         read(str(path), layout=Layout(field="title"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     documents=st.lists(st.text("a\n|é", max_size=6), max_size=6),
     separator=st.sampled_from(["\n\n", "\n\n\n", "|", "|a|", "é"]),

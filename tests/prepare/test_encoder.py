@@ -73,7 +73,7 @@ def joined(parts: Iterator[Part]) -> str:
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=ADVERSARIAL | st.text(max_size=80), size=st.integers(1, 40))
 @example(text="a " * 50, size=1)
 @example(text="end.  Two\n three. \n  four", size=5)
@@ -89,7 +89,7 @@ def test_chunked_ids_differ_from_the_ids_of_the_whole(name: str, text: str, size
     assert ids == tokenizer._encoding.encode_ordinary(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=ADVERSARIAL | st.text(max_size=80), size=st.integers(1, 40))
 def test_words_are_cut(text: str, size: int) -> None:
     cut = [word for chunk in chunks(text, size) for part in chunk.parts for word in Words.split(part.data.decode())]
@@ -97,14 +97,14 @@ def test_words_are_cut(text: str, size: int) -> None:
     assert "".join(cut) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=ADVERSARIAL | st.text(max_size=80), size=st.integers(1, 40))
 def test_a_character_is_cut(text: str, size: int) -> None:
     cut = chunks(text, size, cuts_anywhere=True)
     assert "".join(part.data.decode() for chunk in cut for part in chunk.parts) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     documents=st.lists(st.tuples(st.integers(0, 1), st.text("ab \n漢", min_size=1, max_size=30)), max_size=12),
     size=st.integers(1, 40),
@@ -164,7 +164,7 @@ def test_text_without_a_cut_grows_for_ever(monkeypatch: pytest.MonkeyPatch) -> N
 # --- bytes to ids
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=30))
 def test_repaired_text_is_not_pythons(data: bytes) -> None:
     assert decoded(data, "replace")[0] == data.decode("utf-8", "replace")

@@ -34,7 +34,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Fast(tokenizer, folder), tokenizer
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(texts=st.lists(ADVERSARIAL | st.text(max_size=200), max_size=5))
 def test_fast_ids_differ(pair: tuple[Fast, BytePairs], texts: list[str]) -> None:
     fast, reference = pair
@@ -108,7 +108,7 @@ def last_two(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, ...]:
     return tuple(parts)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(letters=st.integers(1, 3), joins=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=10))
 def test_halves_are_not_what_merging_leaves(letters: int, joins: list[tuple[int, int]]) -> None:
     tokens = [bytes([ord("a") + i]) for i in range(letters)]

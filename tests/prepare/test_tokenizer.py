@@ -40,7 +40,7 @@ def test_text_does_not_come_back(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([]) == ""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=100))
 def test_some_unicode_text_does_not_come_back(text: str) -> None:
     for tokenizer in (ALL[0], ALL[1], Characters(set(text)), ALL[3], Words(set(Words.split(text)))):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prepare import tokens
@@ -169,7 +169,6 @@ def test_blocks_lose_or_repeat_ids(tmp_path: Path, size: int) -> None:
 
 
 @given(st.lists(st.integers(0, 2), max_size=30), st.integers(1, 7))
-@settings(deadline=None)
 def test_documents_are_cut_where_blocks_are(ids: list[int], size: int) -> None:
     parts = [np.array(ids[at : at + size]) for at in range(0, len(ids), size)]
     lengths = [int(n) for part in document_lengths(parts, 2) for n in part]

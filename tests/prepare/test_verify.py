@@ -222,7 +222,7 @@ def vocabulary() -> Vocabulary:
 
 @given(st.text(st.sampled_from("aA1é漢' .\n\tslt(\r🙂\u00a0\u3000"), max_size=60))
 @example(" .'s")  # a contraction, but only where nothing stands before it
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_text_cut_at_a_border_has_other_ids(vocabulary: Vocabulary, text: str) -> None:
     tokenizer = vocabulary.tokenizer
     ids = tokenizer.encode(text)
@@ -232,7 +232,7 @@ def test_text_cut_at_a_border_has_other_ids(vocabulary: Vocabulary, text: str) -
 
 
 @given(text=st.text(max_size=60), data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_sample_that_begins_anywhere_is_called_wrong(
     tmp_path: Path, vocabulary: Vocabulary, text: str, data: st.DataObject
 ) -> None:
