@@ -25,8 +25,9 @@ from typing import Any
 from elastic_gpt.cli import COMMANDS
 from elastic_gpt.processes import die_with_parent
 from elastic_gpt.rendezvous import Lease
-from elastic_gpt.settings import USERS_MISTAKE, fail, node_range
+from elastic_gpt.settings import fail, node_range
 from elastic_gpt.standby import keep
+from prepare.parser import USERS_MISTAKE
 
 GRACE_SECONDS = 40.0  # torchelastic gives a worker 30 s after SIGTERM
 # Exit code of a node's workers: this many in so many seconds end the node. An exception is 1; a world that cannot be formed

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 
 from elastic_gpt.launch import MasterError
-from elastic_gpt.settings import USERS_MISTAKE
 from elastic_gpt.snapshot import shared_memory
+from prepare.parser import USERS_MISTAKE
 
 
 class LocalJob:

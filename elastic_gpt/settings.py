@@ -22,9 +22,10 @@ from typing import Any, Literal, TypeVar
 import tyro
 import yaml
 
+from prepare.parser import USERS_MISTAKE
+
 PREFIX = "EGPT__"
 
-USERS_MISTAKE = 2  # the exit code that says: starting this again will not help
 
 T = TypeVar("T")
 
