@@ -216,6 +216,7 @@ def test_kill_9_of_the_launcher_leaves_no_process(data: Path, tmp_path: Path) ->
     launch.kill()
     launch.wait()
     until(lambda: not processes_of(str(run)), "processes are left")
+    assert processes_of(str(run)) == []
 
 
 def test_a_users_mistake_is_one_line_and_starts_no_process(data: Path) -> None:

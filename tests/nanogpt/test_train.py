@@ -324,6 +324,7 @@ SLOW = """
 import os, signal, sys, time
 from elastic_gpt.checkpoint import Checkpoints
 from elastic_gpt.gradients import Gradients
+from elastic_gpt.observers import ConsoleObserver
 from model_zoo.nanogpt import train
 from elastic_gpt.world import Signals
 reduce, asked = Gradients.reduce, []
@@ -341,7 +342,7 @@ def say(self, text):
         os._exit(77)
 
 Gradients.reduce, Checkpoints._write = slow_reduce, lambda *_: time.sleep(1e6)
-train.ConsoleObserver.on_message = say
+ConsoleObserver.on_message = say
 train.main(sys.argv[1:])
 """
 
