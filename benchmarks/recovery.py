@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic_gpt.ledger import Ledger, read_metrics
-from elastic_gpt.local import LocalJob
+from elastic_gpt.nodes.local import LocalJob
 from elastic_gpt.snapshot import shared_memory
 
 NODES = 3  # also the most a job may have: the stock rendezvous closes at once only when it is full

@@ -10,11 +10,11 @@ COMMANDS = {
     "inspect": ("prepare.look", "what is in prepared data: a table, a histogram, a full check"),
     "convert": ("prepare.convert", "prepared data in nanoGPT's or llm.c's format"),
     "train": ("model_zoo.nanogpt.train", "train a GPT on this machine, or as one worker of many"),
-    "launch": ("elastic_gpt.launch", "train elastically under DLRover: several nodes here, or one node in a pod"),
-    "master": ("elastic_gpt.master", "DLRover's job master, scaling a running job: what a job's master pod runs"),
+    "launch": ("elastic_gpt.nodes.launch", "train elastically under DLRover: several nodes here, or one node in a pod"),
+    "master": ("elastic_gpt.nodes.master", "DLRover's job master, scaling a running job: what a job's master pod runs"),
     "job": ("elastic_gpt.jobs.commands", "the same on Kubernetes: submit, watch, scale, suspend, talk to the model"),
     "ledger": ("elastic_gpt.ledger", "what happened to a run, and what it cost"),
-    "drill": ("elastic_gpt.drill", "kill and scale local nodes on purpose, and prove that nothing changed"),
+    "drill": ("elastic_gpt.drill.drill", "kill and scale local nodes on purpose, and prove that nothing changed"),
     "generate": ("model_zoo.nanogpt.generate", "talk to a trained model"),
 }
 

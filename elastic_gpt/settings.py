@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 import yaml
 
-from prepare.parser import USERS_MISTAKE
+from prepare.frontdoor import USERS_MISTAKE
 
 PREFIX = "EGPT__"
 

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from random import Random
 
-from elastic_gpt.compare import compare, draw
-from elastic_gpt.faults import Faults
-from elastic_gpt.local import LocalJob
+from elastic_gpt.drill.compare import compare, draw
+from elastic_gpt.drill.faults import Faults
+from elastic_gpt.nodes.local import LocalJob
 
 DEMO = Path("demo")
 STEPS, KILL_AT, JOIN_AT = 800, 255, 400

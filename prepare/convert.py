@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from prepare.frontdoor import Parser
 from prepare.interop import KINDS, load_tokenizer, open_ids, token_files
-from prepare.parser import Parser
 from prepare.tokens import META, DataError, blocks, open_split, read_meta, write_file
 
 _MAX_TOKENS = 2**31 - 1  # llm.c counts in an int32

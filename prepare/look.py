@@ -23,8 +23,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from prepare.frontdoor import Parser
 from prepare.interop import load_tokenizer
-from prepare.parser import Parser
 from prepare.tokenizer import Tokenizer
 from prepare.tokens import META, DataError, Meta, blocks, document_lengths, fingerprint, open_split, read_meta
 from prepare.verify import verify

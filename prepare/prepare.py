@@ -18,7 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from prepare import journal, pipeline, progress, tokens
-from prepare.parser import USERS_MISTAKE, Parser
+from prepare.frontdoor import USERS_MISTAKE, Parser
 from prepare.pipeline import Settings
 from prepare.ranks import KNOWN, PATTERNS
 from prepare.sources import matching

@@ -4,7 +4,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from elastic_gpt.jobs import manifest, state
+from elastic_gpt.jobs import manifest
+from elastic_gpt.jobs import status as state
 from elastic_gpt.jobs.client import (
     INSTALL_DEFINITION,
     Cluster,
@@ -13,8 +14,8 @@ from elastic_gpt.jobs.client import (
     ForbiddenError,
     NotFoundError,
 )
-from elastic_gpt.jobs.looks import Told, fetch, late, looks, read, say, tails
 from elastic_gpt.jobs.manifest import Tree
+from elastic_gpt.jobs.polling import Told, fetch, late, looks, read, say, tails
 from elastic_gpt.jobs.spec import JobSpec
 
 # A suspended job's pods that are still there after this, with no master to remove them, are ours to remove.

@@ -11,7 +11,7 @@ from elastic_gpt.jobs import manifest
 from elastic_gpt.jobs.render import to_yaml
 from elastic_gpt.jobs.spec import ACCESS_MODES, JobSpec, read_texts
 from elastic_gpt.settings import fail
-from prepare.parser import Parser
+from prepare.frontdoor import Parser
 
 EXAMPLES = """\
 a first job, on GPUs:

@@ -4,7 +4,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from elastic_gpt.jobs import looks, manifest, state
+from elastic_gpt.jobs import manifest
+from elastic_gpt.jobs import polling as looks
+from elastic_gpt.jobs import status as state
 from elastic_gpt.jobs.client import INSTALL_DEFINITION, INSTALL_OPERATOR, Cluster, ClusterError, UnknownKindError
 from elastic_gpt.jobs.manifest import Tree
 

@@ -4,9 +4,10 @@ import queue
 import threading
 import time
 
-from elastic_gpt.jobs import looks, state
+from elastic_gpt.jobs import polling as looks
+from elastic_gpt.jobs import status as state
 from elastic_gpt.jobs.client import Cluster, ClusterError, NotFoundError, UnreachableError
-from elastic_gpt.jobs.state import JobState, Node
+from elastic_gpt.jobs.status import JobState, Node
 
 KINDS = {"workers": "worker", "master": "dlrover-master", "prepare": "prepare"}
 AGAIN_SECONDS = 2.0

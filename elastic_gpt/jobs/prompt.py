@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 
-from elastic_gpt.jobs import looks, manifest, state
+from elastic_gpt.jobs import manifest
+from elastic_gpt.jobs import polling as looks
+from elastic_gpt.jobs import status as state
 from elastic_gpt.jobs.actions import claim_of
 from elastic_gpt.jobs.client import Cluster, ClusterError
-from elastic_gpt.jobs.looks import Told, fetch, late, say
 from elastic_gpt.jobs.manifest import Tree
+from elastic_gpt.jobs.polling import Told, fetch, late, say
 from elastic_gpt.jobs.spec import JobSpec
 
 

@@ -8,9 +8,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from elastic_gpt.jobs import looks, state
+from elastic_gpt.jobs import polling as looks
+from elastic_gpt.jobs import status as state
 from elastic_gpt.jobs.client import Cluster, ClusterError
-from elastic_gpt.jobs.state import Event, JobState, Progress
+from elastic_gpt.jobs.status import Event, JobState, Progress
 
 EVENTS = 5
 COLORS = {"Running": "green", "Succeeded": "green", "Failed": "red", "Pending": "yellow", "Leaving": "yellow"}

@@ -35,7 +35,7 @@ def training_process(job: Job, pod: str) -> int:
     """The process in a pod that trains: the child of its standby process."""
     for pid in job.pod(pod).pids():
         words = psutil.Process(pid).cmdline()
-        if any("elastic_gpt.standby" in word for word in words) and (children := psutil.Process(pid).children()):
+        if any("elastic_gpt.nodes.standby" in word for word in words) and (children := psutil.Process(pid).children()):
             return children[0].pid
     raise AssertionError(f"no worker in {pod}\n{job.story()}")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_gpt.launch import CRASHES, Crashes
+from elastic_gpt.nodes.launch import CRASHES, Crashes
 from elastic_gpt.world import Signals, World
 from tests.conftest import PATIENCE, TINY, environment, until
 from tests.elastic.worlds import run_world

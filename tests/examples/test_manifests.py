@@ -229,14 +229,14 @@ def test_the_operator_does_not_lose_sight_of_its_master(job: Tree) -> None:
 
 @every_elasticjob
 def test_our_command_line_takes_what_a_master_is_given(job: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    from elastic_gpt import master
     from elastic_gpt.cli import COMMANDS
+    from elastic_gpt.nodes import master
 
     seen: list[str] = []
     monkeypatch.setenv("KUBECONFIG", "set")
     monkeypatch.setattr(master, "_run_dlrover", lambda *words: seen.extend(words) or 0)
     program, command, *arguments = main_container(job, "dlrover-master")["args"]
-    assert (program, COMMANDS[command][0]) == ("elastic-gpt", "elastic_gpt.master")
+    assert (program, COMMANDS[command][0]) == ("elastic-gpt", "elastic_gpt.nodes.master")
     pytest.importorskip("dlrover")
     from dlrover.python.master import dist_master
     from dlrover.python.master.node import dist_job_manager
@@ -277,8 +277,8 @@ def test_our_command_line_takes_what_a_prompt_is_given(where: str) -> None:
 @every_elasticjob
 def test_our_command_line_takes_what_a_worker_is_given(job: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    from elastic_gpt import launch
     from elastic_gpt.cli import COMMANDS
+    from elastic_gpt.nodes import launch
     from elastic_gpt.settings import SettingsError, parse
     from model_zoo.nanogpt.config import PRESETS, TrainConfig
     from model_zoo.nanogpt.model import GPT
@@ -286,7 +286,7 @@ def test_our_command_line_takes_what_a_worker_is_given(job: Tree, monkeypatch: p
     seen: Tree = {}
     monkeypatch.setattr(launch, "run_node", lambda command, **nodes: seen.update(nodes, command=command) or 0)
     program, command, *arguments = main_container(job)["args"]
-    assert (program, COMMANDS[command][0]) == ("elastic-gpt", "elastic_gpt.launch")
+    assert (program, COMMANDS[command][0]) == ("elastic-gpt", "elastic_gpt.nodes.launch")
     assert launch.main(arguments) == 0
     train, *flags = seen.pop("command")
     assert train == "train"

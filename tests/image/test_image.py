@@ -140,7 +140,9 @@ def plain(name: str) -> str:
 
 def test_nothing_is_compiled_at_the_start_of_a_process() -> None:
     """On a read-only file system it would be compiled anew at each start, for 6 s."""
-    modules = "torch._dynamo, torch.utils.tensorboard, dlrover.trainer.torch.elastic_run, s3fs, elastic_gpt.launch"
+    modules = (
+        "torch._dynamo, torch.utils.tensorboard, dlrover.trainer.torch.elastic_run, s3fs, elastic_gpt.nodes.launch"
+    )
     said = inside("python", "-v", "-c", f"import {modules}, model_zoo.nanogpt.train").stderr
     assert len(re.findall(r"^# code object from '.*\.pyc'$", said, re.M)) > 1000
     assert re.findall(r"^# code object from '?/.*\.py'?$", said, re.M) == []

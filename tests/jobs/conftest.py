@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_gpt.jobs import commands, looks
+from elastic_gpt.jobs import commands, polling as looks
 from tests.jobs.cluster import StubCluster
 
 

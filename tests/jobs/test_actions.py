@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from elastic_gpt.jobs import actions, client, looks, prompt
+from elastic_gpt.jobs import actions, client, polling as looks, prompt
 from elastic_gpt.jobs.manifest import manifests
 from elastic_gpt.jobs.spec import JobSpec
 from tests.conftest import PATIENCE

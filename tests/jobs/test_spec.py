@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from elastic_gpt.jobs.manifest import JOB_LABEL, PARTS, Tree, manifests
 from elastic_gpt.jobs.render import NOTES, _places, to_yaml
 from elastic_gpt.jobs.spec import JobSpec, presets, read_texts
-from elastic_gpt.jobs.state import job_range, job_state
+from elastic_gpt.jobs.status import job_range, job_state
 from elastic_gpt.settings import SettingsError
 
 names = st.from_regex(r"[a-z]([-a-z0-9]{0,35}[a-z0-9])?", fullmatch=True)

@@ -4,10 +4,10 @@ import sys
 import time
 from collections.abc import Iterator
 
-from elastic_gpt.jobs import state
+from elastic_gpt.jobs import status as state
 from elastic_gpt.jobs.client import Cluster, ClusterError, ForbiddenError, NotFoundError, UnreachableError
 from elastic_gpt.jobs.manifest import JOB_LABEL, Tree
-from elastic_gpt.jobs.state import JobState
+from elastic_gpt.jobs.status import JobState
 from elastic_gpt.settings import nearest
 
 POLL_SECONDS = 1.0

@@ -67,7 +67,9 @@ def keep(name: str, modules: list[str]) -> None:
     listener.bind(f"\0{name}")
     listener.listen()
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    code = f"from elastic_gpt.standby import serve; serve({listener.fileno()}, {modules!r}, {os.getpid()}, {nohup})"
+    code = (
+        f"from elastic_gpt.nodes.standby import serve; serve({listener.fileno()}, {modules!r}, {os.getpid()}, {nohup})"
+    )
 
     def run() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # this thread's, and a standby's until it ignores them
@@ -206,7 +208,7 @@ def work(name: str, command: list[str]) -> int:
     connection = _connect(name)
     if connection is None:  # no standby: start the slow way, which is better than not at all
         print("warning: there is no standby process; this worker imports torch itself", file=sys.stderr, flush=True)
-        sys.path.append(os.path.dirname(os.path.dirname(__file__)))  # noqa: PTH120 - see below
+        sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))  # noqa: PTH120 - see below
         from elastic_gpt.processes import die_with_parent
 
         die_with_parent(agent)  # which holds after execv, too

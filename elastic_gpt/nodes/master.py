@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from elastic_gpt.jobs.state import wanted_nodes
+from elastic_gpt.jobs.status import wanted_nodes
+from elastic_gpt.nodes.rendezvous import Leases, wait_for_members
 from elastic_gpt.processes import die_with_parent
-from elastic_gpt.rendezvous import Leases, wait_for_members
 from elastic_gpt.settings import fail
 
 PORT = 50001  # DLRover's service for the master points there

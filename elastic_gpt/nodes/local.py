@@ -18,9 +18,9 @@ from typing import Any
 
 import psutil
 
-from elastic_gpt.launch import MasterError
+from elastic_gpt.nodes.launch import MasterError
 from elastic_gpt.snapshot import shared_memory
-from prepare.parser import USERS_MISTAKE
+from prepare.frontdoor import USERS_MISTAKE
 
 
 class LocalJob:
@@ -72,7 +72,7 @@ class LocalJob:
     def start_master(self) -> None:
         """Start DLRover's job master, and wait until it listens."""
         arguments = (self.port, self.most, self.name, os.getpid(), self.master is not None)
-        code = f"from elastic_gpt.master import run_local; run_local{arguments!r}"
+        code = f"from elastic_gpt.nodes.master import run_local; run_local{arguments!r}"
         with (self.logs / "master.log").open("ab") as log:
             self.master = subprocess.Popen(
                 [sys.executable, "-c", code], stdout=log, stderr=log, stdin=subprocess.PIPE, start_new_session=True
@@ -142,7 +142,7 @@ class LocalJob:
         """Process id of a node's standby, None if it has none."""
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.nodes[node].pid).children():
-                if "elastic_gpt.standby" in " ".join(child.cmdline()):
+                if "elastic_gpt.nodes.standby" in " ".join(child.cmdline()):
                     return child.pid
         return None
 

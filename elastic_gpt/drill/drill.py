@@ -24,10 +24,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from elastic_gpt.compare import compare, draw
-from elastic_gpt.faults import JOIN, LEAVE, PATIENCE, QUIET, SNAPSHOT_INTERVAL, Event, Faults, Stalled
+from elastic_gpt.drill.compare import compare, draw
+from elastic_gpt.drill.faults import JOIN, LEAVE, PATIENCE, QUIET, SNAPSHOT_INTERVAL, Event, Faults, Stalled
 from elastic_gpt.ledger import PARTS, Ledger, account, read_metrics
-from elastic_gpt.local import LocalJob
+from elastic_gpt.nodes.local import LocalJob
 from elastic_gpt.settings import fail
 
 GAP = (20, 60)  # steps between an event and the end of the one before

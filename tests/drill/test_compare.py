@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_gpt.compare import compare
+from elastic_gpt.drill.compare import compare
 from tests.conftest import TINY, elastic_gpt
 
 

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from elastic_gpt.cli import COMMANDS
+from elastic_gpt.nodes.rendezvous import Lease
+from elastic_gpt.nodes.standby import keep
 from elastic_gpt.processes import die_with_parent
-from elastic_gpt.rendezvous import Lease
 from elastic_gpt.settings import fail, node_range
-from elastic_gpt.standby import keep
-from prepare.parser import USERS_MISTAKE
+from prepare.frontdoor import USERS_MISTAKE
 
 GRACE_SECONDS = 40.0  # torchelastic gives a worker 30 s after SIGTERM
 # Exit code of a node's workers: this many in so many seconds end the node. An exception is 1; a world that cannot be formed
@@ -279,7 +279,7 @@ def _children() -> list[int]:
 
 def run_local(command: Sequence[str], *, nodes: int, least: int, most: int, workers: int) -> int:
     """A master and `nodes` nodes here, until the job is over. Ctrl-C saves and stops; a second one stops at once."""
-    from elastic_gpt.local import LocalJob  # imports torch, which a pod's agent does in its own time
+    from elastic_gpt.nodes.local import LocalJob  # imports torch, which a pod's agent does in its own time
 
     job = LocalJob(command, least=least, most=most, workers=workers)
     asked: list[int] = []

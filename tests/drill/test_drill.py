@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic_gpt import drill
-from elastic_gpt.drill import charge
-from elastic_gpt.faults import LEAVE, Event, Stalled
+from elastic_gpt.drill import drill
+from elastic_gpt.drill.drill import charge
+from elastic_gpt.drill.faults import LEAVE, Event, Stalled
 from tests.conftest import elastic_gpt
 
 

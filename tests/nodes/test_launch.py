@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from elastic_gpt.local import LocalJob
+from elastic_gpt.nodes.local import LocalJob
 from elastic_gpt.snapshot import shared_memory
 from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, events, metrics, until
 
@@ -48,7 +48,7 @@ def processes_of(name: str) -> list[str]:
 
 WINDOW = """
 import os, signal
-from elastic_gpt import launch
+from elastic_gpt.nodes import launch
 launch._mend()
 from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_gpt.ledger import Ledger
-from elastic_gpt.local import LocalJob
+from elastic_gpt.nodes.local import LocalJob
 from elastic_gpt.processes import of_nodes
 
 SNAPSHOT_INTERVAL = 10  # steps, of the runs that this happens to

@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from elastic_gpt.rendezvous import KEY, LEASE_SECONDS, Lease, Leases
+from elastic_gpt.nodes.rendezvous import KEY, LEASE_SECONDS, Lease, Leases
 from tests.conftest import PATIENCE, until
 
 # What replaces methods of DLRover's classes has a process of its own.
 MASTER = """
 import sys, time
-from elastic_gpt.rendezvous import KEY, Leases, wait_for_members
+from elastic_gpt.nodes.rendezvous import KEY, Leases, wait_for_members
 now = [0.0]
 leases = Leases(clock=lambda: now[0])
 wait_for_members(leases, restarted=False)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elastic_gpt.jobs.manifest import elasticjob
 from elastic_gpt.jobs.spec import JobSpec
-from elastic_gpt.jobs.state import age, job_events, job_range, job_state, parse_progress, pod_trouble, progress, world
+from elastic_gpt.jobs.status import age, job_events, job_range, job_state, parse_progress, pod_trouble, progress, world
 from elastic_gpt.observers import ConsoleObserver
 from elastic_gpt.reports import StepReport
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from elastic_gpt.jobs.state import wanted_nodes
-from elastic_gpt.master import Scaling, decide
+from elastic_gpt.jobs.status import wanted_nodes
+from elastic_gpt.nodes.master import Scaling, decide
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from elastic_gpt import standby
+from elastic_gpt.nodes import standby
 from tests.conftest import PATIENCE, until
 from tests.elastic.test_world import alive
 
@@ -54,7 +54,7 @@ def standby_of(folder: Path, before: str = "", nohup: bool = False) -> Iterator[
     """A running standby: its name and process."""
     (folder / "room.py").write_text(textwrap.dedent(ROOM))
     name = f"test-{secrets.token_hex(8)}"
-    code = f"import sys; sys.path.insert(0, '{folder}'); from elastic_gpt.standby import serve\n{before}\n"
+    code = f"import sys; sys.path.insert(0, '{folder}'); from elastic_gpt.nodes.standby import serve\n{before}\n"
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0{name}")
@@ -249,7 +249,7 @@ def test_messages_that_come_at_once_are_told_apart() -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 def test_another_user_gets_no_worker(name: str, tmp_path: Path) -> None:
     assert client(name, tmp_path, "go", "0").wait(timeout=PATIENCE) == 0
-    code = "import os, sys; from elastic_gpt.standby import work; os.setuid(65534)\n"
+    code = "import os, sys; from elastic_gpt.nodes.standby import work; os.setuid(65534)\n"
     code += f"sys.exit(work({name!r}, ['train', 'go', '0']))"
     refused = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False
@@ -263,7 +263,9 @@ def agent_of(folder: Path, room: str) -> Iterator[tuple[str, subprocess.Popen[st
     """A process that keeps a standby, and the name of that."""
     (folder / "room.py").write_text(textwrap.dedent(room))
     name = f"test-{secrets.token_hex(8)}"
-    code = f"import sys; from elastic_gpt.standby import keep; keep({name!r}, ['room']); print('kept', flush=True)"
+    code = (
+        f"import sys; from elastic_gpt.nodes.standby import keep; keep({name!r}, ['room']); print('kept', flush=True)"
+    )
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     agent = subprocess.Popen(

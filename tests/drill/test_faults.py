@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from elastic_gpt import faults
-from elastic_gpt.drill import charge
-from elastic_gpt.faults import Faults, Stalled
+from elastic_gpt.drill import faults
+from elastic_gpt.drill.drill import charge
+from elastic_gpt.drill.faults import Faults, Stalled
 from elastic_gpt.ledger import PARTS, Ledger
-from elastic_gpt.local import LocalJob
+from elastic_gpt.nodes.local import LocalJob
 from elastic_gpt.processes import of_nodes
 from tests.conftest import PATIENCE, TINY, events, metrics, until
 

@@ -1,0 +1,1 @@
+"""Proof: nodes killed and added on purpose, and what that changed."""

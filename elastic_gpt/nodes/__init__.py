@@ -1,0 +1,1 @@
+"""Nodes of a run: what starts and watches processes."""
