@@ -1,4 +1,4 @@
-# The training image. One image is worker, DLRover master, prepare job and prompt pod; a pod says which with its `args`.
+# The training image. One image is worker, DLRover master, prepare job, prompt pod and server; a pod says which with its `args`.
 #
 #   docker build -t elastic-gpt:0.1.0 .
 #   docker build -t elastic-gpt:0.1.0-cpu --build-arg VARIANT=cpu .
@@ -15,7 +15,7 @@ ARG VARIANT=cuda
 FROM ${PYTHON_IMAGE} AS dependencies
 ARG VARIANT
 # Of pyproject.toml. A word more for each thing more that `prepare` or a checkpoint is to read.
-ARG EXTRAS=train,s3
+ARG EXTRAS=train,serve,s3
 # Another torch than constraints.txt has; the tests have run with that one alone.
 ARG TORCH_VERSION=
 # A mirror, and one more index. pip reads them from the environment. For a VARIANT other than cuda the second is PyTorch's own

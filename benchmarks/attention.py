@@ -1,11 +1,14 @@
-"""Our multi-head attention against torch.nn.MultiheadAttention, with the same weights, in turn in one run.
+"""Our multi-head attention against torch.nn.MultiheadAttention, and against the textbook's formula, in turn in one run.
 
     python benchmarks/attention.py [--device cuda]
 
-Prints the ratio of torch's time to ours (above 1: ours is faster), median of interleaved pairs.
+Prints the ratio of the other's time to ours (above 1: ours is faster), median of interleaved pairs; causal
+self-attention and cross-attention, forward alone and with backward. All three have the same weights, and their outputs are
+compared first.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +29,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     device = parser.parse_args().device
     print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; ratio torch / ours, median of {ROUNDS}"
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads;"
+        f" ratio to ours of torch / textbook, median of {ROUNDS}"
     )
     for shape in SHAPES:
         batch, tokens, width, heads = shape
@@ -34,13 +38,43 @@ def main() -> None:
         causal = nn.Transformer.generate_square_subsequent_mask(tokens, device=torch.device(device))
         theirs = nn.MultiheadAttention(width, heads, batch_first=True, device=device)
         ours = MultiheadAttention(width, heads).to(device)
+        ours.load_state_dict(theirs.state_dict())
+        other = torch.randn(batch, tokens, width, device=device, requires_grad=True)  # what cross-attention looks at
+        kinds = {
+            "self": (
+                partial(ours, x, is_causal=True),
+                partial(theirs, x, x, x, need_weights=False, attn_mask=causal, is_causal=True),
+                partial(textbook, ours, x, x, causal=True),
+            ),
+            "cross": (
+                partial(ours, x, other),
+                partial(theirs, x, other, other, need_weights=False),
+                partial(textbook, ours, x, other, causal=False),
+            ),
+        }
+        for kind, (run_ours, run_theirs, run_textbook) in kinds.items():
+            torch.testing.assert_close(run_theirs()[0], run_ours(), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(run_textbook(), run_ours(), rtol=1e-3, atol=1e-4)
+            print(f"  batch {batch:>2} x {tokens:>4} tokens x {width} wide, {heads:>2} heads, {kind:>5}:", end="")
+            for name, backward in (("forward", False), ("forward and backward", True)):
+                torchs = ratio(run_theirs, run_ours, device, backward=backward)
+                formula = ratio(run_textbook, run_ours, device, backward=backward)
+                print(f"  {name} {torchs:.2f} / {formula:.2f}", end="", flush=True)
+            print()
 
-        run_theirs = partial(theirs, x, x, x, need_weights=False, attn_mask=causal, is_causal=True)
-        run_ours = partial(ours, x, is_causal=True)
-        forward = ratio(run_theirs, run_ours, device, backward=False)
-        both = ratio(run_theirs, run_ours, device, backward=True)
-        print(f"  batch {batch:>2} x {tokens:>4} tokens x {width} wide, {heads:>2} heads: ", end="")
-        print(f"forward {forward:.2f}, forward and backward {both:.2f}")
+
+def textbook(module: MultiheadAttention, query: torch.Tensor, key: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """Attention as the books write it, with all its weights in memory: (B,T,E) from query (B,T,E) and key (B,S,E)."""
+    assert module.in_proj_weight is not None
+    weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
+    heads = []
+    for x, weight, bias in zip((query, key, key), weights, biases, strict=True):
+        heads.append((x @ weight.T + bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2))
+    q, k, v = heads
+    scores = q @ k.mT / math.sqrt(q.size(-1))
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    return module.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 def ratio(theirs: Callable[[], Any], ours: Callable[[], Any], device: str, *, backward: bool) -> float:

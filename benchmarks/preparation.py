@@ -367,7 +367,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw a picture")
     args = parser.parse_args()
     if args.nanogpt and not (args.nanogpt / "data" / "openwebtext" / "prepare.py").is_file():
-        parser.error(f"{args.nanogpt} is no checkout of nanoGPT")
+        parser.error(f"{args.nanogpt} is not a checkout of nanoGPT")
     args.python = args.python.absolute()  # not resolved: a virtual environment is where its link is
     return args
 

@@ -32,9 +32,9 @@ from recovery_baseline import DISK_INTERVAL, MEMORY_INTERVAL
 from rich.console import Console
 from rich.table import Table
 
+from elastic_gpt.contract import shared_memory
 from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.nodes.local import LocalJob
-from elastic_gpt.snapshot import shared_memory
 
 NODES = 3  # also the most a job may have: the stock rendezvous closes at once only when it is full
 MASTER = "master killed, restarted"

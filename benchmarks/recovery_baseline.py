@@ -21,7 +21,7 @@ from elastic_gpt import settings
 from elastic_gpt.order import Order, sequence_count
 from model_zoo.nanogpt.config import PRESETS, TrainConfig
 from model_zoo.nanogpt.model import GPT
-from prepare.tokens import open_split, read_meta
+from prepare.data import open_split, read_meta
 
 MEMORY_INTERVAL, DISK_INTERVAL = 10, 50  # steps
 STEP_SECONDS = 0.025

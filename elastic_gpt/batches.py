@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from elastic_gpt.devices import pinned
 from elastic_gpt.order import Ids, Order, share
 from elastic_gpt.world import World
 
-MicroBatch = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
+MicroBatch = tuple[Any, ...]  # index in the global batch, ids, and what the model is given
 
 
 class Batches:
@@ -19,40 +21,73 @@ class Batches:
     Args:
         tokens: all token ids of a split, a (memory-mapped) array of uint16 or uint32.
         block_size: tokens in a sequence.
-        micro_batch: sequences in one forward pass.
+        micro_batch: sequences in a micro-batch.
         order: step to sequence ids.
+        merged: at most so many micro-batches go through the model together.
     """
 
     def __init__(
-        self, tokens: npt.NDArray[np.unsignedinteger], block_size: int, micro_batch: int, order: Order, world: World
+        self,
+        tokens: npt.NDArray[np.unsignedinteger],
+        block_size: int,
+        micro_batch: int,
+        order: Order,
+        world: World,
+        *,
+        merged: int = 1,
     ) -> None:
-        self.tokens, self.block_size, self.micro_batch = tokens, block_size, micro_batch
+        self.tokens, self.block_size, self.micro_batch, self.merged = tokens, block_size, micro_batch, merged
         self.order, self.world = order, world
         self.reader = ThreadPoolExecutor(1, "batches")
         self.ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def step(self, step: int) -> Iterator[MicroBatch]:
-        """The micro-batches of `step` on this rank, int64: index in the global batch, ids (B,), tokens and targets (B, T)."""
+        """The micro-batches of `step` on this rank, int64: index in the global batch, ids (B,), tokens and targets (B, T).
+
+        Where some are merged, B is their sequences together and the index that of the first.
+        """
         ready = self.ahead[1] if self.ahead and self.ahead[0] == step else self.reader.submit(self._read, step)
         self.ahead = (step + 1, self.reader.submit(self._read, step + 1))
-        for index, ids, tokens, targets in ready.result():
-            yield (
-                index,
-                ids.to(self.world.device, non_blocking=True),
-                tokens.to(self.world.device, non_blocking=True),
-                targets.to(self.world.device, non_blocking=True),
-            )
+        for index, *tensors in ready.result():
+            yield (index, *(tensor.to(self.world.device, non_blocking=True) for tensor in tensors))
+
+    def close(self) -> None:
+        """The world of these shares is over."""
+        self.reader.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, step: int) -> list[MicroBatch]:
         micro_batches = self.order.ids(step).reshape(-1, self.micro_batch)
-        return [
-            (
-                index,
-                _pinned(torch.from_numpy(micro_batches[index]), self.world),
-                *gather(self.tokens, micro_batches[index], self.block_size, self.world),
-            )
-            for index in share(len(micro_batches), self.world.rank, self.world.size)
-        ]
+        mine = share(len(micro_batches), self.world.rank, self.world.size)
+        passes = -(-len(mine) // self.merged)
+        found = []
+        for number in range(passes):
+            part = share(len(mine), number, passes)
+            together = mine[part.start : part.stop]
+            ids = micro_batches[together.start : together.stop].reshape(-1)
+            found.append((together.start, pinned(torch.from_numpy(ids), self.world.device), *self.load(ids)))
+        return found
+
+    def load(self, ids: Ids) -> tuple[torch.Tensor, ...]:
+        """What the model is given of the sequences `ids`, in host memory."""
+        return gather(self.tokens, ids, self.block_size, self.world)
+
+
+class Examples(Batches):
+    """The same of any data that can be indexed: what `data[i]` holds, stacked.
+
+    Args:
+        data: `data[i]` is a tuple of tensors or numbers of the same shapes for every i.
+    """
+
+    def __init__(self, data: Any, micro_batch: int, order: Order, world: World) -> None:
+        super().__init__(np.empty(0, np.uint16), 1, micro_batch, order, world)
+        self.data = data
+
+    def load(self, ids: Ids) -> tuple[torch.Tensor, ...]:
+        columns = zip(*(self.data[int(number)] for number in ids), strict=True)
+        return tuple(
+            pinned(torch.stack([torch.as_tensor(one) for one in column]), self.world.device) for column in columns
+        )
 
 
 def gather(
@@ -62,8 +97,4 @@ def gather(
     places = ids[:, None] * block_size + np.arange(block_size + 1)
     block = torch.from_numpy(tokens[places].astype(np.int64))
     inputs, targets = block[:, :-1].contiguous(), block[:, 1:].contiguous()
-    return _pinned(inputs, world), _pinned(targets, world)
-
-
-def _pinned(values: torch.Tensor, world: World) -> torch.Tensor:
-    return values.pin_memory() if world.device.type == "cuda" else values
+    return pinned(inputs, world.device), pinned(targets, world.device)

@@ -13,7 +13,9 @@ keeps its own index as a pickle; the state is the same on all ranks, so its resh
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,13 +27,26 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from elastic_gpt.storage import Unreachable, open_storage
+from elastic_gpt.contract import CHECKPOINT_FORMAT_VERSION, CHECKPOINTS, CONFIG, MANIFEST, RUN_FORMAT_VERSION
+from elastic_gpt.identity import Run
+from elastic_gpt.ledger import strict_json
+from elastic_gpt.mirror import mirror_of
+from elastic_gpt.storage import FOLDER, Unreachable, open_storage
 
-FORMAT_VERSION = 1
+
+def writer() -> str:
+    """This program and its version."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout that is not installed
+        return f"elastic-gpt {importlib.metadata.version('elastic-gpt')}"
+    return "elastic-gpt"
 
 
 class CheckpointError(ValueError):
     """No checkpoint can be loaded, with the reason and the cure."""
+
+
+class NoCheckpointYet(CheckpointError):
+    """There is a run, and it has not written its first one."""
 
 
 class Checkpoints:
@@ -40,15 +55,15 @@ class Checkpoints:
     Args:
         place: a folder (RUN/checkpoints), or an fsspec URL (s3://bucket/run).
         keep: newest ones that are kept.
-        run_id: of the run; another's are neither taken nor deleted. None, for who only reads weights: any run's.
+        run: another's are neither taken nor deleted. None, for who only reads weights: any run's.
     """
 
-    def __init__(self, place: Path | str, keep: int = 1, run_id: str | None = None) -> None:
+    def __init__(self, place: Path | str, keep: int = 1, run: Run | None = None) -> None:
         try:
             self.storage = open_storage(place)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        self.keep, self.run_id = keep, run_id
+        self.keep, self.run = keep, run
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[int] | None = None
         self.saved: int | None = None  # step of the newest checkpoint that this process has seen to be whole
@@ -67,15 +82,19 @@ class Checkpoints:
         """Step of the newest whole checkpoint past `newer_than`, or None. Damaged ones are named on standard error.
 
         Raises:
-            CheckpointError: if there are some, but all are damaged; or if there are another run's.
+            CheckpointError: if there are some, but all are damaged; or if there are another run's, or a newer version's.
         """
         damaged = []
         steps = self.steps()
+        self._refuse_newer_formats(steps)
         self._refuse_another_runs(steps)
         self.listed = max(steps, default=0)
         for step in reversed(steps):
             if step <= newer_than:
                 return None
+            if self._abandoned(step):
+                print(f"{self.storage}/{self.name(step)} is of an end that the run went back from", file=sys.stderr)
+                continue
             try:
                 self._verify(step)
                 self.saved = step
@@ -114,14 +133,16 @@ class Checkpoints:
         except (OSError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"cannot read {self.storage}/{self.name(step)}/{file}: {error}") from error
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> None:
+    def save(
+        self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]], push_out: bool = True
+    ) -> None:
         """Copy the state to host memory and write it in a thread; `finished` tells how that ended.
 
-        Ask `finished` first: one save at a time.
+        Ask `finished` first: one save at a time. Unless it may `push_out` others, none is deleted for it.
         """
         assert self.pending is None
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        self.pending = self.writer.submit(self._write, step, copies, list(reports))
+        self.pending = self.writer.submit(self._write, step, copies, list(reports), push_out)
 
     def finished(self, wait: bool = False) -> int | OSError | None:
         """What became of the last save: its step, the error it failed with, or None if nothing new is known."""
@@ -141,15 +162,19 @@ class Checkpoints:
         """Whether the last save failed, and none is under way: the next moment that suits is the time for another."""
         return self.failed and self.pending is None
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> int:
+    def _write(
+        self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]], push_out: bool = True
+    ) -> int:
         folder, steps = self.name(step), self.steps()
         self._refuse_another_runs(steps)
         if step in steps:  # it is done again
             try:
                 self._verify(step)
-                return step
+                if not self._abandoned(step):
+                    return step
             except CheckpointError:
-                self.storage.delete(f"{folder}/MANIFEST.json")
+                pass
+            self.storage.delete(f"{folder}/MANIFEST.json")
         self.storage.delete_folder(folder)  # what a killed or damaged save left behind
         try:
             self._write_files(folder, step, tensors, reports)
@@ -157,7 +182,7 @@ class Checkpoints:
             self.storage.delete_folder(folder)  # on a full disk its room is needed
             raise
         # Of the history that leads to this step; a damaged later one does not push out a good one.
-        for old in sorted({past for past in steps if past < step} | {step})[: -self.keep]:
+        for old in sorted({past for past in steps if past < step} | {step})[: -self.keep] if push_out else []:
             try:
                 self.storage.delete(f"{self.name(old)}/MANIFEST.json")  # first no longer a checkpoint, then gone
                 self.storage.delete_folder(self.name(old))
@@ -167,18 +192,30 @@ class Checkpoints:
 
     def _refuse_another_runs(self, steps: list[int]) -> None:
         """One place holds one run: two would resume from each other's checkpoints, and delete them."""
-        for step in steps if self.run_id else []:
-            try:
-                owner = self._manifest(step)["run_id"]
-            except Unreachable:
-                raise
-            except (OSError, ValueError, KeyError):  # damaged, which is told elsewhere
-                continue
-            if owner != self.run_id:
-                raise CheckpointError(
-                    f"{self.storage} holds checkpoints of another run ({owner}): give this one a --checkpoint.dir of its own,"
-                    " or go on in the other's --run-dir"
-                )
+        for manifest in map(self._manifest_if_whole, reversed(steps)):
+            with contextlib.suppress(KeyError):  # damaged, which is told elsewhere
+                if self.run and manifest and (refusal := self.run.refusal(manifest, str(self.storage))):
+                    raise CheckpointError(refusal)
+
+    def _refuse_newer_formats(self, steps: list[int]) -> None:
+        """What a newer version wrote is whole, and not this one's to read."""
+        for step in steps:
+            manifest = self._manifest_if_whole(step) or {}
+            refuse_newer(f"checkpoint {self.storage}/{self.name(step)}", manifest, CHECKPOINT_FORMAT_VERSION)
+
+    def _abandoned(self, step: int) -> bool:
+        """Whether a later life of the run went back to before this checkpoint."""
+        life = str((self._manifest_if_whole(step) or {}).get("life"))
+        return bool(self.run and life in self.run.lives and not self.run.valid(self.run.lives[life], step))
+
+    def _manifest_if_whole(self, step: int) -> dict[str, Any] | None:
+        try:
+            manifest = self._manifest(step)
+            return manifest if isinstance(manifest, dict) else None
+        except Unreachable:
+            raise
+        except (OSError, ValueError):
+            return None
 
     def _write_files(
         self, folder: str, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]
@@ -186,10 +223,45 @@ class Checkpoints:
         files = {}
         for part in ("model", "optimizer"):
             inside = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
-            write = functools.partial(_save_tensors, inside)
+            write = functools.partial(save_tensors, inside)
             files[f"{part}.safetensors"] = self.storage.write_file(f"{folder}/{part}.safetensors", write, _fingerprint)
-        manifest = {"format_version": FORMAT_VERSION, "run_id": self.run_id, "step": step, "files": files}
-        self.storage.write_text(f"{folder}/MANIFEST.json", json.dumps(manifest | {"reports": reports}, indent=1))
+        # A chain: each names the one that was there before it, of whose files that manifest has the digests.
+        earlier = max((past for past in self.steps() if past < step), default=None)
+        before = {"step": earlier, "sha256": self._digest(earlier)} if earlier is not None else None
+        manifest = {
+            "format_version": CHECKPOINT_FORMAT_VERSION,
+            "writer": writer(),
+            "run_id": self.run and self.run.run_id,
+            "life": self.run and self.run.name,
+            "step": step,
+            "before": before,
+            "files": files,
+            "reports": reports,
+        }
+        self.storage.write_text(f"{folder}/MANIFEST.json", strict_json(manifest, indent=1))
+
+    def copy(self, step: int, folder: Path) -> None:
+        """Copy one checkpoint, verified, into a folder of checkpoints on this machine."""
+        place = folder / self.name(step)
+        place.mkdir(parents=True)
+        for name in self._manifest(step)["files"]:
+            with self._whole(step, name) as path:
+                shutil.copyfile(path, place / name)
+        (place / MANIFEST).write_text(self.storage.read_text(f"{self.name(step)}/{MANIFEST}"))
+
+    def check_chain(self) -> None:
+        """Raises CheckpointError where a checkpoint names another one before it than there is."""
+        steps = self.steps()
+        for step in steps:
+            before = self._manifest(step).get("before")
+            if before and before["step"] in steps and before["sha256"] != self._digest(before["step"]):
+                raise CheckpointError(
+                    f"{self.storage}/{self.name(step)} followed another checkpoint of step {before['step']} than is there:"
+                    " one of the two was exchanged"
+                )
+
+    def _digest(self, step: int) -> str:
+        return hashlib.sha256(self.storage.read_text(f"{self.name(step)}/{MANIFEST}").encode()).hexdigest()
 
     def _verify(self, step: int) -> None:
         try:
@@ -214,23 +286,82 @@ class Checkpoints:
             yield path
 
 
+def refuse_newer(what: str, facts: dict[str, Any], newest: int) -> None:
+    """Refuse what a newer version wrote.
+
+    Args:
+        facts: `format_version`, and `writer`, the program and version that wrote it.
+
+    Raises:
+        CheckpointError: with the version that is needed.
+    """
+    version = facts.get("format_version", newest)
+    if isinstance(version, int) and version > newest:
+        needed = facts.get("writer") or "a newer elastic-gpt"
+        raise CheckpointError(
+            f"{what} has format_version {version}, {writer()} reads up to {newest}: install {needed} or later"
+        )
+
+
+def checkpoints_place(run: Path, place: str | None) -> str:
+    """Where a run's checkpoints are: `checkpoint.dir`, below the run directory where it is relative."""
+    if place and "://" in place:
+        return place
+    mirror = mirror_of(run)
+    if mirror and not Path(place or CHECKPOINTS).is_absolute():
+        return f"{mirror.url}/{place or CHECKPOINTS}"
+    return str((run / (place or CHECKPOINTS)).resolve())
+
+
 def load_model_weights(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
     """Step and model state dict of the newest whole checkpoint of a run directory.
 
     Raises:
-        CheckpointError: if there is no run, or no checkpoint in it yet.
+        NoCheckpointYet: if there is no checkpoint in the run yet.
+        CheckpointError: if there is no run, or a newer version made it, or the checkpoint holds numbers that are not finite.
     """
-    if not run.is_dir():
+    if not run.exists():
         raise CheckpointError(f"no run directory {run}: train one with `elastic-gpt train PRESET --run-dir {run}`")
-    config = run / "config.yaml"
-    settings = yaml.safe_load(config.read_text()) if config.exists() else {}
-    checkpoints = Checkpoints(settings.get("checkpoint", {}).get("dir") or run / "checkpoints")
+    config = run / CONFIG
+    if not config.exists() and not (run / CHECKPOINTS).is_dir():
+        raise CheckpointError(
+            f"no checkpoint in {run}, which is {_what_it_is(run)}: name a run directory, which training wrote"
+        )
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}
+        place = checkpoints_place(run, settings.get("checkpoint", {}).get("dir"))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{config} is damaged: restore the file that training wrote") from error
+    refuse_newer(f"the run in {run}", settings, RUN_FORMAT_VERSION)
+    checkpoints = Checkpoints(place)
     step = checkpoints.newest_step()
     if step is None:
-        raise CheckpointError(
-            f"no checkpoint in {run} yet: one is written every checkpoint.interval steps and at the end"
+        raise NoCheckpointYet(
+            f"no checkpoint in {checkpoints.storage}, where {run} keeps them, yet: one is written every"
+            " checkpoint.interval steps and at the end"
         )
-    return step, {name.removeprefix("model."): tensor for name, tensor in checkpoints.read(step, "model").items()}
+    weights = {name.removeprefix("model."): tensor for name, tensor in checkpoints.read(step, "model").items()}
+    if odd := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
+        raise CheckpointError(
+            f"checkpoint {checkpoints.storage}/{checkpoints.name(step)} is of a broken model, {odd} is not finite:"
+            " delete it, and the one before is taken"
+        )
+    return step, weights
+
+
+def _what_it_is(path: Path) -> str:
+    """What somebody named in place of a run directory."""
+    if not path.is_dir():
+        return "a file"
+    if FOLDER.fullmatch(path.name) and (path / MANIFEST).exists():
+        return "one checkpoint"
+    if any(path.glob("step_*/MANIFEST.json")):
+        return "a folder of checkpoints"
+    if (path / "meta.json").exists() or (path / "train.bin").exists():
+        return "prepared data" if (path / "train.bin").exists() else "a tokenizer folder"
+    if runs := sorted(found.parent.name for found in path.glob("*/config.yaml")):
+        return f"a folder of runs ({', '.join(runs[:3])}{', ...' if len(runs) > 3 else ''})"
+    return "no run directory" if any(path.iterdir()) else "an empty folder yet"
 
 
 def _sha256(path: Path) -> str:
@@ -242,8 +373,9 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises OSError where it cannot be written; safetensors has an error of its own for that."""
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # how safetensors reports an error of the file system
-        raise OSError(str(error)) from error
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path} ({error}): make room, or choose another place") from error

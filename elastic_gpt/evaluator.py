@@ -6,9 +6,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from elastic_gpt import devices
 from elastic_gpt.batches import gather
-from elastic_gpt.order import sequence_count, share
+from elastic_gpt.order import Ids, sequence_count, share
 from elastic_gpt.world import World
+
+
+def spread(there: int, sequences: int, micro_batch: int) -> Ids:
+    """Ids of `sequences` of the `there` sequences of a split, evenly over it; fewer where it holds fewer."""
+    count = min(sequences, there)
+    count -= count % micro_batch if count >= micro_batch else 0  # one shape, for a compiled model
+    return np.linspace(0, there - 1, count).astype(np.int64)
 
 
 class Evaluator:
@@ -42,9 +50,7 @@ class Evaluator:
                 f"val.bin holds {len(tokens)} tokens, one sequence needs {block_size + 1}: prepare more text,"
                 " a larger --val-fraction, or train with a smaller --model.block-size"
             )
-        count = min(sequences, there)
-        count -= count % micro_batch if count >= micro_batch else 0  # one shape, for a compiled model
-        ids = np.linspace(0, there - 1, count).astype(np.int64)
+        ids = spread(there, sequences, micro_batch)
         self.micro_batches = [ids[start : start + micro_batch] for start in range(0, len(ids), micro_batch)]
         self.targets = len(ids) * block_size
         self.model, self.loss_sum, self.tokens, self.block_size, self.world = model, loss_sum, tokens, block_size, world
@@ -59,6 +65,6 @@ class Evaluator:
             tokens, targets = gather(self.tokens, self.micro_batches[index], self.block_size, self.world)
             sums[index] = self.loss_sum(tokens.to(self.world.device), targets.to(self.world.device)).item()
         self.model.train()
-        there = sums.to(self.world.device) if self.world.device.type == "cuda" else sums
+        there = devices.for_collectives(sums, self.world.device)
         self.world.sum(there)
         return there.sum().item() / self.targets

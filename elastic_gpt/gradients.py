@@ -80,10 +80,10 @@ class Gradients:
     def backward(
         self, micro_batch: int, ids: torch.Tensor, loss_sum: torch.Tensor, scale: torch.Tensor | float = 1.0
     ) -> None:
-        """Add the gradient of one micro-batch.
+        """Add the gradient of one micro-batch, or of some that went through the model together (not in exact mode).
 
         Args:
-            micro_batch: its index in the global batch.
+            micro_batch: its index in the global batch; the first one's, which then has the loss of all in its slot.
             ids: of its sequences, int64 (B,).
             loss_sum: sum of the cross-entropy over its targets, a scalar.
             scale: what a float16 run multiplies its losses by.
@@ -91,7 +91,9 @@ class Gradients:
         mean = loss_sum / self.tokens
         (mean * scale).backward()
         self.losses[micro_batch] = mean.detach()
-        self.ids[:, micro_batch] = torch.stack((ids >> HALF, ids & ((1 << HALF) - 1)))
+        halves = torch.stack((ids >> HALF, ids & ((1 << HALF) - 1)))
+        merged = max(1, len(ids) // self.ids.size(2))
+        self.ids[:, micro_batch : micro_batch + merged] = halves.view(2, merged, -1)
         if self.total is not None and self.scratch is not None:
             self.scratch.copy_(self.gradient).div_(QUANTUM).round_()  # NaN and infinity pass through, to be seen
             self.total[: len(self.scratch)].add_(self.scratch)
@@ -125,6 +127,20 @@ class Gradients:
         if limit > 0:
             self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+
+def not_finite(sums: StepSums, norm: torch.Tensor) -> torch.Tensor:
+    """1.0 if the loss or the gradient's norm is NaN or infinite, else 0.0: a scalar on the device, the same on every rank."""
+    return 1.0 - (sums.loss.isfinite() & norm.isfinite()).float()
+
+
+def update(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
+    """One update, or none if `skip` (`not_finite`) is 1.0: then parameters, moments and the optimizer's step stay."""
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler does: nobody waits for the device
+        optimizer.step()
+    elif not bool(skip):
+        optimizer.step()
 
 
 class LossScale:

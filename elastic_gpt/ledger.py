@@ -2,11 +2,10 @@
 
     elastic-gpt ledger RUN
 
-Each rendezvous begins a *life* of the run. Rank 0 of that life writes who is in it, who is no more, and where the state
+Each rendezvous begins a *life* of the run. Rank 0 of that life writes who is in it, who has gone, and where the state
 came from; whoever notices the end of a life writes that; and after the first step it is known what the change cost.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -24,10 +23,28 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from elastic_gpt.settings import fail
+from elastic_gpt.contract import LEDGER, METRICS, Event
+from elastic_gpt.identity import directory
+from elastic_gpt.mirror import here, mirror_of, shown
+from prepare.frontdoor import Parser, command
 
+IDENTITIES = ("created", "copied", "upgraded")
 PARTS = ("detection", "rendezvous", "restore", "first_step")  # of a recovery, seconds each
-ASKED = {"stopped", "finished"}  # how a life ends that nobody need recover from
+ASKED = {"stopped", "finished", "diverged"}  # how a life ends that nobody has to recover from
+
+
+def is_pause(life: Sequence[dict[str, Any]], nodes: Sequence[str]) -> bool:
+    """Whether nobody had to recover from the end of a life: it was stopped, or had finished.
+
+    So had one of which a node left in good order and none came back: of the nodes of a job that is suspended some may be
+    between two worlds, and go without a word.
+
+    Args:
+        life: its events, the first one `joined`.
+        nodes: names of those in the life after it.
+    """
+    said = {event["event"] for event in life}
+    return bool(said & ASKED) or ("left" in said and not set(life[0]["nodes"]) & set(nodes))
 
 
 class Ledger:
@@ -38,65 +55,108 @@ class Ledger:
     """
 
     def __init__(self, run: Path) -> None:
-        self.path = run / "ledger.jsonl"
+        self.path = run / LEDGER
         self._read_up_to = 0  # bytes, of what `superseded` has seen
 
-    def write(self, event: str, **facts: Any) -> None:
+    def write(self, event: Event, **facts: Any) -> None:
         """Append one event, with the time in seconds since 1970. A full disk costs the event, not the training."""
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
         try:
-            with self.path.open("ab+", buffering=0) as file:
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - 1))
-                unfinished = file.read(1) not in (b"", b"\n")  # what a killed writer left
-                file.write((b"\n" if unfinished else b"") + line.encode())
+            self.write_durably(event, **facts)
         except OSError as error:
-            print(f"warning: the ledger lacks {line.strip()}: {error}", file=sys.stderr, flush=True)
+            print(f"warning: the ledger lacks {event} {strict_json(facts)}: {error}", file=sys.stderr, flush=True)
+
+    def write_durably(self, event: Event, **facts: Any) -> None:
+        """Append one event, on storage for good when this returns.
+
+        Raises:
+            OSError: if that cannot be.
+        """
+        line = strict_json({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
+        with self.path.open("ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            unfinished = file.read(1) not in (b"", b"\n")  # what a killed writer left
+            file.write((b"\n" if unfinished else b"") + line.encode())
+            os.fsync(file.fileno())
+        if mirror := mirror_of(self.path):
+            mirror.append(self.path.name, line.encode())
 
     def events(self) -> list[dict[str, Any]]:
         """All events, oldest first."""
         return read_lines(self.path)
 
     def run_id(self) -> str:
-        """The identity of this run, made when its directory was: what tells its snapshots from another run's."""
-        for event in self.events():
-            if event["event"] == "created":
-                return str(event["run_id"])
-        run_id = uuid.uuid4().hex[:12]
-        self.write("created", run_id=run_id)
+        """The identity of this run, made when its directory was: what tells its states from another run's.
+
+        Raises:
+            OSError: if a new run's cannot be written.
+        """
+        if identity := self.identities():
+            return str(identity[-1]["run_id"])
+        self.write_durably("created", run_id=(run_id := new_id()), directory=directory(self.path.parent))
         return run_id
+
+    def identities(self) -> list[dict[str, Any]]:
+        """The events that gave this run an id: of the runs that it was copied from, and last its own."""
+        return [event for event in self.events() if event["event"] in IDENTITIES]
 
     def lives(self) -> int:
         """How many lives the run has had."""
         return sum(event["event"] == "joined" for event in self.events())
 
     def branches(self) -> list[tuple[int, int]]:
-        """Life and step at which each life began: what an earlier life did past that step is abandoned."""
-        return [(event["life"], event["step"]) for event in self.events() if event["event"] == "restored"]
+        """Life and step at which each life began: what an earlier life did past that step is abandoned.
 
-    def begin_life(self, nodes: list[str], world_size: int, step: int, source: str, dropped: int) -> None:
-        """Write who is here now, who is no more, and where the state came from.
+        A life that ended because its updates were no longer finite is abandoned from the first of them on.
+        """
+        found, lives = [], 0
+        for event in self.events():
+            lives += event["event"] == "joined"
+            if event["event"] == "restored":
+                found.append((event["life"], event["step"]))
+            elif event["event"] == "diverged":
+                found.append((lives, event["good"]))
+        return found
+
+    def begin_life(
+        self,
+        nodes: list[str],
+        world_size: int,
+        step: int,
+        source: str,
+        dropped: int,
+        name: str = "",
+        stayed: Sequence[str] = (),
+    ) -> None:
+        """Write who is here now, who has gone, and where the state came from.
 
         Args:
             nodes: names of the nodes.
             step: updates done in the state.
             source: where the state was restored from.
             dropped: steps that were done before and have to be done again.
+            name: of this life, which is in all that it saves.
+            stayed: nodes whose workers live on from the life before, in the same processes.
+
+        Raises:
+            OSError: if it cannot be written: what such a life saves would be nobody's.
         """
         events = self.events()
         last = max((place for place, event in enumerate(events) if event["event"] == "joined"), default=None)
         if last is not None:
-            ended = {event["event"] for event in events[last:]} & ASKED
+            paused = is_pause(events[last:], nodes)
             said_goodbye = {event["node"] for event in events[last:] if event["event"] == "left"}
-            for node in sorted(set() if ended else set(events[last]["nodes"]) - set(nodes) - said_goodbye):
+            for node in sorted(set() if paused else set(events[last]["nodes"]) - set(nodes) - said_goodbye):
                 self.write("lost", node=node, step=step)
         life = self.lives()
-        self.write("joined", life=life, nodes=nodes, world_size=world_size)
+        self.write_durably("joined", life=life, name=name, nodes=nodes, world_size=world_size, stayed=list(stayed))
         self._read_up_to = self.path.stat().st_size if self.path.exists() else 0
         self.write("restored", life=life, step=step, source=source, dropped=dropped)
 
     def superseded(self) -> bool:
         """Whether another life has begun since `begin_life` of this one: a world that was left out, and must end."""
+        if (mirror := mirror_of(self.path)) and mirror.fenced:
+            return True
         try:
             with self.path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size <= self._read_up_to:
@@ -117,8 +177,8 @@ class Ledger:
         """
         events = self.events()
         lives = [place for place, event in enumerate(events) if event["event"] == "joined"]
-        before = {event["event"] for event in events[lives[-2] : lives[-1]]} if len(lives) > 1 else set()
-        if last_step is None or before & ASKED:  # a pause is no recovery
+        paused = len(lives) > 1 and is_pause(events[lives[-2] : lives[-1]], events[lives[-1]]["nodes"])
+        if last_step is None or paused:
             return
         # Nobody noticed anything if the whole world died.
         noticed = [event["time"] for event in events if event["event"] == "interrupted" and event["time"] > last_step]
@@ -146,6 +206,23 @@ class Account:
         return self.useful / self.elapsed if self.elapsed else 0.0
 
 
+def new_id() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def strict_json(content: Any, indent: int | None = None) -> str:
+    """JSON in which numbers that are not finite are null: JSON has none."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(content), allow_nan=False, indent=indent)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A file of JSON lines, none if there is no file. A line that a killed writer left unfinished is not one."""
     found = []
@@ -157,7 +234,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines of RUN/metrics.jsonl."""
-    return read_lines(run / "metrics.jsonl")
+    return read_lines(run / METRICS)
 
 
 def account(run: Path) -> Account:
@@ -174,13 +251,15 @@ def account(run: Path) -> Account:
         ]
         useful += sum(took[1:]) + statistics.median_low(took) if took else 0.0
     elapsed, since = 0.0, None
-    for event in events:
-        if event["event"] == "joined" and since is None:
-            since = event["time"]
-        if event["event"] in ASKED and since is not None:
-            elapsed, since = elapsed + event["time"] - since, None
+    places = [place for place, event in enumerate(events) if event["event"] == "joined"]
+    for place, following in itertools.pairwise([*places, None]):
+        life = events[place:following]
+        since = life[0]["time"] if since is None else since
+        if is_pause(life, events[following]["nodes"] if following else life[0]["nodes"]):
+            ends = [event["time"] for event in life if event["event"] in ASKED | {"left"}]
+            elapsed, since = elapsed + ends[-1] - since, None
     if since is not None:  # still running, or killed
-        elapsed += max(events[-1]["time"], (run / "metrics.jsonl").stat().st_mtime) - since
+        elapsed += max(events[-1]["time"], (run / METRICS).stat().st_mtime) - since
     return Account(
         steps=len(lines),
         dropped=sum(event["dropped"] for event in events if event["event"] == "restored"),
@@ -212,16 +291,29 @@ def table(run: Path) -> Table:
     return drawn
 
 
+EXAMPLES = """\
+examples:
+  %(prog)s run                what happened in run/, a row for each life, and the goodput
+  %(prog)s drill/run          the same of a drill
+"""
+
+
+@command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt ledger") -> int:
     """Print the table of a run's lives, and its goodput."""
-    parser = argparse.ArgumentParser(prog, description="What happened to a run, and what it cost.", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    run = parser.parse_args(argv).run
-    if not (run / "ledger.jsonl").exists() or not (run / "metrics.jsonl").exists():
-        return fail(ValueError(f"no run in {run}: name the --run-dir of a training"))
+    parser = Parser(prog, description="What happened to a run, and what it cost.", epilog=EXAMPLES)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, or its URL")
+    run = here(parser.parse_args(argv).run, METRICS)
+    if not (run / LEDGER).exists() or not (run / METRICS).exists():
+        raise ValueError(f"no run in {shown(run)}: name the --run-dir of a training")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table(run))
-    total = account(run)
+    try:
+        lives, total = table(run), account(run)
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(
+            f"the ledger or the metrics in {run} are not as training writes them ({error!r}): restore the files"
+        ) from error
+    console.print(lives)
     print(
         f"{total.steps:,} steps kept, {total.dropped:,} done again; {total.elapsed:,.1f} s elapsed,"
         f" {total.useful:,.1f} s of them in kept steps: goodput {total.goodput:.1%}"

@@ -1,22 +1,26 @@
 """Observers receive a report of each step; the first worker of a world has them all.
 
 console        a progress bar on a terminal, plain lines elsewhere
+progress       in a pod: a line for the Kubernetes client (contract.py)
 metrics.jsonl  a line a step, each step once: after a restore the steps that are done again replace their old lines
 tensorboard    the same numbers as curves
 """
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections import deque
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from elastic_gpt import contract
+from elastic_gpt.ledger import Ledger, strict_json
+from elastic_gpt.mirror import Follower, mirror_of
 from elastic_gpt.reports import StepReport
 
 
@@ -45,19 +49,26 @@ class ConsoleObserver:
         utilization = f" · MFU {report.mfu:.1%}" if report.mfu is not None else ""
         self.speeds.append(report.tokens_per_second)
         speed = len(self.speeds) / sum(1 / one for one in self.speeds)  # over the last steps together
-        line = f"loss {report.loss:.4f}{self.validation} · {speed:,.0f} tokens/s{utilization}"
+        loss = math.nan if report.loss is None else report.loss
+        line = f"loss {loss:.4f}{self.validation} · {speed:,.0f} tokens/s{utilization}"
+        if report.skipped:
+            self.on_message(f"step {report.step}: loss or gradient is not finite, the update is skipped")
         if self.bar:
             self.bar.update(self.task, completed=report.step, description=f"{line} · {report.world_size} workers")
         elif report.step % self.interval == 0 or report.step == self.steps:
             done = report.step - self.start
+            norm = "" if report.grad_norm is None else f" · norm {report.grad_norm:.3f}"
             left = (self.steps - report.step) * (time.monotonic() - self.since) / max(1, done)
             print(
-                f"step {report.step}/{self.steps} · {line} · lr {report.lr:.2e} · norm {report.grad_norm:.3f}"
+                f"step {report.step}/{self.steps} · {line} · lr {report.lr:.2e}{norm}"
                 f" · {report.world_size} workers · {_duration(left)} left",
                 flush=True,
             )
 
-    def on_evaluation(self, step: int, loss: float) -> None:
+    def on_evaluation(self, step: int, loss: float | None) -> None:
+        if loss is None:
+            self.on_message(f"step {step}: the validation loss is not finite")
+            return
         self.validation = f" · val {loss:.4f}"
         self.on_message(f"step {step}: validation loss {loss:.4f}")
 
@@ -72,15 +83,70 @@ class ConsoleObserver:
             self.bar.stop()
 
 
+class ProgressObserver:
+    """Tells machines how far training is, when a world begins and every `interval` steps: in its output, and in a file.
+
+    Args:
+        start: updates done in the restored state.
+        workers: in this world.
+        file: what the agent passes on to the master; what stands there is always one whole line.
+    """
+
+    def __init__(self, steps: int, start: int, interval: int, *, workers: int, file: Path) -> None:
+        self.steps, self.interval, self.file = steps, interval, file
+        self.told = (start, time.monotonic())
+        self.last: StepReport | None = None
+        self._tell(contract.Progress(time=time.time(), step=start, steps=steps, workers=workers))
+
+    def on_step(self, report: StepReport) -> None:
+        self.last = report
+        if report.step % self.interval == 0 or report.step == self.steps:
+            self._report(report)
+
+    def _report(self, report: StepReport) -> None:
+        (before, since), self.told = self.told, (report.step, time.monotonic())
+        each = (self.told[1] - since) / max(1, report.step - before)  # seconds a step, since the last line
+        self._tell(
+            contract.Progress(
+                time=time.time(),
+                step=report.step,
+                steps=self.steps,
+                loss=report.loss,
+                tokens_per_second=report.tokens / report.step / each if each else None,
+                workers=report.world_size,
+                seconds_left=(self.steps - report.step) * each,
+            )
+        )
+
+    def on_evaluation(self, step: int, loss: float | None) -> None:
+        pass
+
+    def on_message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        if self.last and self.last.step != self.told[0]:  # a world that ends between two lines
+            self._report(self.last)
+
+    def _tell(self, progress: contract.Progress) -> None:
+        line = progress.to_line()
+        print(line, flush=True)
+        aside = self.file.with_suffix(".new")
+        with contextlib.suppress(OSError):  # a full disk: the log has it
+            aside.write_text(line)
+            aside.replace(self.file)
+
+
 class MetricsObserver:
     """RUN/metrics.jsonl, in which each step of the kept history stands once.
 
     Args:
         step: updates done in the restored state; lines past it were lost with the world that wrote them.
         reports: step reports that came with the state; those that the file lacks are written now.
+        lag: lines that may be missing on an object store.
     """
 
-    def __init__(self, path: Path, step: int, reports: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path, step: int, reports: list[dict[str, Any]], lag: int = 1) -> None:
         self.last_step = path.stat().st_mtime if path.exists() else None  # when the last line was written
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = end = written = 0
@@ -92,18 +158,24 @@ class MetricsObserver:
         self.dropped = len(lines) - written
         self.file = path.open("ab", buffering=0)
         self.file.truncate(end)
+        self.follower = None
+        if mirror := mirror_of(path):
+            mirror.cut(path.name, end)
+            self.follower = Follower(mirror, path.name, lag)
         self.end, self.waiting = end, b""  # whole lines end here; lines that a full disk did not take
         reports = [report for report in reports if kept < report["step"] <= step]
         if kept < step and (not reports or reports[0]["step"] > kept + 1):
             upto = reports[0]["step"] - 1 if reports else step
             print(f"warning: {path} lacks the steps {kept + 1} to {upto}", file=sys.stderr, flush=True)
+        if self.follower:
+            self.follower.grown(end)  # nothing, but the store has to hear of the cut
         for report in reports:
             self._write(report)
 
     def on_step(self, report: StepReport) -> None:
-        self._write(asdict(report))
+        self._write(report.line())
 
-    def on_evaluation(self, step: int, loss: float) -> None:
+    def on_evaluation(self, step: int, loss: float | None) -> None:
         pass  # the ledger has it
 
     def on_message(self, text: str) -> None:
@@ -113,16 +185,20 @@ class MetricsObserver:
         if self.waiting:
             print(f"warning: a full disk cost lines of {self.file.name}", file=sys.stderr, flush=True)
         self.file.close()
+        if self.follower:
+            self.follower.close()
 
     def _write(self, report: dict[str, Any]) -> None:
         """Append a line. A disk that is full keeps it waiting, and the training goes on."""
-        lines = self.waiting + (json.dumps(report) + "\n").encode()
+        lines = self.waiting + (strict_json(report) + "\n").encode()
         try:
             written = self.file.write(lines)
         except OSError:
             written = 0
         if written == len(lines):
             self.end, self.waiting = self.end + written, b""
+            if self.follower:
+                self.follower.grown(self.end)
             return
         if not self.waiting:
             print(
@@ -131,6 +207,26 @@ class MetricsObserver:
         self.waiting = lines
         with contextlib.suppress(OSError):
             self.file.truncate(self.end)
+
+
+class LedgerObserver:
+    """RUN/ledger.jsonl: the updates that were skipped."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def on_step(self, report: StepReport) -> None:
+        if report.skipped:
+            self.ledger.write("skipped", step=report.step)
+
+    def on_evaluation(self, step: int, loss: float | None) -> None:
+        self.ledger.write("evaluated", step=step, loss=loss)
+
+    def on_message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class TensorBoardObserver:
@@ -147,8 +243,9 @@ class TensorBoardObserver:
             if (value := getattr(report, name)) is not None:
                 self.writer.add_scalar(f"train/{name}", value, report.step)
 
-    def on_evaluation(self, step: int, loss: float) -> None:
-        self.writer.add_scalar("validation/loss", loss, step)
+    def on_evaluation(self, step: int, loss: float | None) -> None:
+        if loss is not None:
+            self.writer.add_scalar("validation/loss", loss, step)
 
     def on_message(self, text: str) -> None:
         pass

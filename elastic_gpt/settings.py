@@ -5,26 +5,36 @@ where it stands, and the nearest right one. A preset is a YAML file of nested se
 environment and `--model.n-layer 6` on the command line name the same field.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import itertools
+import math
 import os
 import re
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
 
-from prepare.frontdoor import USERS_MISTAKE
+from prepare.frontdoor import fail as fail
+from prepare.frontdoor import utf8
+
+# Values of settings that several rooms know, none of which should need torch for that.
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Resume = Literal["auto", "storage", "memory"]
 
 PREFIX = "EGPT__"
+MOST_BYTES = 1 << 20  # of a preset; a corpus that is named in its place is not read
 
 
 T = TypeVar("T")
@@ -71,6 +81,18 @@ def field_types(kind: type) -> dict[str, Any]:
     return found
 
 
+def field_help(kind: type) -> dict[str, str]:
+    """Name to the docstring line under it, for the fields of a dataclass that have one."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }  # fmt: skip
+
+
 def parse(kind: type[T], argv: Sequence[str], *, presets: Path, prog: str, environment: Mapping[str, str]) -> T:
     """Build a `kind` from `argv`: a preset (a name in `presets`, or a path to a YAML file), then flags.
 
@@ -88,16 +110,26 @@ def parse(kind: type[T], argv: Sequence[str], *, presets: Path, prog: str, envir
         print(f"PRESET is a YAML file or one of: {', '.join(preset_names(presets))}.")
         print(f"A setting also comes from the environment: {PREFIX}SECTION__FIELD=VALUE. Flags win over it.\n")
         tyro.cli(kind, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))
-    if not argv or argv[0].startswith("-"):
+    for word in argv:
+        utf8(word)
+    if not argv or not argv[0] or argv[0].startswith("-"):
         raise SettingsError(f"name a preset first, as in `{prog} debug_cpu`: one of {', '.join(preset_names(presets))}")
     preset = find_preset(argv[0], presets)
-    given = _from_preset(preset, known) | _from_environment(environment, known) | _from_flags(argv[1:], known)
+    variables, flags = _from_environment(environment, known), _from_flags(argv[1:], known)
+    for name in variables.keys() & flags.keys():
+        if variables[name][0] != flags[name][0]:
+            _say(f"{variables[name][1]} has no effect: the flags say --{name} {flags[name][0]}")
+    given = _from_preset(preset, known) | variables | flags
     for name, (value, _) in given.items():
         if known[name] is bool:
             given[name] = (str(value).capitalize(), given[name][1])
     try:
         # With the equals sign, or -3 would be taken for a flag.
-        return _tyro(kind, [f"--{name}={value}" for name, (value, _) in given.items()], prog)
+        parsed = _tyro(kind, [f"--{name}={value}" for name, (value, _) in given.items()], prog)
+        for name, value in flatten(dataclasses.asdict(parsed)).items():  # type: ignore[call-overload]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingsError(f"--{name.replace('_', '-')} is {value}: give a number that is finite")
+        return parsed
     except SettingsError as error:
         origin = next((where for name, (_, where) in given.items() if f"--{name.replace('_', '-')}" in str(error)), "")
         raise SettingsError(f"{error}{f' (from {origin})' if origin else ''}") from error
@@ -110,8 +142,13 @@ def preset_names(presets: Path) -> list[str]:
 def find_preset(name: str, presets: Path) -> Path:
     """The path of a preset named by its path, or by its name in the folder `presets`."""
     for path in (Path(name), presets / name, presets / f"{name}.yaml"):
-        if path.is_file():
-            return path
+        with contextlib.suppress(OSError, ValueError):  # no path: too long, say
+            if path.is_file():
+                return path
+    if Path(name).is_dir():
+        raise SettingsError(
+            f"preset {name} is a folder: name a YAML file, or one of {', '.join(preset_names(presets))}"
+        )
     raise SettingsError(f"no preset '{name}'{nearest(name.removesuffix('.yaml'), preset_names(presets))}")
 
 
@@ -142,12 +179,48 @@ def _known(name: str, known: Mapping[str, Any], where: str) -> str:
 
 def _from_preset(path: Path, known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"preset {path} is not YAML: {' '.join(str(error).split())}") from error
+        if path.stat().st_size > MOST_BYTES:
+            raise SettingsError(f"preset {path} is too large to be one: name a YAML file of settings")
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except OSError as error:
+        raise SettingsError(
+            f"preset {path} cannot be read ({error.strerror}): name another, or mend its mode"
+        ) from error
+    except SettingsError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        why = "too deeply nested" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise SettingsError(f"preset {path} is not YAML: {why}") from error
     if not isinstance(tree, dict):
         raise SettingsError(f"preset {path} holds no settings: write lines like `steps: 1000`")
-    return {_known(name, known, f"preset {path}"): (value, f"preset {path}") for name, value in flatten(tree).items()}
+    where = f"preset {path}"
+    given = {_known(name, known, where): (value, where) for name, value in _leaves(tree, known)}
+    for name, (value, _) in given.items():
+        if isinstance(value, (dict, list)):
+            raise SettingsError(f"setting '{name}' in {where} is a {type(value).__name__}: give one value")
+    return given
+
+
+class _Loader(yaml.SafeLoader):
+    """Of two equal keys YAML's loader takes the last, and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"'{name}' stands twice in one section (from line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+def _leaves(tree: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of what a preset sets; a section goes as deep as the settings do."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        section = any(other.startswith(f"{name}.") for other in known)
+        if section and isinstance(value, Mapping):
+            yield from _leaves(value, known, f"{name}.")
+        elif not (section and value is None):  # all its lines are comments
+            yield name, value
 
 
 def _from_environment(environment: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -155,6 +228,8 @@ def _from_environment(environment: Mapping[str, str], known: Mapping[str, Any]) 
         if variable.startswith("EGPT_") and not variable.startswith(PREFIX):
             name = variable.removeprefix("EGPT_").lstrip("_")
             raise SettingsError(f"variable {variable}: a setting's has two underscores, as in {PREFIX}{name}")
+        if variable.startswith(PREFIX):
+            utf8(f"{variable}={environment[variable]}")
     return {
         _known(variable.removeprefix(PREFIX).lower().replace("__", "."), known, f"variable {variable}"): (
             value,
@@ -180,8 +255,14 @@ def _from_flags(argv: Sequence[str], known: Mapping[str, Any]) -> dict[str, tupl
                 value = "True"
             else:
                 raise SettingsError(f"flag {flag} needs a value: {flag} {_shape(known[name])}")
+        if name in given and given[name][0] != value:
+            _say(f"--{name} is given twice: {value} is taken, not {given[name][0]}")
         given[name] = (value, "the flags")
     return given
+
+
+def _say(note: str) -> None:
+    print(f"note: {' '.join(note.split())}", file=sys.stderr, flush=True)
 
 
 def _shape(hint: Any) -> str:
@@ -203,19 +284,17 @@ def _tyro(kind: type[T], args: list[str], prog: str) -> T:
         # A title, a rule (none where the terminal has rounded corners), the message, a rule, advice.
         _, *lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()]
         message = itertools.takewhile(_is_text, itertools.dropwhile(lambda line: not _is_text(line), lines))
-        raise SettingsError(" ".join(message) or f"settings refused ({stop.code})") from None
+        text = " ".join(message) or f"settings refused ({stop.code})"
+        text = re.sub(r"^Error parsing (--\S+): (?:invalid literal for int.*10|could not convert string to float):",
+                      r"\1 is not a number:", text)  # fmt: skip
+        text = re.sub(r"^Error parsing \w+: ", "", text)  # a dataclass's own error, which names its setting
+        raise SettingsError(text) from None
     except ValueError as error:  # a dataclass's own check in __post_init__
         raise SettingsError(str(error)) from error
 
 
 def _is_text(line: str) -> bool:
     return bool(line.strip("─-"))
-
-
-def fail(error: Exception) -> int:
-    """The one way to end on a user's mistake: one line on standard error, no traceback. Returns the exit code."""
-    print(f"error: {error}", file=sys.stderr)
-    return USERS_MISTAKE
 
 
 def environment() -> Mapping[str, str]:

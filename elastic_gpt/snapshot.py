@@ -11,7 +11,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -22,6 +21,8 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+
+from elastic_gpt.ledger import strict_json
 
 ALIGNMENT = 64  # bytes; a tensor's place in the buffer
 LEFT_OVER_SECONDS = 3600.0
@@ -39,15 +40,13 @@ class Snapshot:
     step: int
     life: int
     """Number of the life of the run in which it was made."""
+    name: str
+    """Name of that life."""
+    history_bytes: int
+    """How long metrics.jsonl was: a shorter one is of a run directory that was rolled back."""
     reports: list[dict[str, Any]]
     crc32: int
     """Of the buffer."""
-
-
-def shared_memory() -> Path:
-    """The folder of all snapshots of this user on this machine."""
-    root = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-    return root / f"elastic-gpt-{os.getuid()}"
 
 
 def sweep(root: Path) -> None:
@@ -72,13 +71,25 @@ class Snapshots:
         node: name of this node.
         identity: of the run; snapshots of another run or another layout are not seen.
         tensors: the live state. Its names, shapes and dtypes fix the layout.
+        name: of this life of the run.
+        history: the run's metrics.jsonl.
 
     Raises:
         SnapshotError: if shared memory cannot hold two buffers.
     """
 
-    def __init__(self, folder: Path, node: str, identity: str, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        node: str,
+        identity: str,
+        tensors: dict[str, torch.Tensor],
+        *,
+        name: str = "",
+        history: Path | None = None,
+    ) -> None:
         self.run, self.folder, self.identity = folder, folder / node, identity
+        self.name, self.history = name, history
         self.held: list[IO[bytes]] = []
         self.places: dict[str, tuple[int, int]] = {}
         end = 0
@@ -104,17 +115,18 @@ class Snapshots:
                 " since the last checkpoint"
             ) from error
         self.turn = 0
+        self.step = -1  # of the newest that this process has saved
         self.checksummer = ThreadPoolExecutor(1, "snapshot")
         self.pending: Future[None] | None = None
 
-    def newest(self, valid: Callable[[int, int], bool]) -> Snapshot | None:
-        """The newest whole snapshot of the run in this machine's memory, also of a node that is no more.
+    def newest(self, valid: Callable[[Snapshot], bool]) -> Snapshot | None:
+        """The newest whole snapshot of the run in this machine's memory, also of a node that has gone.
 
         Args:
-            valid: (life, step) to whether such a state is part of the run's history, and not of an abandoned end of it.
+            valid: whether such a state is part of the run's history, and not of an abandoned end of it.
         """
         found = [snapshot for header in self.run.glob("*/[01].json") if (snapshot := self._read(header))]
-        found = [snapshot for snapshot in found if valid(snapshot.life, snapshot.step)]
+        found = [snapshot for snapshot in found if valid(snapshot)]
         found.sort(key=lambda snapshot: (snapshot.step, snapshot.life), reverse=True)
         newest = next(filter(_whole, found), None)
         if newest and newest.header.parent == self.folder:
@@ -129,9 +141,16 @@ class Snapshots:
         self._header(number).unlink(missing_ok=True)
         for name, tensor in tensors.items():
             self._view(self.buffers[number], name, tensor).copy_(tensor)
-        header = {"identity": self.identity, "step": step, "life": life, "reports": list(reports)}
+        header = {
+            "identity": self.identity,
+            "step": step,
+            "life": life,
+            "name": self.name,
+            "history_bytes": _length(self.history),
+            "reports": list(reports),
+        }
         self.pending = self.checksummer.submit(self._commit, number, header)
-        self.turn = 1 - number
+        self.turn, self.step = 1 - number, step
 
     def wait(self) -> None:
         """Until the newest snapshot is committed."""
@@ -139,7 +158,7 @@ class Snapshots:
         try:
             if pending:
                 pending.result()
-        except OSError as error:  # without its header it is none, and the one before it still is
+        except OSError as error:  # without its header it does not count, and the one before it still does
             print(f"warning: a snapshot could not be kept: {error}", file=sys.stderr, flush=True)
 
     @torch.no_grad()
@@ -150,7 +169,7 @@ class Snapshots:
             tensor.copy_(self._view(buffer, name, tensor))
 
     def drop_others(self, nodes: list[str]) -> None:
-        """Free the memory of nodes of this run that are no more.
+        """Free the memory of nodes of this run that have gone.
 
         Args:
             nodes: those that are.
@@ -191,7 +210,7 @@ class Snapshots:
 
     def _commit(self, number: int, header: dict[str, Any]) -> None:
         aside = self._header(number).with_suffix(".partial")
-        aside.write_text(json.dumps(header | {"crc32": zlib.crc32(self.buffers[number].data)}))
+        aside.write_text(strict_json(header | {"crc32": zlib.crc32(self.buffers[number].data)}))
         aside.rename(self._header(number))
 
     def _header(self, number: int) -> Path:
@@ -206,6 +225,14 @@ def _own(folder: Path) -> None:
             f"no snapshots on this node: {folder} is not this user's alone (a folder, mode 700): remove it."
             " Until then a lost worker costs the steps since the last checkpoint"
         )
+
+
+def _length(path: Path | None) -> int:
+    """Bytes of a file, 0 where that cannot be known. Opened, for a network file system looks again then."""
+    if path is not None:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            return file.seek(0, os.SEEK_END)
+    return 0
 
 
 def _whole(snapshot: Snapshot) -> bool:

@@ -1,37 +1,38 @@
 """What must survive: the parameters, the optimizer's moments and the step; and where they are restored from.
 
 The state is a flat mapping of names to *live* tensors, so saving reads the tensors that train and restoring writes them.
-A restore is a collective step: the newest state that any surviving node holds in memory, else the newest on storage,
-is read by one rank and sent to all the others.
+A restore is a collective step: the newest state that a worker which lives on has in its tensors, or a surviving node in its
+shared memory, else the newest on storage, is sent by one rank to all the others.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from elastic_gpt.checkpoint import CheckpointError, Checkpoints
-from elastic_gpt.snapshot import Snapshots
+from elastic_gpt.identity import Run
+from elastic_gpt.settings import Resume
+from elastic_gpt.snapshot import Snapshot, Snapshots
 from elastic_gpt.storage import Unreachable
-from elastic_gpt.world import World
+from elastic_gpt.world import PeerLost, World
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the workers have to know of the run they are in."""
+class NotFinite(ValueError):
+    """The state, or too many updates in a row, are no longer finite. The message holds the step and the cure."""
 
-    run_id: str
-    life: int
-    """Number of this life."""
-    branches: list[tuple[int, int]]
-    """Life and step at which each earlier life began."""
-    saved: tuple[int, str] | None = None
-    """Step and place of the last checkpoint that the ledger knows of."""
 
-    def valid(self, life: int, step: int) -> bool:
-        """Whether the state after `step` of `life` is in the run's history, not in an end that a later life abandoned."""
-        return all(step <= began for later, began in self.branches if later > life)
+@dataclass
+class Held:
+    """The state in the tensors of a worker that lives on: whole between two steps, whatever became of its peers."""
+
+    step: int = -1
+    """Updates done; -1: what the tensors hold is worth nothing, or half overwritten."""
+    life: int = -1
+    """Number of the life in which they were done."""
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    """The recent step reports, oldest first."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ class Restored:
     step: int
     """Updates done."""
     source: str
-    """`snapshot of node N`, `checkpoint step_...`, or `start`."""
+    """`worker of node N`, one that lives on; `snapshot of node N`, `checkpoint step_...`, or `start`."""
     reports: list[dict[str, Any]]
     """The step reports that came with the state, oldest first: they fill what a killed rank 0 did not write."""
+    choice: str = ""
+    """Which of memory and storage was taken and why, in a line for who started the job; empty where they agree."""
 
 
 def training_state(
@@ -69,27 +72,57 @@ def training_state(
 
 
 @torch.no_grad()
+def broken(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Name of a tensor that holds a NaN or an infinity, or None. Reads the state once, waits for the device once."""
+    device = next(iter(tensors.values())).device
+    sums = torch.stack([tensor.sum().to(device) for tensor in tensors.values()])
+    if sums.isfinite().all():
+        return None
+    # Sums of large numbers may overflow where each of them is finite.
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+@torch.no_grad()
 def restore(
     tensors: dict[str, torch.Tensor],
     snapshots: Snapshots | None,
     checkpoints: Checkpoints,
     run: Run,
     world: World,
+    resume: Resume = "auto",
+    held: Held | None = None,
 ) -> Restored:
     """Fill `tensors` on every rank with the newest state there is, or with rank 0's initial values.
 
     Args:
         snapshots: this node's, on the first worker of the node; None elsewhere.
+        resume: what somebody who starts a job wants where memory is ahead of storage. `auto`: memory, unless the checkpoint
+            that was saved last has been deleted, which is how one goes back. Within a job, memory is always right.
+        held: what the tensors of this worker hold already; they are left alone where nobody has anything newer.
 
     Raises:
         CheckpointError: on every rank, if there are checkpoints and none is whole, or none where there were some: a run
             never starts over silently.
         Unreachable: on every rank, if storage does not answer and may hold what no memory does.
     """
-    snapshot = snapshots.newest(run.valid) if snapshots else None
-    held = world.gather((snapshot.step, snapshot.life) if snapshot else (-1, -1))
-    newest, life = max(held)
+
+    def valid(snapshot: Snapshot) -> bool:
+        known = run.lives.get(snapshot.name) == snapshot.life and snapshot.history_bytes <= run.history_bytes
+        return known and run.valid(snapshot.life, snapshot.step)
+
+    # --- what there is, in memory and on storage
+    held = held or Held()
+    lives_on = held.step >= 0 and run.valid(held.life, held.step)
+    snapshot = snapshots.newest(valid) if snapshots and not lives_on else None
+    mine = (held.step, held.life) if lives_on else (snapshot.step, snapshot.life) if snapshot else (-1, -1)
+    holder = snapshot.header.parent.name if snapshot else world.node
+    there, holders = zip(*world.gather(((*mine, lives_on), holder)), strict=True)
+    newest, life = max(there)[:2]
+    choice = ""
     try:
+        if newest >= 0 and not run.continues:
+            back, choice = world.first_does(lambda: _goes_back(newest, checkpoints, run, resume))
+            newest = -1 if back else newest
         stored = world.first_does(lambda: checkpoints.newest_step(newer_than=newest))
     except Unreachable as error:
         if newest < 0 or life < run.life - 1:
@@ -98,22 +131,66 @@ def restore(
         stored = None
         if world.first:
             print(f"warning: {error}; the run goes on from memory", file=sys.stderr, flush=True)
+    if resume == "memory" and run.life > 0 and not run.continues and (newest < 0 or stored is not None):
+        raise CheckpointError(
+            f"no node holds this run in memory{f' as far as step {stored} on storage' if stored else ''}:"
+            " leave --resume memory out"
+        )
+    # --- the newest of it, read by one rank, or the reason why there is nothing
     reports: list[dict[str, Any]] = []
+    same = False  # whether all have it in place
     if stored is not None:
         reader, step, source = 0, stored, f"checkpoint {checkpoints.name(stored)}"
-        reports = world.first_does(lambda: checkpoints.load(stored, tensors))
     elif newest >= 0:
-        reader, step = held.index((newest, life)), newest
-        source = f"snapshot of node {world.gather(snapshot.header.parent.name if snapshot else '')[reader]}"
-        if world.rank == reader and snapshots and snapshot:
-            snapshots.load(snapshot, tensors)
-        reports = world.gather(snapshot.reports if snapshot and world.rank == reader else [])[reader]
+        living = (newest, life, True)
+        reader, step = there.index(max(there)), newest
+        same = all(one == living for one in there)
+        source = f"{'worker' if there[reader] == living else 'snapshot'} of node {holders[reader]}"
     elif run.saved:
+        step, place = run.saved
+        cure = "mount it, or set --checkpoint.dir back; to start over, take another --run-dir"
         raise CheckpointError(
-            f"step {run.saved[0]} of this run was saved in {run.saved[1]}, but there is no checkpoint in"
-            f" {checkpoints.storage}: mount it, or set --checkpoint.dir back; to start over, take another --run-dir"
+            f"step {step} of this run was saved in {place}, but there is no checkpoint in {checkpoints.storage}:"
+            f" {run.cure_of_a_copy(place, step) if place in run.left else cure}"
         )
     else:
         reader, step, source = 0, 0, "start"
-    world.broadcast(list(tensors.values()), reader)
-    return Restored(step, source, reports)
+        if world.gather(held.life)[0] >= 0:
+            held.step = -1
+            raise PeerLost("what the first worker holds is no start and no part of the run's history: a new one starts")
+    if there[world.rank] != (step, life, True):
+        held.step = -1  # from here on the tensors are being overwritten
+    if stored is not None:
+        reports = world.first_does(lambda: checkpoints.load(stored, tensors))
+    elif same:
+        reports = held.reports
+    elif newest >= 0:
+        if world.rank == reader and snapshots and snapshot:
+            snapshots.load(snapshot, tensors)
+        mine_of_it = (snapshot.reports if snapshot else held.reports) if world.rank == reader else []
+        reports = world.gather(mine_of_it)[reader]
+    if not same:
+        world.broadcast(list(tensors.values()), reader)
+    held.step, held.life, held.reports = step, run.life, reports
+    return Restored(step, source, reports, choice)
+
+
+def _goes_back(newest: int, checkpoints: Checkpoints, run: Run, resume: Resume) -> tuple[bool, str]:
+    """Whether storage is taken although memory holds `newest`, and the line that tells of the choice."""
+    steps = checkpoints.steps()
+    stored = max(steps, default=None)
+    if stored is not None and stored >= newest:
+        return False, ""
+    ahead = (
+        f"memory holds step {newest}, storage step {stored}" if steps else f"memory holds step {newest}, storage none"
+    )
+    if resume == "storage":
+        return True, f"{ahead}: storage is taken, as --resume storage says"
+    if resume == "memory":
+        return False, f"{ahead}: memory is taken, as --resume memory says"
+    if steps and run.saved and run.saved[0] not in steps and run.saved[0] > max(steps):
+        return True, (
+            f"{ahead}: storage is taken, for step {run.saved[0]} was saved and has been deleted"
+            " (--resume memory takes the other)"
+        )
+    return False, f"{ahead}: memory is taken, for the run was killed there (--resume storage goes back)"

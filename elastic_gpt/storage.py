@@ -15,6 +15,9 @@ from typing import Any, Protocol
 
 import fsspec
 
+from elastic_gpt.contract import MANIFEST
+
+SCHEME = re.compile(r"[a-z][a-z0-9+.:-]+")
 FOLDER = re.compile(r"step_\d+")  # ours; others may lie beside them: lost+found, a user's copy
 
 
@@ -54,7 +57,7 @@ class LocalStorage:
 
     def manifests(self) -> list[str]:
         # Not glob and exists: they take an error for an absence, and the run would start from zero.
-        return [name for name in self._list(".") if FOLDER.fullmatch(name) and "MANIFEST.json" in self._list(name)]
+        return [name for name in self._list(".") if FOLDER.fullmatch(name) and MANIFEST in self._list(name)]
 
     def _list(self, name: str) -> list[str]:
         try:
@@ -97,22 +100,13 @@ class LocalStorage:
 class RemoteStorage:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        try:
-            # Never from a cache: another process may have written since.
-            self.files, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-        except ImportError as error:
-            protocol = url.partition("://")[0]
-            package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "oci": "ocifs", "abfs": "adlfs"}.get(protocol)
-            cure = f"pip install {package}" if package else str(error)
-            raise ValueError(f"checkpoint.dir {url}: no package for {protocol}:// is installed: {cure}") from error
-        except ValueError as error:
-            raise ValueError(f"checkpoint.dir {url}: {error}") from error
+        self.files, self.root = open_url(self.url, "checkpoint.dir")
 
     def __str__(self) -> str:
         return self.url
 
     def manifests(self) -> list[str]:
-        with _as_os_error(f"list {self.url}"):
+        with as_os_error(f"list {self.url}"):
             # Not glob and exists, as above.
             names = [name.rstrip("/").rsplit("/", 1)[-1] for name in self._list(self.root)]
             folders = [name for name in names if FOLDER.fullmatch(name)]
@@ -125,11 +119,11 @@ class RemoteStorage:
             return []
 
     def read_text(self, name: str) -> str:
-        with _as_os_error(f"read {self.url}/{name}"):
+        with as_os_error(f"read {self.url}/{name}"):
             return self.files.cat_file(f"{self.root}/{name}").decode()
 
     def write_text(self, name: str, text: str) -> None:
-        with _as_os_error(f"write {self.url}/{name}"):
+        with as_os_error(f"write {self.url}/{name}"):
             self.files.pipe_file(f"{self.root}/{name}", text.encode())
 
     def write_file(self, name: str, write: Callable[[Path], Any], check: Callable[[Path], Any]) -> Any:
@@ -137,7 +131,7 @@ class RemoteStorage:
             path = Path(folder) / "file"
             write(path)
             checked = check(path)
-            with _as_os_error(f"write {self.url}/{name}"):
+            with as_os_error(f"write {self.url}/{name}"):
                 self.files.put_file(str(path), f"{self.root}/{name}")
             return checked
 
@@ -145,17 +139,44 @@ class RemoteStorage:
     def open_file(self, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="elastic-gpt-") as folder:
             path = Path(folder) / "file"
-            with _as_os_error(f"read {self.url}/{name}"):
+            with as_os_error(f"read {self.url}/{name}"):
                 self.files.get_file(f"{self.root}/{name}", str(path))
             yield path
 
     def delete(self, name: str) -> None:
-        with _as_os_error(f"delete {self.url}/{name}"):
+        with as_os_error(f"delete {self.url}/{name}"):
             self.files.rm_file(f"{self.root}/{name}")
 
     def delete_folder(self, name: str) -> None:
-        with contextlib.suppress(OSError), _as_os_error(f"delete {self.url}/{name}"):
+        with contextlib.suppress(OSError), as_os_error(f"delete {self.url}/{name}"):
             self.files.rm(f"{self.root}/{name}", recursive=True)
+
+
+def url_of(place: Path | str) -> str | None:
+    """The URL that `place` is; None for a path of this machine. (A Path keeps one slash of two.)"""
+    scheme, slash, rest = str(place).partition(":/")
+    if not slash or not SCHEME.fullmatch(scheme):
+        return None
+    return f"{scheme}:///{rest.lstrip('/')}" if scheme == "file" else f"{scheme}://{rest.lstrip('/')}"
+
+
+def open_url(url: str, setting: str) -> tuple[Any, str]:
+    """fsspec's file system for `url`, and the path in it.
+
+    Raises:
+        ValueError: if nothing installed knows the URL's protocol; `setting` is who named it.
+    """
+    try:
+        # Never from a cache: another process may have written since.
+        files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        return files, str(root).rstrip("/")
+    except ImportError as error:
+        protocol = url.partition("://")[0]
+        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "oci": "ocifs", "abfs": "adlfs"}.get(protocol)
+        cure = f"pip install {package}" if package else str(error)
+        raise ValueError(f"{setting} {url}: no package for {protocol}:// is installed: {cure}") from error
+    except ValueError as error:
+        raise ValueError(f"{setting} {url}: {error}") from error
 
 
 def open_storage(place: Path | str) -> Storage:
@@ -168,7 +189,7 @@ def open_storage(place: Path | str) -> Storage:
 
 
 @contextlib.contextmanager
-def _as_os_error(what: str) -> Iterator[None]:
+def as_os_error(what: str) -> Iterator[None]:
     """The libraries below fsspec have errors of their own for a network that fails."""
     try:
         yield

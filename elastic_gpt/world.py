@@ -1,26 +1,33 @@
 """Who is here: rank, size and device of this process; joining and leaving the group. The only reader of RANK and its kin.
 
-A world lasts from one rendezvous to the next. When its members change, the agent restarts the workers and they join a new
-one; nothing here survives that, and nothing else in the project may assume that a rank or a size does (law 7).
+A world lasts from one rendezvous to the next. When its members change, the workers leave it and join another, those that
+live on in the same process; nothing may assume that a rank or a size survives that (law 7).
 """
 
 import datetime
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from elastic_gpt import devices
 from elastic_gpt.processes import die_with_parent
+from elastic_gpt.settings import Device
 
 T = TypeVar("T")
-Device = Literal["auto", "cpu", "cuda", "mps"]
+PARCEL = 32 << 20  # bytes in one broadcast
+TOUCH_SECONDS = 0.5  # between two signs of life of a rank that others wait for
+MEET_TIMEOUT = datetime.timedelta(seconds=1)  # for one try to reach the store of a new group
+LEAVE_SECONDS = 5.0  # in which a group with a dead member has to be torn down
 
 
 class PeerLost(RuntimeError):
@@ -70,14 +77,17 @@ class World:
         return values
 
     def broadcast(self, tensors: list[torch.Tensor], source: int) -> None:
-        """Replace `tensors` everywhere by those of rank `source`."""
-        if self.size > 1:
-            for tensor in tensors:
-                # NCCL moves no CPU tensors, and AdamW may keep its step count on the CPU.
-                there = tensor.to(self.device)
-                self._collective(lambda there=there: dist.broadcast(there, source))
-                if there is not tensor:
-                    tensor.copy_(there)
+        """Replace `tensors` everywhere by those of rank `source`. Small ones travel together."""
+        if self.size == 1:
+            return
+        for together in _parcels(tensors):
+            # NCCL moves no CPU tensors, and AdamW may keep its step count on the CPU.
+            flat = torch.cat([tensor.reshape(-1).to(self.device) for tensor in together])
+            self._collective(lambda flat=flat: dist.broadcast(flat, source))
+            if self.rank != source:
+                parts = flat.split([tensor.numel() for tensor in together])
+                for tensor, part in zip(together, parts, strict=True):
+                    tensor.copy_(part.view_as(tensor))
 
     def first_does(self, work: Callable[[], T]) -> T:
         """Have rank 0 do `work` and give its result, or its error, to every rank.
@@ -88,10 +98,13 @@ class World:
             return work()
         with ThreadPoolExecutor(1) as background:
             future = background.submit(work) if self.first else None
-            while not self.gather(future.done() if future else None)[0]:
-                time.sleep(0.02)
-        error = future.exception() if future else None
-        result, error = self.gather((future.result() if future and not error else None, error))[0]
+            while True:
+                ended = bool(future and wait([future], TOUCH_SECONDS).done)
+                error = future.exception() if future and ended else None
+                mine = (ended, future.result() if future and ended and not error else None, error)
+                ended, result, error = self.gather(mine)[0]
+                if ended:
+                    break
         if error:
             raise error
         return result
@@ -99,17 +112,43 @@ class World:
     def _collective(self, run: Any) -> None:
         try:
             run()
+            return
         except (RuntimeError, ValueError) as error:  # gloo and NCCL have no narrower type for a lost peer
-            lost = PeerLost(f"rank {self.rank} of {self.size} lost a peer: {error}")
-            lost.noticed_by = self.node if self.first_of_node else None
-            raise lost from error
+            why = str(error)
+            # Its frames hold the group, and a group that is held keeps its connections, for which other peers may wait.
+            traceback.clear_frames(error.__traceback__)
+        lost = PeerLost(f"rank {self.rank} of {self.size} lost a peer: {why}")
+        lost.noticed_by = self.node if self.first_of_node else None
+        raise lost
 
 
-def join(device: Device, timeout_seconds: float) -> World:
-    """Join the group that the agent (DLRover's or torchrun) announced in the environment, or be a world of one.
+def _parcels(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of one type together, up to PARCEL bytes; a larger one alone."""
+    parcel: list[torch.Tensor] = []
+    for tensor in tensors:
+        if parcel and (tensor.dtype != parcel[0].dtype or sum(one.nbytes for one in parcel) + tensor.nbytes > PARCEL):
+            yield parcel
+            parcel = []
+        parcel.append(tensor)
+    if parcel:
+        yield parcel
+
+
+def place(device: Device) -> torch.device:
+    """The device that this worker computes on, in whatever world."""
+    return devices.pick(device, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = lambda: False) -> World:
+    """Join the group that the agent (ours, DLRover's or torchrun) announced in the environment, or be a world of one.
 
     Args:
         timeout_seconds: how long a collective waits for a peer that says nothing before the world is given up.
+        called: whether the members change again, so that nobody need wait for those who do not come.
+
+    Raises:
+        NotJoined: if a peer does not come.
+        PeerLost: if this worker was called away before all had come.
     """
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     if elastic:
@@ -118,23 +157,57 @@ def join(device: Device, timeout_seconds: float) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     # A replaced node is a new pod. Under plain torchrun the agent's process id tells nodes apart.
     node = os.environ.get("POD_NAME") or (f"{socket.gethostname()}-{os.getppid()}" if elastic else "single")
-    kind = _pick(device)
-    where = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(where)
+    where = place(device)
+    backend = devices.backend(where)
     if size > 1:
         timeout = datetime.timedelta(seconds=timeout_seconds)
         try:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+            store = _meet(rank, size, timeout_seconds, called)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except RuntimeError as error:  # a peer of this rendezvous died before it came here
+            if isinstance(error, PeerLost):
+                raise
             raise NotJoined(f"rank {rank} of {size} could not join its peers: {error}") from error
     return World(rank, size, local_rank, node, where, elastic)
 
 
-def leave() -> None:
-    """Leave the group, whatever state it is in."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _meet(rank: int, size: int, seconds: float, called: Callable[[], bool]) -> dist.Store:
+    """The store of the new group, once all its ranks are there: from then on making the group takes no time."""
+    deadline = time.monotonic() + seconds
+    at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store, there = None, 0
+    while there < size:
+        if called():
+            raise PeerLost(f"rank {rank} of {size} is called to another world before all have come to this one")
+        if time.monotonic() > deadline:
+            raise NotJoined(f"rank {rank} of {size} could not join its peers: {size - there} of them do not come")
+        if store is None:
+            try:
+                store = dist.TCPStore(*at, size, rank == 0, MEET_TIMEOUT, wait_for_workers=False)
+            except dist.DistNetworkError:  # rank 0 is not there yet
+                if rank == 0:
+                    raise
+                continue
+            store.set_timeout(datetime.timedelta(seconds=seconds))
+            store.add("there", 1)
+        there = store.add("there", 0)
+        if there < size:
+            time.sleep(0.005)
+    assert store is not None
+    return store
+
+
+def leave() -> bool:
+    """Leave the group, whatever state it is in. Returns whether that was done in bounded time.
+
+    Peers that still wait for this one then see its connections closed, and leave as well.
+    """
+    if not dist.is_initialized():
+        return True
+    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_SECONDS)
+    return not leaving.is_alive()
 
 
 class Signals:
@@ -170,11 +243,3 @@ class Signals:
         self.stop, self.number = True, number
         self.leave = self.leave or number != signal.SIGTERM or not self.told_apart
         self.released = self.released or number == signal.SIGUSR1 or not self.told_apart
-
-
-def _pick(device: Device) -> str:
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -8,7 +8,6 @@ Reads what training reads (ours, nanoGPT's, DLRover's, llm.c's), and llm.c's sha
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from prepare.frontdoor import Parser
-from prepare.interop import KINDS, load_tokenizer, open_ids, token_files
-from prepare.tokens import META, DataError, blocks, open_split, read_meta, write_file
+from prepare.data import find_tokenizer, open_split, read_meta
+from prepare.frontdoor import Parser, command, writing
+from prepare.interop import KINDS, open_tokens, token_files
+from prepare.tokens import META, DataError, blocks, write_file
 
 _MAX_TOKENS = 2**31 - 1  # llm.c counts in an int32
 
@@ -54,7 +54,7 @@ def write_nanogpt(folder: Path, target: Path) -> list[Path]:
         if all(len(side) == 1 for side in sides.values()):  # llm.c's shards are GPT-2's
             meta = read_meta(folder)
             if meta.tokenizer.name != "gpt2":  # which nanoGPT assumes
-                tokenizer = load_tokenizer(folder) if meta.tokenizer.kind == "char" else None
+                tokenizer = find_tokenizer(folder) if meta.tokenizer.kind == "char" else None
                 characters = [tokenizer.decode([i]) for i in range(meta.vocab_size)] if tokenizer else []
                 write_file(stage / "meta.pkl", meta_pkl(meta.vocab_size, characters))
     return sorted(path for path in target.iterdir() if path.is_file())
@@ -76,25 +76,30 @@ def write_llmc(folder: Path, target: Path, shard_tokens: int = _MAX_TOKENS) -> l
     return sorted(path for path in target.iterdir() if path.is_file())
 
 
+EXAMPLES = """\
+nanogpt: for nanoGPT and DLRover, with meta.pkl for characters. llm.c: a header before the ids.
+
+examples:
+  %(prog)s data/mine data/for_llmc --format llm.c
+  %(prog)s data/mine data/for_nanogpt --format nanogpt
+"""
+
+
+@command
 def main(argv: list[str] | None = None, prog: str = "elastic-gpt convert") -> int:
     """The command line. Returns the exit status: 0, or 2 for the user's mistake."""
     parser = Parser(
         prog=prog,
         description="Write prepared data in the format of another trainer, into a folder of its own.",
-        epilog="nanogpt: for nanoGPT and DLRover, with meta.pkl for characters. llm.c: a header before the ids.",
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     parser.add_argument("folder", type=Path, metavar="DATA_DIR", help="what prepare, nanoGPT, DLRover or llm.c made")
     parser.add_argument("target", type=Path, metavar="OUT_DIR", help="where to write; it must not hold token files")
     parser.add_argument("--format", choices=["nanogpt", "llm.c"], required=True)
     flags = parser.parse_args(argv)
-    try:
-        write = write_nanogpt if flags.format == "nanogpt" else write_llmc
-        for path in write(flags.folder, flags.target):
-            print(f"{path.stat().st_size:15,} bytes  {path}")
-    except (DataError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
+    write = write_nanogpt if flags.format == "nanogpt" else write_llmc
+    for path in write(flags.folder, flags.target):
+        print(f"{path.stat().st_size:15,} bytes  {path}")
     return 0
 
 
@@ -103,7 +108,7 @@ def _sides(folder: Path) -> dict[str, list[np.memmap]]:
     if not (folder / META).exists():
         files = {split: token_files(folder, split) for split in ("train", "val")}
         if any(len(shards) > 1 for shards in files.values()) and all(files.values()):
-            return {split: [open_ids(path) for path in shards] for split, shards in files.items()}
+            return {split: [open_tokens(path) for path in shards] for split, shards in files.items()}
     return {split: [open_split(folder, split)] for split in read_meta(folder).splits}
 
 
@@ -119,10 +124,11 @@ def _new_files(target: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed
         stage.mkdir(parents=True)
-    except OSError as err:
-        raise DataError(f"cannot write to {target} ({err.strerror}): choose another folder") from err
+    except OSError as error:
+        raise DataError(f"cannot write to {target} ({error.strerror}): choose another folder") from error
     try:
-        yield stage
+        with writing(stage):
+            yield stage
         for path in sorted(stage.iterdir()):
             os.replace(path, target / path.name)  # noqa: PTH105 - Path.replace is the same call; this says rename(2)
     finally:

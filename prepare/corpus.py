@@ -1,26 +1,24 @@
-"""The text of the sources, read document by document: plain, JSON lines or Parquet; packed with gzip or zstd or not.
+"""The text of the sources, read document by document, in whatever of formats.py's formats they are.
 
 Text passes through as bytes of UTF-8 in pieces of about 0.5 MiB, whose borders mean nothing (they may cut a character). Of
-plain text no more than a piece is held; a line of JSON and a row of Parquet are held whole.
+plain text no more than a piece is held; a record (records.py) is held whole.
 """
 
-import gzip
 import hashlib
-import io
-import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from prepare.sources import Source, sample_texts, state, store_of, unreachable
+from prepare import records
+from prepare.records import Tally, Texts
+from prepare.sources import Source, sample_texts, state
+from prepare.streams import Advance, opened, read_up_to
 from prepare.tokens import DataError, Input
 
 PIECE_BYTES = 1 << 19
 
-Advance = Callable[[int], None]
 Row = tuple[int, int, bool, bytes]
 """A Piece without its source."""
 
@@ -31,7 +29,7 @@ class Piece(NamedTuple):
     source: int
     """Which of the sources."""
     row: int
-    """The number of its line of JSON or row of Parquet, from 1 on; 0 in plain text."""
+    """The number of its record (line, element or row), from 1 on; 0 in plain text."""
     offset: int
     """Where it begins: the byte of that row's text, or of the (unpacked) file."""
     begins: bool
@@ -46,9 +44,9 @@ class Layout:
     separator: bytes = b""
     """Between the documents of a text file; empty: the file is one."""
     field: str = "text"
-    """Of a JSON line, or the column of a Parquet file."""
+    """Of a record, whose text is read."""
     lenient: bool = False
-    """Whether broken lines of JSON are left out and counted, instead of stopping."""
+    """Whether broken records are left out and counted, instead of stopping."""
 
 
 @dataclass
@@ -70,8 +68,10 @@ class Reading:
         self._layout = layout
         self._advance = advance
         self._seen: list[_Seen] = []
-        self.left_out = [0] * len(sources)
-        """Lines of JSON left out because they are broken, per source."""
+        self.tallies = [Tally(source.name, layout.field, layout.lenient) for source in sources]
+        """What of the records of each source was left out."""
+        self.undivided: list[int] = []
+        """Sources of plain text in which the separator does not occur."""
 
     def pieces(self) -> Iterator[Piece]:
         """All text there is. Raises DataError where a source cannot be read as what it should be, or changed."""
@@ -97,10 +97,12 @@ class Reading:
 
     def inputs(self, repaired: Sequence[int]) -> list[Input]:
         """What measured_pieces read; `repaired` of each source is the number of places that were no UTF-8."""
-        counts = zip(self._sources, self._seen, repaired, self.left_out, strict=True)
+        counts = zip(self._sources, self._seen, repaired, self.tallies, strict=True)
         return [
-            Input(source.name, seen.documents, seen.characters, seen.bytes, seen.digest.hexdigest(), places + lines)
-            for source, seen, places, lines in counts
+            Input(
+                source.name, seen.documents, seen.characters, seen.bytes, seen.digest.hexdigest(), places + tally.broken
+            )
+            for source, seen, places, tally in counts
         ]
 
     def _read(self, number: int, source: Source) -> Iterator[Row]:
@@ -109,50 +111,43 @@ class Reading:
             return
         if (now := state(source)) != (source.size, source.state):
             raise DataError(f"{source.name} changed since this run began: try again when nobody writes to it")
-        try:
-            with _opened(source, self._advance) as file:
-                if source.kind == "table":
-                    yield from _table(source, file, self._layout.field)
-                elif source.kind == "rows":
-                    yield from self._rows(number, source, file)
-                elif self._layout.separator:
-                    yield from _separated(_blocks(file), self._layout.separator)
-                else:
-                    offset = 0
+        with opened(source.place, source.name, source.size, source.packing, self._advance) as file:
+            start = len(read_up_to(file, source.mark))
+            if source.kind != "text":
+                tally = self.tallies[number]
+                yield from ((row, 0, True, text) for row, text in _records(source.kind, file, tally))
+                tally.finish()
+            elif self._layout.separator:
+                read = text = 0
+
+                def blocks() -> Iterator[bytes]:
+                    nonlocal read
                     for block in _blocks(file):
-                        yield 0, offset, not offset, block
-                        offset += len(block)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as err:
-            raise DataError(f"{source.name} cannot be unpacked ({err}): it is damaged, or no gzip file") from err
-        except Exception as err:
-            if "://" not in source.place or isinstance(err, DataError | MemoryError):
-                raise
-            raise unreachable(source.name, err) from err
+                        read += len(block)
+                        yield block
+
+                for row in _separated(blocks(), self._layout.separator, start):
+                    text += len(row[3])
+                    yield row
+                if text == read > 0:
+                    self.undivided.append(number)
+            else:
+                offset = start
+                for block in _blocks(file):
+                    yield 0, offset, offset == start, block
+                    offset += len(block)
         if state(source) != now:
             raise DataError(f"{source.name} changed while it was being read: try again when nobody writes to it")
 
-    def _rows(self, number: int, source: Source, file: IO[bytes]) -> Iterator[Row]:
-        field = self._layout.field
-        for at, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                data = _utf8(json.loads(line.decode("utf-8", "surrogateescape"))[field])
-            except KeyError as err:
-                has = ", ".join(json.loads(line)) or "nothing"
-                raise DataError(
-                    f"line {at:,} of {source.name} has no field {field!r}, it has {has}: choose with --text-field"
-                ) from err
-            except (ValueError, TypeError, AttributeError) as err:
-                if not self._layout.lenient:
-                    raise DataError(
-                        f"line {at:,} of {source.name} is no JSON object with text in {field!r} ({err}): "
-                        "mend it, or leave such lines out with --errors skip"
-                    ) from err
-                self.left_out[number] += 1
-                continue
-            if data:
-                yield at, 0, True, data
+
+def _records(kind: str, file: IO[bytes], tally: Tally) -> Texts:
+    if kind == "jsonl":
+        return records.json_lines(file, tally)
+    if kind == "json":
+        return records.json_array(file, tally)
+    if kind == "parquet":
+        return records.parquet(file, tally)
+    return records.csv_rows(file, tally, delimiter="," if kind == "csv" else "\t")
 
 
 def count_characters(data: bytes) -> int:
@@ -165,92 +160,15 @@ def offset_of_character(data: bytes, number: int) -> int:
     return int(np.flatnonzero(np.frombuffer(data, dtype=np.int8) >= -64)[number])
 
 
-class _Counted(io.RawIOBase):
-    """A file that tells how much of it was read."""
-
-    def __init__(self, file: IO[bytes], advance: Advance) -> None:
-        self._file = file
-        self._advance = advance
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return self._file.seekable()
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]
-        self._advance(count)
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _opened(source: Source, advance: Advance) -> IO[bytes]:
-    if "://" in source.place:
-        store, path = store_of(source.place)
-        raw = store.open(path, "rb")
-    else:
-        raw = open(source.place, "rb", buffering=0)  # noqa: PTH123, SIM115 - closed by whoever asked
-    file: Any = io.BufferedReader(_Counted(raw, advance), PIECE_BYTES)
-    if source.place.endswith(".gz"):
-        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
-    if source.place.endswith(".zst"):
-        return _zstd(file, source.name)
-    return file
-
-
-def _zstd(file: IO[bytes], name: str) -> IO[bytes]:
-    try:
-        import zstandard
-    except ImportError as err:
-        raise DataError(f"{name} needs zstandard to be unpacked: pip install zstandard") from err
-
-    class Unpacked(io.RawIOBase):
-        def __init__(self) -> None:
-            self._stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            self._any = False
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int:
-            try:
-                count = self._stream.readinto(buffer)
-            except zstandard.ZstdError as err:
-                raise DataError(f"{name} cannot be unpacked ({err}): it is damaged, or no zstd file") from err
-            return count
-
-        def close(self) -> None:
-            self._stream.close()
-            file.close()
-            super().close()
-
-    return io.BufferedReader(Unpacked(), PIECE_BYTES)
-
-
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
     """All of a file in blocks of PIECE_BYTES, the last one shorter, however few a read gives."""
-    while True:
-        block = file.read(PIECE_BYTES)
-        while block and len(block) < PIECE_BYTES and (more := file.read(PIECE_BYTES - len(block))):
-            block += more
-        if not block:
-            return
+    while block := read_up_to(file, PIECE_BYTES):
         yield block
 
 
-def _separated(blocks: Iterator[bytes], separator: bytes) -> Iterator[Row]:
-    """The text between separators (found from the left). Documents without text are left out."""
-    held, at, begins = b"", 0, True
+def _separated(blocks: Iterator[bytes], separator: bytes, start: int = 0) -> Iterator[Row]:
+    """The text between separators (found from the left). Documents without text are left out. `start`: the first offset."""
+    held, at, begins = b"", start, True
     for block in blocks:
         *documents, held = (held + block).split(separator)
         for document in documents:
@@ -265,37 +183,3 @@ def _separated(blocks: Iterator[bytes], separator: bytes) -> Iterator[Row]:
             held, at, begins = held[sure:], at + sure, False
     if held:
         yield 0, at, begins, held
-
-
-def _utf8(text: str) -> bytes:
-    """Its bytes. What is no UTF-8 (a bad byte, half a character like "\\ud800") stays so, and is dealt with later."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        try:
-            return text.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:
-            return text.encode("utf-8", "surrogatepass")
-
-
-def _table(source: Source, file: IO[bytes], column: str) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as err:
-        raise DataError(f"{source.name} needs pyarrow to be read: pip install 'elastic-gpt[parquet]'") from err
-    try:
-        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-        if column not in table.schema_arrow.names:
-            has = ", ".join(table.schema_arrow.names)
-            raise DataError(f"{source.name} has no column {column!r}, it has {has}: choose with --text-field")
-        at = 0
-        for batch in table.iter_batches(batch_size=512, columns=[column]):
-            for text in batch.column(0).to_pylist():
-                at += 1
-                if text:
-                    if not isinstance(text, str | bytes):
-                        raise DataError(f"column {column!r} of {source.name} holds no text: choose with --text-field")
-                    yield at, 0, True, text.encode() if isinstance(text, str) else text
-    except pyarrow.ArrowException as err:
-        raise DataError(f"{source.name} cannot be read as Parquet: {str(err).splitlines()[0]}") from err

@@ -36,11 +36,11 @@ MAX_CHUNK = 64 << 20
 # Where cutting leaves the ids as they are, for the patterns of gpt2, cl100k_base and o200k_base: their matchers run left
 # to right without look-behind, so a cut is safe where both the whole text and its left part end a token.
 # Before a space that follows printable ASCII: every alternative that can end in a non-space stops at U+0020.
-# After a single newline between two characters that are no blanks: a newline ends every alternative that can hold one,
+# After a single newline between two characters that are not blanks: a newline ends every alternative that can hold one,
 # but for o200k_base's `[\r\n/]*`, so no `/` may follow. This is for Chinese, Japanese and Korean, which have no spaces.
 # Elsewhere (before other spaces, after other newlines) cuts do change ids.
 # The characters of these languages have three bytes, E3 to EF first; of them, only U+3000 is a blank. (ED A0 and so on
-# are no UTF-8 and may be left out.)
+# are not UTF-8 and may be left out.)
 _WIDE = rb"(?:(?!\xe3\x80\x80)[\xe3-\xec\xef][\x80-\xbf]|\xed[\x80-\x9f])[\x80-\xbf]"
 _UP_TO_LAST_SAFE_CUT = re.compile(rb"(?s:.*)(?:[!-~](?= )|(?:[!-~]|%b)\n(?=[!-.0-~]|%b))" % (_WIDE, _WIDE))
 _UP_TO_LAST_CHARACTER = re.compile(rb"(?s:.*)(?=[^\x80-\xbf])")
@@ -98,7 +98,7 @@ class Coded:
 
 
 class BadText(Exception):
-    """A byte that is no UTF-8: its source, row, offset (as in corpus.Piece) and value."""
+    """A byte that is not UTF-8: its source, row, offset (as in corpus.Piece) and value."""
 
 
 class WrongIds(DataError):
@@ -164,7 +164,7 @@ class Chunker:
 
 
 def decoded(data: bytes, errors: str) -> tuple[str, int]:
-    """The text of UTF-8, and the number of places that are none: replaced (by U+FFFD) or left out ("skip").
+    """The text of UTF-8, and the number of places that are not UTF-8: replaced (by U+FFFD) or left out ("skip").
 
     Raises UnicodeDecodeError at the first of them where `errors` is "strict".
     """
@@ -175,11 +175,11 @@ def decoded(data: bytes, errors: str) -> tuple[str, int]:
             raise
     places = 0
 
-    def repair(err: UnicodeError) -> tuple[str, int]:
+    def repair(error: UnicodeError) -> tuple[str, int]:
         nonlocal places
-        assert isinstance(err, UnicodeDecodeError)
+        assert isinstance(error, UnicodeDecodeError)
         places += 1
-        return ("\ufffd" if errors == "replace" else ""), err.end
+        return ("\ufffd" if errors == "replace" else ""), error.end
 
     name = f"prepare-{threading.get_ident()}"
     codecs.register_error(name, repair)
@@ -205,8 +205,8 @@ class Coder:
         for part in chunk.parts:
             try:
                 text, places = decoded(part.data, self.errors)
-            except UnicodeDecodeError as err:
-                raise BadText(part.source, part.row, part.offset + err.start, part.data[err.start]) from None
+            except UnicodeDecodeError as error:
+                raise BadText(part.source, part.row, part.offset + error.start, part.data[error.start]) from None
             if places:
                 coded.repaired[part.source] = coded.repaired.get(part.source, 0) + places
             texts.append(text)
@@ -280,10 +280,10 @@ def encode(
         while under_way:
             chunk, future = under_way.popleft()
             yield chunk, future.result()
-    except BrokenProcessPool as err:
+    except BrokenProcessPool as error:
         raise DataError(
             "a worker process was killed, by want of memory perhaps: run the same command again with fewer --workers"
-        ) from err
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

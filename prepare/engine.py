@@ -59,8 +59,8 @@ class Fast:
         """`folder` holds the tokenizer's saved ranks. Raises Unfit where it would not give the same ids."""
         try:
             import fastokens
-        except ImportError as err:
-            raise Unfit("fastokens is not installed (pip install fastokens)") from err
+        except ImportError as error:
+            raise Unfit("fastokens is not installed (pip install fastokens)") from error
         # Its own threads would make --workers a lie, and each keeps a cache of some ten megabytes.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         if tokenizer.pattern == PATTERNS["gpt2"]:
@@ -98,9 +98,11 @@ def choose(name: str, tokenizer: Tokenizer, folder: Path) -> Engine:
         return Plain(tokenizer)
     try:
         return Fast(tokenizer, folder)
-    except Unfit as err:
+    except Unfit as error:
         if name == "fast":
-            raise DataError(f"--engine fast cannot encode with {tokenizer.name}: {err}; use --engine tiktoken") from err
+            raise DataError(
+                f"--engine fast cannot encode with {tokenizer.name}: {error}; use --engine tiktoken"
+            ) from error
         return Plain(tokenizer)
 
 

@@ -1,38 +1,296 @@
-"""Command lines that answer a typo with the nearest right word: this room's, and those of the Kubernetes client."""
+"""The front door of every command: typos, wrong values, `--help`, exit codes, and errors in one line, all alike.
+
+A command is a function `main(argv, prog) -> int` under `@command`, and its flags are those of a `Parser`.
+"""
 
 import argparse
+import contextlib
 import difflib
+import errno
+import functools
+import math
+import os
 import re
-from typing import Any, NoReturn
+import signal
+import sys
+import types
+from argparse import REMAINDER as REMAINDER
+from argparse import ArgumentTypeError as ArgumentTypeError
+from argparse import BooleanOptionalAction as BooleanOptionalAction
+from argparse import Namespace as Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec
 
-USERS_MISTAKE = 2  # the exit status that says: starting this again will not help
+# How every command ends. 128 + the number of a signal where one ended it: 130 Ctrl-C, 143 SIGTERM, 141 a reader that left.
+DONE = 0
+FAILED = 1  # starting it again may help
+USERS_MISTAKE = 2  # starting it again will not help
+TIMED_OUT = 124  # as `timeout` has it
+
+TRACEBACK = "ELASTIC_GPT_TRACEBACK"  # a variable: show where an error of ours came from
+
+LAST_WORD = Path("/dev/termination-log")  # the default terminationMessagePath of a container
+
+EXTRAS = {
+    **dict.fromkeys(("torch", "dlrover", "grpc", "google", "psutil", "safetensors", "tensorboard", "tornado"), "train"),
+    **dict.fromkeys(("kubernetes", "urllib3"), "kubernetes"),
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
+    "matplotlib": "plot",
+    "pyarrow": "parquet",
+    "s3fs": "s3",
+}
+"""What provides a package that a plain installation lacks, as in `pip install 'elastic-gpt[train]'`."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
+
+# What the user has to change. All other errors of the system (a full disk, a network) may have passed by the next try.
+_MISTAKES = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO),
+)
+
+P = ParamSpec("P")
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorates a command's `main`: whatever ends it, a person sees one line at most, and the exit code says what it was.
+
+    SIGTERM unwinds it as Ctrl-C does, so that what it started and half-wrote goes. A command that sets a handler of its own
+    keeps it.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        _mend_streams()
+        with _terminable():
+            try:
+                try:
+                    return main(*args, **kwargs)
+                finally:  # after --help, too; not at the very end, where nobody could catch what it raises
+                    if sys.stdout is not None:
+                        sys.stdout.flush()
+            except KeyboardInterrupt as stop:
+                return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+            except SystemExit as stop:
+                if isinstance(stop.__context__, BrokenPipeError):  # rich makes exit code 1 of it
+                    return fail(stop.__context__)
+                raise
+            except Exception as error:
+                return fail(error)
+
+    return run
+
+
+def fail(error: Exception) -> int:
+    """The one way to end on an error: one line on standard error, no traceback. Returns the exit code.
+
+    Nothing is said where the reader of standard output has left, as in `elastic-gpt ledger RUN | head -1`.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):  # /dev/full, say: Python would complain once more at its end
+        _give_up_stdout()
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    code, text = _told(error)
+    last_word(f"error: {printable(text)}")
+    return code
+
+
+def last_word(line: str) -> None:
+    """Tell why this process is about to end: on standard error, and in a container to Kubernetes, which keeps it in the pod."""
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        print(line, file=sys.stderr, flush=True)
+    if LAST_WORD.exists():
+        with contextlib.suppress(OSError):
+            LAST_WORD.write_text(f"{line}\n", encoding="utf-8", errors="backslashreplace")
+
+
+def printable(name: str) -> str:
+    """`name` as it can be written anywhere: bytes that are not UTF-8, and what a terminal would obey, are spelled out."""
+    try:
+        text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, which is not a byte of a name
+        text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """An error's exit code, and what a person is told."""
+    text = " ".join(line.strip() for line in str(error).splitlines())  # a printed command keeps its blanks
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
+        return USERS_MISTAKE, f"no package {package}: pip install 'elastic-gpt[{EXTRAS[package]}]'"
+    if isinstance(error, ValueError) and not isinstance(error, OSError) and text:  # our own errors are
+        return (FAILED if _may_pass(error.__cause__) else USERS_MISTAKE), text
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        nowhere = "" if where or error.errno not in FULL else ": make room where this writes, or where its output goes"
+        return (FAILED if _may_pass(error) else USERS_MISTAKE), f"{where}{error.strerror}{nowhere}"
+    if isinstance(error, OSError) and text:
+        return FAILED, text
+    if isinstance(error, MemoryError):
+        return FAILED, f"not enough memory{f' ({text})' if text else ''}: give it more, or ask for less"
+    if isinstance(error, RecursionError):
+        return USERS_MISTAKE, f"too deeply nested to be read: {text}; look at the files that you named"
+    if os.environ.get(TRACEBACK):
+        raise error
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    where = f" at {place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else ""
+    return FAILED, f"{type(error).__name__}{where}: {text or 'no message'}; {TRACEBACK}=1 shows where it came from"
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Of an error of the system that names no file, as that of a write on a full disk, say `place`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(place)
+        raise
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether it is the system's, and may be gone at the next try: a full disk, a network."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _MISTAKES
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(number: int, _frame: types.FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    try:
+        free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        if free:
+            signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # another thread than the main one gets no signals
+        free = False
+    try:
+        yield
+    finally:
+        if free and signal.getsignal(signal.SIGTERM) == stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _mend_streams() -> None:
+    """Make standard streams that can be written to, whatever the shell closed and the locale cannot say."""
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed (`>&-`): the next file that is opened would get its number, and what is printed
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_stdout() -> None:
+    with contextlib.suppress(OSError, ValueError):  # a stream that is not a file
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
+
+
+def utf8(word: str) -> str:
+    """`word` of a command line. Raises ValueError where its bytes are not text, for files and logs hold text."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{_shown(word)} is not UTF-8: write it, or rename the file, in UTF-8") from error
+    return word
+
+
+def _shown(word: str) -> str:
+    return "'" + word.encode(errors="backslashreplace").decode() + "'"
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of a flag whose value is a whole number of at least `least` (and at most `most`)."""
+    bounds = f"from {least} to {most}" if most is not None else f"of {least} or more"
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is not a whole number {bounds}")
+        return number
+
+    return parse
+
+
+def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The type of a flag whose value is a finite number of at least `least` (and at most `most`)."""
+    bounds = f"from {least:g} to {most:g}" if most < math.inf else f"of {least:g} or more"
+
+    def parse(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not (least <= found <= most and math.isfinite(found)):
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is not a number {bounds}")
+        return found
+
+    return parse
+
+
+def hint(typo: str, known: list[str] | tuple[str, ...]) -> str:
+    """`: did you mean X?` with the known word that is nearest to `typo`; nothing where none is near."""
+    near = difflib.get_close_matches(typo, known, n=1)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a typo with the nearest right word, in one line."""
+    """An argument parser that answers a typo with the nearest right word, in one line, and takes no abbreviations.
 
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+    Args:
+        any_bytes: names of files that are not UTF-8 are taken; else they are refused, for what is written holds text.
+    """
+
+    def __init__(self, *args: Any, any_bytes: bool = False, **kwargs: Any) -> None:
+        self.any_bytes = any_bytes
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs | {"allow_abbrev": False})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """A subparser would hand what it does not know up to one that knows other flags."""
-        known, unknown = super().parse_known_args(*args, **kwargs)
+        words = sys.argv[1:] if args is None else list(args)
+        try:
+            for word in [] if self.any_bytes else words:
+                utf8(word)
+        except ValueError as error:
+            self.error(str(error))
+        known, unknown = super().parse_known_args(words, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return known, unknown
 
     def error(self, message: str) -> NoReturn:
-        typo, known = "", []
+        message = " ".join(message.split())
+        nearest = ""
         if message.startswith("unrecognized"):
             typo = next((word.partition("=")[0] for word in message.split() if word.startswith("-")), "")
-            known = [flag for action in self._actions for flag in action.option_strings]
+            nearest = hint(typo, [flag for action in self._actions for flag in action.option_strings])
         elif choice := re.match(r"argument (?P<what>[^:]+): invalid choice: '(?P<typo>[^']*)'", message):
             typo, what = choice["typo"], choice["what"]
             known = [
-                word
+                str(word)
                 for action in self._actions
                 if what in ("/".join(action.option_strings), action.metavar)
                 for word in action.choices or []
             ]
+            nearest = hint(typo, known)
             if what == "ACTION":
                 message = f"no action '{typo}'"
-        near = difflib.get_close_matches(typo, known, n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
-        self.exit(USERS_MISTAKE, f"error: {message}{hint}; {self.prog} --help tells more\n")
+        elif flag := re.match(r"argument (?:.*/)?(--[^:/]+): expected one argument", message):
+            nearest = f": one that begins with - is written {flag[1]}=-..."
+        self.exit(USERS_MISTAKE, f"error: {message}{nearest}; {self.prog} --help tells more\n")

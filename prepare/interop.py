@@ -13,10 +13,9 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +23,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from prepare.ranks import END_OF_TEXT
-from prepare.tokenizer import FOLDER, Characters, Tokenizer, gpt2, load
+from prepare.tokenizer import FOLDER, Characters, Tokenizer, gpt2
 from prepare.tokens import (
     FORMAT_VERSION,
     META,
@@ -35,8 +34,7 @@ from prepare.tokens import (
     TokenizerSection,
     blocks,
     document_lengths,
-    read_meta,
-    write_file,
+    open_ids,
 )
 
 HEADER_BYTES = 256 * 4
@@ -138,10 +136,10 @@ def read_meta_pkl(path: Path) -> tuple[int, list[str] | None]:
     try:
         with path.open("rb") as file:
             fields = _PlainUnpickler(file).load()
-    except DataError as err:
-        raise DataError(f"{path} {err}: do not trust it, prepare the data anew with elastic-gpt prepare") from err
-    except Exception as err:  # a broken pickle raises nearly anything
-        raise DataError(f"{path} is no pickle ({type(err).__name__}): prepare the data again") from err
+    except DataError as error:
+        raise DataError(f"{path} {error}: do not trust it, prepare the data anew with elastic-gpt prepare") from error
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise DataError(f"{path} is not a pickle ({type(error).__name__}): prepare the data again") from error
     size = fields.get("vocab_size") if isinstance(fields, dict) else None
     if type(size) is not int or not 0 < size <= 1 << 16:
         raise DataError(f"{path} has no vocab_size from 1 to 65,536, but {size!r}: prepare the data again")
@@ -154,27 +152,11 @@ def read_meta_pkl(path: Path) -> tuple[int, list[str] | None]:
         return size, None
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a prepared folder, also of another tool's; None where that tool did not leave it there."""
-    if (folder / META).exists():
-        return None if read_meta(folder).tokenizer.kind == "unknown" else load(folder)
-    name = read_meta(folder).tokenizer.name
+def foreign_tokenizer(folder: Path, name: str) -> Tokenizer | None:
+    """The tokenizer of that name of another tool's folder; None where the tool did not leave it there."""
     if name == "gpt2":
         return gpt2()
     return Characters(read_meta_pkl(folder / "meta.pkl")[1] or []) if name == "char" else None
-
-
-def save_tokenizer(folder: Path, target: Path) -> None:
-    """Writes into the folder `target` what it takes to decode the ids of `folder`: meta.json and tokenizer/."""
-    if (folder / META).exists():
-        if (folder / FOLDER).exists():  # bytes need no files
-            shutil.copytree(folder / FOLDER, target / FOLDER)
-        shutil.copy(folder / META, target)
-        return
-    meta, tokenizer = read_meta(folder), load_tokenizer(folder)
-    if tokenizer:
-        meta = replace(meta, tokenizer=tokenizer.save(target))
-    write_file(target / META, (json.dumps(asdict(meta), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -214,7 +196,7 @@ def kind_of(path: Path) -> Kind | None:
                 raise DataError(f"{path} has {size:,} bytes, its header says {expected:,}: make or copy it again")
             return kind
     if size % 2 or not size:
-        raise DataError(f"{path} has {size:,} bytes, which is no number of uint16 ids: make or copy it again")
+        raise DataError(f"{path} has {size:,} bytes, not a whole number of uint16 ids: make or copy it again")
     return None
 
 
@@ -261,7 +243,7 @@ def _scan(path: Path, eot_id: int | None) -> _Scan:
 
     def read() -> Iterator[np.ndarray]:
         nonlocal tokens, largest
-        for block in blocks(open_ids(path)):
+        for block in blocks(open_tokens(path)):
             digest.update(block.data)
             tokens += len(block)
             largest = max(largest, int(block.max()))
@@ -271,10 +253,10 @@ def _scan(path: Path, eot_id: int | None) -> _Scan:
     return _Scan(digest.hexdigest(), tokens, documents, largest)
 
 
-def open_ids(path: Path) -> np.memmap:
+def open_tokens(path: Path) -> np.memmap:
+    """The ids of another tool's file, behind the header if it has one, as a read-only memmap of shape (tokens,)."""
     kind = kind_of(path)
-    dtype = np.dtype(kind.dtype if kind else "uint16").newbyteorder("<")
-    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES if kind else 0)
+    return open_ids(path, kind.dtype if kind else "uint16", offset=HEADER_BYTES if kind else 0)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from prepare.tokens import DataError, write_file
 
 STAGE = ".prepare"
 STDIN = "stdin"
-VERSION = 2
+VERSION = 3
 """Of plan.json and journal.jsonl, and of how text is cut into chunks: a run of another one starts afresh."""
 SIDES = ("train.bin", "val.bin")
 _BLOCK = 1 << 20
@@ -52,14 +52,14 @@ def stage(output_dir: Path) -> Iterator[Path]:
                     break
             except FileNotFoundError:
                 pass
-            except BlockingIOError as err:
+            except BlockingIOError:
                 os.close(lock)
                 raise DataError(
                     f"another prepare is at work in {output_dir}: wait for it, or choose another --output_dir"
-                ) from err
+                ) from None
             os.close(lock)
-    except OSError as err:
-        raise DataError(f"cannot write to {output_dir} ({err.strerror}): choose another --output_dir") from err
+    except OSError as error:
+        raise DataError(f"cannot write to {output_dir} ({error.strerror}): choose another --output_dir") from error
     try:
         yield folder
     finally:

@@ -8,9 +8,8 @@ Opens folders that nanoGPT, DLRover and llm.c prepared too. Memory does not grow
 module's name: the standard library has an `inspect`, which a file of that name would hide.)
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +22,12 @@ from rich.panel import Panel
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from prepare.frontdoor import Parser
-from prepare.interop import load_tokenizer
+from prepare.data import find_tokenizer, open_split, read_meta
+from prepare.frontdoor import Namespace, Parser, command, printable, writing
+from prepare.picture import plain, quiet
 from prepare.tokenizer import Tokenizer
-from prepare.tokens import META, DataError, Meta, blocks, document_lengths, fingerprint, open_split, read_meta
-from prepare.verify import verify
+from prepare.tokens import META, DataError, Meta, blocks, document_lengths, fingerprint
+from prepare.verify import Finding, verify
 
 _SHOWN_CHARACTERS = 300  # of decoded text
 _MOST_FREQUENT = 10
@@ -39,7 +39,7 @@ class Counts:
     """What the ids of one side add up to."""
 
     ids: np.ndarray
-    """How often each id occurs, shape (vocab_size + 1,); the last counts what is no id of the vocabulary."""
+    """How often each id occurs, shape (vocab_size + 1,); the last counts ids that are not in the vocabulary."""
     documents: int = 0
     longest: int = 0
     """Tokens of the longest document."""
@@ -65,33 +65,28 @@ def count(ids: np.memmap, vocab_size: int, eot_id: int | None, advance: Callable
     return counts
 
 
+@command
 def main(argv: list[str] | None = None, prog: str = "elastic-gpt inspect") -> int:
     """The command line. Returns the exit status: 0; 1 if --verify found something wrong; 2 for the user's mistake."""
     flags = _parse(argv, prog)
-    try:
-        if flags.verify:
-            return check(flags.folder)
-        meta = read_meta(flags.folder)
-        if flags.histogram:
-            _check_drawable(meta)
-        console = Console()
-        counts = {}
-        with _bars("reading", _size(meta), console) as advance:
-            for name in meta.splits:
-                counts[name] = count(open_split(flags.folder, name), meta.vocab_size, meta.eot_id, advance)
-        _show(flags.folder, meta, counts, console)
-        if flags.histogram:
-            draw(counts, flags.folder, flags.histogram)
-            console.print(f"document lengths: {flags.histogram}", highlight=False, soft_wrap=True)
-    except DataError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    except OSError as err:
-        print(f"error: {err.filename or flags.folder}: {err.strerror or err}", file=sys.stderr)
-        return 2
+    if flags.verify:
+        return check(flags.folder)
+    meta = read_meta(flags.folder)
+    if flags.histogram:
+        _check_drawable(meta, flags.histogram)
+    console = Console()
+    counts = {}
+    with _bars("reading", _size(meta), console) as advance:
+        for name in meta.splits:
+            counts[name] = count(open_split(flags.folder, name), meta.vocab_size, meta.eot_id, advance)
+    _show(flags.folder, meta, counts, console)
+    if flags.histogram:
+        draw(counts, flags.folder, flags.histogram)
+        console.print(f"document lengths: {flags.histogram}", highlight=False, soft_wrap=True)
     return 0
 
 
+@quiet()
 def draw(counts: dict[str, Counts], folder: Path, path: Path) -> None:
     """Draws how many documents of each side have how many tokens."""
     from matplotlib.figure import Figure
@@ -107,28 +102,44 @@ def draw(counts: dict[str, Counts], folder: Path, path: Path) -> None:
             edges[shown.start : shown.stop + 1],
             fill=True, alpha=0.7, color=colour, label=f"{name}: {side.documents:,} documents",
         )  # fmt: skip
-    axis.set(xscale="log", xlabel="tokens in a document", ylabel="documents", title=f"Document lengths in {folder}")
+    axis.set(
+        xscale="log",
+        xlabel="tokens in a document",
+        ylabel="documents",
+        title=plain(f"Document lengths in {printable(str(folder))}"),
+    )
     axis.legend()
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
 
 
-def _check_drawable(meta: Meta) -> None:
+def _check_drawable(meta: Meta, path: Path) -> None:
     """Before anything is read, which may take minutes."""
     if meta.eot_id is None:
         name = meta.tokenizer.name
         raise DataError(f"the {name} tokenizer puts nothing between documents: there are no lengths to draw")
-    try:
+    with quiet():
         import matplotlib  # noqa: F401 - a second to import, and not everybody has it
-    except ImportError as err:
-        raise DataError("--histogram needs matplotlib: pip install 'elastic-gpt[plot]'") from err
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "would lie in a folder that is not there"
+        raise DataError(f"--histogram {printable(str(path))} {what}: name a file in one that is")
 
 
-def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
+EXAMPLES = """\
+Opens what prepare, nanoGPT, DLRover and llm.c made. --verify ends with status 1 if something is wrong.
+
+examples:
+  %(prog)s data/mine                             tokens, documents, frequent tokens, text
+  %(prog)s data/mine --histogram lengths.png     the documents' lengths, drawn
+  %(prog)s data/mine --verify                    reads all of it again
+"""
+
+
+def _parse(argv: list[str] | None, prog: str) -> Namespace:
     parser = Parser(
         prog=prog,
         description="Show what prepared data holds, or check all of it.",
-        epilog="Opens what prepare, nanoGPT, DLRover and llm.c made. --verify ends with status 1 if something is wrong.",
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
     parser.add_argument("folder", type=Path, metavar="DATA_DIR", help="the folder with train.bin and val.bin")
     parser.add_argument("--histogram", type=Path, metavar="FILE", help="draw the documents' lengths into a .png")
@@ -145,14 +156,17 @@ def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     return flags
 
 
-def check(folder: Path) -> int:
-    """Prints what each check of `folder` found. Returns 1 if something is wrong, else 0. Raises DataError: no data there."""
+def check(folder: Path, more: Iterable[Finding] = ()) -> int:
+    """Prints what each check of `folder` found, and `more`. Returns 1 if something is wrong, else 0.
+
+    Raises DataError where there is no data.
+    """
     meta = read_meta(folder)
     console = Console(highlight=False, soft_wrap=True)
     marks = {True: "[green]ok[/]   ", None: "[yellow]note[/] ", False: "[red]WRONG[/]"}
     wrong = 0
     with _bars("checking", _size(meta), console) as advance:
-        for finding in verify(folder, advance):
+        for finding in itertools.chain(verify(folder, advance), more):
             console.print(f"{marks[finding.good]}  {escape(finding.text)}")
             wrong += finding.good is False
     console.print(f"[red]{folder} is not what it says it is[/]" if wrong else f"{folder} is in order")
@@ -160,7 +174,7 @@ def check(folder: Path) -> int:
 
 
 def _show(folder: Path, meta: Meta, counts: dict[str, Counts], console: Console) -> None:
-    tokenizer = load_tokenizer(folder)
+    tokenizer = find_tokenizer(folder)
     table = Table("", *counts, title=str(folder), title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"

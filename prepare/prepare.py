@@ -11,30 +11,35 @@ if not __package__:
     # repository root takes its place.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import re
 import signal
 from types import FrameType
 from typing import NoReturn
 
 from prepare import journal, pipeline, progress, tokens
-from prepare.frontdoor import USERS_MISTAKE, Parser
-from prepare.pipeline import Settings
+from prepare.formats import FORMATS
+from prepare.frontdoor import ArgumentTypeError, Namespace, Parser, command
+from prepare.plan import Settings
 from prepare.ranks import KNOWN, PATTERNS
-from prepare.sources import matching
+from prepare.sources import find, matching
+from prepare.tokenizer import CHOICES, KINDS
 from prepare.tokens import DataError, Meta
 
 EXAMPLES = """\
 examples:
   %(prog)s data.txt                                  GPT-2's tokens, beside data.txt
   %(prog)s --sample --output_dir data/docs           no text at hand: Python's own documentation
-  %(prog)s corpus/ --output_dir data/mine            all .txt, .jsonl and .parquet in a folder, also .gz and .zst
+  %(prog)s corpus/ --output_dir data/mine            all text, JSON, CSV and Parquet in a folder, packed or not
   %(prog)s 's3://bucket/crawl/*.jsonl.zst' --text-field body --output_dir data/crawl
+  %(prog)s reviews.csv --text-field review            a column of a table, by the name in its first line
   %(prog)s books.txt --separator '<|endoftext|>'     many documents in one file
   zcat dump.gz | %(prog)s - --output_dir data/dump   standard input
   %(prog)s data.txt --tokenizer char                 a character, a token: for small models
   %(prog)s data.txt --tokenizer bpe --vocab-size 4096   merges learned from data.txt itself
   %(prog)s data.txt --tokenizer tiktoken --tokenizer-file my.tiktoken --pattern cl100k_base
+
+reads text, JSON lines, a JSON array of objects, CSV, TSV and Parquet, plain or packed with gzip, zstd,
+bzip2 or xz. What else a file is, is named, with the command that makes text of it.
 
 writes train.bin, val.bin, meta.json and tokenizer/, all of them or none. Stopped by Ctrl-C, kill -9
 or a full disk, the same command goes on where it stopped (DIR/.prepare/ holds what is done).
@@ -43,12 +48,14 @@ val.bin; of many (100 and more, with a val fraction of 0.1) a tenth of them by a
 """
 
 
+@command
 def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
     """The command line. Returns the exit status: 0, 1 if --verify finds something wrong, 2, or 128 + signal number."""
     flags = _parse(argv, prog)
     defaults = Settings()
     settings = Settings(**{name: getattr(flags, name) for name in vars(defaults)})
     output_dir: Path | None = None
+    notes: list[str] = []
 
     def stop(signum: int, _frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt(signum)  # so that SIGTERM too unwinds, and ends its workers
@@ -57,36 +64,50 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
     try:
         output_dir = flags.output_dir or _beside(flags.inputs)
         meta = pipeline.prepare(
-            flags.inputs, output_dir, settings, engine_name=flags.engine, workers=flags.workers, phase=progress.phase()
+            flags.inputs,
+            output_dir,
+            settings,
+            engine_name=flags.engine,
+            workers=flags.workers,
+            phase=progress.phase(),
+            say=notes.append,
         )
-    except KeyboardInterrupt as err:
+        print(_summary(meta, output_dir, settings.vocab_size), flush=True)
+    except KeyboardInterrupt as error:
         goes_on = output_dir is not None and (output_dir / journal.STAGE).exists()
         left = "the same command goes on from here" if goes_on else "nothing half-written is left"
         print(f"{prog}: stopped; {left}", file=sys.stderr)
-        return 128 + (err.args[0] if err.args else signal.SIGINT)
-    except DataError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return USERS_MISTAKE
-    except OSError as err:
-        print(f"error: {err.filename or output_dir}: {err.strerror or err}", file=sys.stderr)
-        return 1
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(_summary(meta, output_dir, settings.vocab_size))
+        _tell(notes)  # last, where they are seen
     if flags.verify:
-        from prepare.look import check
-
-        return check(output_dir)
+        return _check(flags.inputs, settings, meta, output_dir)
     return 0
 
 
-def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
+def _check(inputs: list[str], settings: Settings, meta: Meta, output_dir: Path) -> int:
+    """What was written, and what it was made of; standard input cannot be read twice."""
+    from prepare.look import check
+    from prepare.whole import inputs_whole
+
+    names = [name for name in inputs if name != "-"]
+    sources = find(names, wanted=settings.format, field=settings.text_field) if names else []
+    more = inputs_whole(sources, meta.inputs, same_text=not settings.separator) if sources else ()
+    return check(output_dir, more)
+
+
+def _tell(notes: list[str]) -> None:
+    while notes:
+        print(f"note: {notes.pop(0)}", file=sys.stderr, flush=True)
+
+
+def _parse(argv: list[str] | None, prog: str) -> Namespace:
     parser = Parser(
         prog=prog,
+        any_bytes=True,
         description="Turn text of any size into the tokens that training reads.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument_group("what to read").add_argument
     add("inputs", nargs="*", metavar="INPUT", help="files, folders, globs or URLs of them, in this order; - is stdin")
@@ -98,16 +119,26 @@ def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         metavar="TEXT",
         help=r"between documents in text files, such as '\n\n\n' (none: a file)",
     )
-    add("--text-field", default="text", metavar="NAME", help="of JSON lines and Parquet columns (default: text)")
+    add(
+        "--format",
+        choices=["auto", *FORMATS],
+        default="auto",
+        help="what the files are (default: auto, by their first bytes and name); json: an array of objects, or jsonl",
+    )
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="of JSON, Parquet, CSV (default: text); a.b: field b of what field a holds",
+    )
     add(
         "--errors",
         choices=["strict", "replace", "skip"],
         default="strict",
-        help="what is no UTF-8: stop (default), put U+FFFD in its place, or leave it out (broken JSON lines too)",
+        help="what is not UTF-8: stop (default), put U+FFFD in its place, or leave it out (broken JSON lines and CSV rows too)",
     )
     add = parser.add_argument_group("tokens").add_argument
-    names = [*KNOWN, "tiktoken", "bpe", "char", "word", "byte"]
-    add("--tokenizer", choices=names, default="gpt2", help="default: gpt2; tiktoken: a file of your own")
+    add("--tokenizer", choices=CHOICES, default="gpt2", help="default: gpt2; tiktoken: a file of your own")
     add("--tokenizer-file", metavar="FILE", help="a .tiktoken file: your own, or where a known one is")
     add("--pattern", choices=list(PATTERNS), help="for tiktoken: how your file's maker split text")
     add("--vocab-size", type=int, default=0, metavar="N", help="for bpe and word, special tokens included")
@@ -142,6 +173,7 @@ def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     )
     add("--workers", type=int, default=0, metavar="N", help="default: as many as there are cores")
     flags = parser.parse_args(argv)
+    # --- what no flag can check by itself
     if flags.src_data_path is not None:
         flags.inputs.insert(0, flags.src_data_path)
     if bool(flags.inputs) == flags.sample:
@@ -150,8 +182,9 @@ def _parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         parser.error("standard input (-) can be read once")
     if flags.tokenizer == "bpe" and not flags.vocab_size:
         parser.error("--tokenizer bpe and --vocab-size N (4096, say) go together")
-    if flags.vocab_size and flags.tokenizer not in ("bpe", "word"):
-        parser.error("--vocab-size is for --tokenizer bpe and word")
+    sized = [name for name, kind in KINDS.items() if kind.sized]
+    if flags.vocab_size and flags.tokenizer not in sized:
+        parser.error(f"--vocab-size is for --tokenizer {' and '.join(sized)}")
     if flags.tokenizer_file and flags.tokenizer not in (*KNOWN, "tiktoken"):
         parser.error(f"--tokenizer-file is for tiktoken's encodings, not for {flags.tokenizer}")
     if (flags.tokenizer == "tiktoken") != bool(flags.pattern) or (
@@ -172,7 +205,7 @@ def _size(text: str) -> int:
     """Bytes, from 5000000, 5000kB, 5MB or 5GB."""
     found = re.fullmatch(r"([0-9.]+)\s*([kMG]?)B?", text, re.IGNORECASE)
     if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; say 100MB, for example")
+        raise ArgumentTypeError(f"{text!r} is not a size; say 100MB, for example")
     number, unit = found.groups()
     return int(float(number) * 1000 ** " KMG".index(unit.upper() or " "))
 
@@ -182,7 +215,7 @@ def _beside(inputs: list[str]) -> Path:
     if not inputs:
         return Path("data/sample")
     if any(name == "-" or "://" in name for name in inputs):
-        raise DataError("the input is no file on this machine: choose where to write with --output_dir DIR")
+        raise DataError("the input is not a file on this machine: choose where to write with --output_dir DIR")
     folders = set()
     for path in map(Path, inputs):
         found = [path] if path.exists() else matching(str(path)) or [path]

@@ -19,7 +19,7 @@ class Meter:
     """What was done so far. Whoever does it counts here."""
 
     total: int
-    """Bytes to read, as they are stored; 0 where nobody knows."""
+    """Bytes to read, as they are stored; 0 where it is not known."""
     show: Callable[["Meter"], None] = lambda _: None
     read: int = 0
     text: int = 0

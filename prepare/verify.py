@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare.interop import load_tokenizer
+from prepare.data import find_tokenizer, open_split, read_meta
 from prepare.ranks import KNOWN
 from prepare.tokenizer import UNKNOWN, Tokenizer, endless_blanks
-from prepare.tokens import META, DataError, Input, Meta, Split, blocks, open_split, read_meta
+from prepare.tokens import META, DataError, Input, Meta, Split, blocks
 
 SAMPLES = 64  # of each side
 SAMPLE_TOKENS = 1 << 13  # 35 kB of English
@@ -42,9 +42,9 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda _: None) -> Ite
     try:
         meta = read_meta(folder)
         ours = (folder / META).exists()
-        tokenizer = load_tokenizer(folder)
-    except DataError as err:
-        yield Finding(False, str(err))
+        tokenizer = find_tokenizer(folder)
+    except DataError as error:
+        yield Finding(False, str(error))
         return
     yield _vocabulary(meta, tokenizer)
     text = None
@@ -54,8 +54,8 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda _: None) -> Ite
     for name, split in meta.splits.items():
         try:
             ids = open_split(folder, name)
-        except DataError as err:
-            yield Finding(False, str(err))
+        except DataError as error:
+            yield Finding(False, str(error))
             comparison = None
             continue
         reading = _Reading(meta.vocab_size, text, comparison, torn_edges=not ours)
@@ -267,8 +267,8 @@ class _Reading:
         self._bytes += len(data)
         try:
             self._decoder.decode(data)
-        except UnicodeDecodeError as err:
-            self.broken = f"within {len(ids):,} tokens from {self._tokens:,} on, the text is no UTF-8 ({err.reason})"
+        except UnicodeDecodeError as error:
+            self.broken = f"within {len(ids):,} tokens from {self._tokens:,} on, the text is not UTF-8 ({error.reason})"
         if self._comparison:
             self._comparison.add(data)
 

@@ -1,8 +1,13 @@
 """What several rooms' tests need: prepared data, the command line, and runs to compare."""
 
+import contextlib
+import functools
 import json
 import os
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +17,12 @@ from pathlib import Path
 import fsspec
 import hypothesis
 import pytest
+
+from elastic_gpt.cli import COMMANDS
+from elastic_gpt.contract import EVENTS, LEDGER
+from elastic_gpt.nodes.standby import SIGNALS
+from elastic_gpt.nodes.standby import __file__ as standby_file
+from prepare.tokenizer import BytePairs, Learning
 
 # A shell that runs the tests in the background, or nohup, has these ignored, here and in all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,6 +37,17 @@ TINY = [
     *("--device=cpu", "--elastic.exact", "--model.dropout=0.1", "--observe.tensorboard=false"),
 ]
 
+WARM = ("train", "run", "replay", "evaluate", "export", "serve", "generate")  # commands that import torch
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Handlers of signals that a test has set, by training in this process perhaps, go with it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,6 +55,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     elastic_gpt("prepare", "--sample", "--tokenizer", "char", "--output-dir", folder)
     return folder
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, in which nothing has room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+            while ballast.write(bytes(4096)):
+                pass
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +92,16 @@ def s3_server() -> Iterator[str]:
     running.stop()
 
 
+def trained_bpe(chunks: list[str], vocab_size: int) -> BytePairs:
+    """A BPE of at most `vocab_size` ids learned from all of `chunks`."""
+    return BytePairs.learn(iter(chunks), Learning(size=sum(map(len, chunks)), vocab_size=vocab_size))
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command wrote on standard error beside its notes."""
+    return "".join(line for line in done.stderr.splitlines(keepends=True) if not line.startswith("note: "))
+
+
 PATIENCE = 240.0
 """Seconds that a test waits for what has to come: it only bounds a failure, so that a busy machine fails none."""
 
@@ -70,10 +119,27 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
 
 
+@functools.cache
+def standby(_tests: int) -> str:
+    """The name of a standby process of this process of tests, which spares each command the seconds of `import torch`."""
+    name = f"elastic-gpt-tests-{os.getpid()}-{secrets.token_hex(8)}"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"\0{name}")
+    listener.listen()
+    modules = ["tests.warm", *(COMMANDS[command][0] for command in WARM), "torch._dynamo"]
+    code = f"from elastic_gpt.nodes.standby import serve; serve({listener.fileno()}, {modules}, {os.getpid()}, False)"
+    subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], pass_fds=[listener.fileno()])
+    return name
+
+
 def elastic_gpt(*words: object, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end and check its exit code."""
+    if words[0] in WARM:
+        command = [sys.executable, "-I", "-S", standby_file, standby(os.getpid())]
+    else:
+        command = [sys.executable, "-m", "elastic_gpt.cli"]
     done = subprocess.run(
-        [sys.executable, "-m", "elastic_gpt.cli", *map(str, words)],
+        [*command, *map(str, words)],
         capture_output=True,
         text=True,
         env=environment(**more),
@@ -92,11 +158,13 @@ def metrics(run: Path) -> list[dict]:
 
 
 def events(run: Path, kind: str) -> list[dict]:
-    return [
-        event
-        for line in (run / "ledger.jsonl").read_text().splitlines()
-        if (event := json.loads(line))["event"] == kind
-    ]
+    """The events of that kind in a run's ledger, of which every line has to keep the contract."""
+    found = [json.loads(line) for line in (run / LEDGER).read_text().splitlines()]
+    for event in found:
+        for field, kinds in EVENTS[event["event"]].items():
+            if field in event or field not in ("directory", "name", "stayed"):  # which 0.1.0 did not write
+                assert isinstance(event[field], (int, float) if kinds is float else kinds), (event, field)
+    return [event for event in found if event["event"] == kind]
 
 
 def assert_same_run(run: Path, undisturbed: Path) -> None:

@@ -1,1 +1,0 @@
-"""Proof: nodes killed and added on purpose, and what that changed."""

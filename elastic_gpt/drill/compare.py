@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from elastic_gpt.ledger import Ledger, read_metrics
+from prepare.picture import quiet
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Comparison:
     same_sequences: bool
     """Each step used the same sequences in the same order."""
     loss_difference: float
-    """Largest over all steps, nats a token; infinite where a loss is not a number."""
+    """Largest over all steps, nats a token; infinite where one run skipped an update that the other did not."""
     same_parameters: bool
     """The last checkpoints are equal bit for bit."""
 
@@ -35,9 +37,17 @@ def compare(run: Path, undisturbed: Path) -> Comparison:
     )
 
 
-def _difference(mine: float, theirs: float) -> float:
+def _difference(mine: float | None, theirs: float | None) -> float:
+    """Of two losses; None is that of an update that was skipped."""
+    if mine is None or theirs is None:
+        return 0.0 if mine is theirs else math.inf
     found = abs(mine - theirs)
-    return math.inf if math.isnan(found) else found  # a NaN is not more than anything, and max() would pass it over
+    return math.inf if math.isnan(found) else found  # as 0.1.0 wrote it; max() would pass a NaN over
+
+
+def _drawable(lines: list[dict[str, Any]]) -> list[float]:
+    """The losses, with a gap where an update was skipped."""
+    return [math.nan if line["loss"] is None else line["loss"] for line in lines]
 
 
 def changes(run: Path) -> list[tuple[int, str]]:
@@ -54,6 +64,7 @@ def changes(run: Path) -> list[tuple[int, str]]:
     return found
 
 
+@quiet()
 def draw(run: Path, undisturbed: Path, path: Path) -> None:
     """Both loss curves over each other, the number of workers, and the changes of membership."""
     import matplotlib.pyplot as plt  # a second to import, and a laptop that looks at ledgers may lack it
@@ -65,10 +76,10 @@ def draw(run: Path, undisturbed: Path, path: Path) -> None:
     )
     loss.plot(
         [line["step"] for line in theirs],
-        [line["loss"] for line in theirs],
+        _drawable(theirs),
         color="#b8c4d6", linewidth=5, label="undisturbed, 1 process",
     )  # fmt: skip
-    loss.plot(steps, [line["loss"] for line in mine], color="#c8553d", linewidth=1, label="elastic, nodes come and go")
+    loss.plot(steps, _drawable(mine), color="#c8553d", linewidth=1, label="elastic, nodes come and go")
     difference = compare(run, undisturbed).loss_difference
     loss.set(
         ylabel="training loss (nats a token)",

@@ -3,10 +3,10 @@
     elastic-gpt drill --events 20 --seed 7 --nodes 4
 
 A random schedule of kills, preemptions, joins, master restarts and storage faults on local nodes, under the real DLRover
-master and agents; the same configuration undisturbed; and a report of whether the laws held, as a table, JSON and a picture.
+master and agents or under plain torchrun; the same configuration undisturbed; and a report of whether the laws held, as a
+table, JSON and a picture.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -19,16 +19,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from elastic_gpt.drill.compare import compare, draw
 from elastic_gpt.drill.faults import JOIN, LEAVE, PATIENCE, QUIET, SNAPSHOT_INTERVAL, Event, Faults, Stalled
+from elastic_gpt.drill.under_torchrun import TorchrunFaults, TorchrunJob
 from elastic_gpt.ledger import PARTS, Ledger, account, read_metrics
+from elastic_gpt.nodes.launch import MOST_LOCAL
 from elastic_gpt.nodes.local import LocalJob
-from elastic_gpt.settings import fail
+from elastic_gpt.nodes.mend import check_version
+from prepare.frontdoor import DONE, FAILED, Parser, command, whole
+from prepare.picture import quiet
 
 GAP = (20, 60)  # steps between an event and the end of the one before
 LAST_STEPS = 40  # after all events
@@ -37,26 +41,38 @@ MARK = ".drill"  # in the output folder: what is in it may be deleted
 FLOAT_TOLERANCE = 0.05  # nats; without exact mode runs drift apart by the order of float sums
 
 
+class Under(NamedTuple):
+    """What keeps the nodes: how a job is started, and what can be done to it."""
+
+    job: type[LocalJob]
+    faults: type[Faults]
+
+
+UNDER = {"dlrover": Under(LocalJob, Faults), "torchrun": Under(TorchrunJob, TorchrunFaults)}
+
+
 def train(*words: str) -> None:
-    """A training in one process with one CPU thread, as each local node has."""
-    subprocess.run(
+    """A command in one process with one CPU thread, as each local node has. Where it fails it says why; we end as it does."""
+    done = subprocess.run(
         [sys.executable, "-m", "elastic_gpt.cli", *words],
-        check=True,
+        check=False,
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+    if done.returncode:
+        sys.exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
 
 
 def disturb(
-    arguments: list[str], run: Path, happened: list[Event], *, events: int, nodes: int, seed: int,
+    arguments: list[str], run: Path, happened: list[Event], *, under: Under, events: int, nodes: int, seed: int,
     say: Callable[[str], None]
 ) -> None:  # fmt: skip
     """Train on local nodes while a random schedule of events happens to them, which `happened` gets; in the end all leave."""
     dice = random.Random(seed)
     endless = ["train", *arguments, "--run-dir", str(run), "--steps=1000000"]
-    with LocalJob(endless, least=1, most=nodes, threads=1, say=lambda _: None) as job:
+    with under.job(endless, least=1, most=nodes, threads=1, say=lambda _: None) as job:
         say(f"logs: {job.logs}")
-        faults = Faults(job, run, nodes, dice)
+        faults = under.faults(job, run, nodes, dice)
         for _ in range(nodes - 1):
             job.add_node()
         faults.wait(faults.together, "step of all nodes together")
@@ -89,10 +105,10 @@ def charge(happened: list[Event], ledger: list[dict[str, Any]]) -> None:
         event.parts = {part: recovered[0][part] for part in PARTS} if recovered else {}
 
 
-def finish(arguments: list[str], run: Path, *, nodes: int, steps: int) -> None:
+def finish(arguments: list[str], run: Path, *, under: Under, nodes: int, steps: int) -> None:
     """Take the run up again as a new job, and train it to its end."""
-    with LocalJob(["train", *arguments, "--run-dir", str(run), f"--steps={steps}"], least=1, most=nodes, threads=1,
-                  say=lambda _: None) as job:  # fmt: skip
+    ending = ["train", *arguments, "--run-dir", str(run), f"--steps={steps}"]
+    with under.job(ending, least=1, most=nodes, threads=1, say=lambda _: None) as job:
         for _ in range(nodes):
             job.add_node()
         deadline = time.monotonic() + PATIENCE
@@ -124,27 +140,46 @@ def table(happened: list[Event]) -> Table:
     return drawn
 
 
+EXAMPLES = """\
+examples:
+  %(prog)s                                  20 events on up to 4 nodes, about 10 minutes
+  %(prog)s --events 3 --nodes 2             a short one
+  %(prog)s --under torchrun                 the same without DLRover: what torchrun survives
+  %(prog)s --seed 8 --output-dir drill8     other events, beside the report of the drill before
+"""
+
+
+@command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> int:
     """Run a drill. Exit code 1 if any law was broken."""
-    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=20, metavar="N", help="how many things happen (default: 20)")
+    parser = Parser(prog, description=__doc__, epilog=EXAMPLES)
+    parser.add_argument("--events", type=whole(1), default=20, metavar="N", help="how many things happen (default: 20)")
     parser.add_argument("--seed", type=int, default=7, metavar="N", help="of the schedule (default: 7)")
-    parser.add_argument("--nodes", type=int, default=4, metavar="N", help="the most nodes at a time (default: 4)")
+    most_nodes = whole(2, MOST_LOCAL)
+    parser.add_argument("--nodes", type=most_nodes, default=4, metavar="N", help="the most at a time (default: 4)")
+    parser.add_argument("--under", choices=UNDER, default="dlrover", help="what keeps the nodes (default: %(default)s)")
     parser.add_argument("--float", action="store_true", help="ordinary float sums instead of exact mode")
     parser.add_argument("--output-dir", type=Path, default=Path("drill"), metavar="DIR", help="(default: drill)")
     args = parser.parse_args(argv)
-    if args.events < 1 or args.nodes < 2:
-        return fail(ValueError("a drill needs --events of at least 1 and --nodes of at least 2"))
+    with quiet():
+        import matplotlib  # noqa: F401 - what is not installed is told before the work, not after it
+    import torch  # noqa: F401
+
+    if args.under == "dlrover":
+        check_version()
+
+    # --- a folder of its own, without what an older drill left
     out: Path = args.output_dir
     run, undisturbed, report = out / "run", out / "undisturbed", out / "report.json"
     if out.exists() and not (out / MARK).exists() and (out.is_file() or any(out.iterdir())):
-        return fail(ValueError(f"{out} is not a drill's folder: name a new one with --output-dir"))
+        raise ValueError(f"{out} is not a drill's folder: name a new one with --output-dir")
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
     for old in (run, undisturbed):
         shutil.rmtree(old, ignore_errors=True)
     report.unlink(missing_ok=True)
 
+    # --- the run that is disturbed
     train("prepare", "--sample", "--tokenizer", "char", "--output-dir", str(out / "data"))
     arguments = [
         *("debug_cpu", "--data.dir", str(out / "data"), "--optimizer.decay-steps=1000"),
@@ -154,13 +189,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
     ]
     print(f"{args.events} events on up to {args.nodes} nodes, seed {args.seed}", flush=True)
     happened: list[Event] = []
-    found: dict[str, Any] = {"seed": args.seed, "nodes": args.nodes, "exact": not args.float}
+    found: dict[str, Any] = {"seed": args.seed, "under": args.under, "nodes": args.nodes, "exact": not args.float}
     started = time.monotonic()
     try:
         disturb(
             arguments,
             run,
             happened,
+            under=UNDER[args.under],
             events=args.events,
             nodes=args.nodes,
             seed=args.seed,
@@ -169,12 +205,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
         took = time.monotonic() - started
         steps = len(read_metrics(run)) + LAST_STEPS
         print(f"all nodes left; a new job takes the run up and ends it at step {steps}", flush=True)
-        finish(arguments, run, nodes=args.nodes - 1, steps=steps)
+        finish(arguments, run, under=UNDER[args.under], nodes=args.nodes - 1, steps=steps)
     except Stalled as error:
         print(f"LAW BROKEN: {error}")
         found |= {"broken": str(error), "events": [dataclasses.asdict(event) for event in happened]}
         report.write_text(json.dumps(found, indent=1))
-        return 1
+        return FAILED
+    # --- the same run undisturbed, and what the laws say of both
     print("the same configuration, undisturbed, in one process", flush=True)
     train("train", *arguments, "--run-dir", str(undisturbed), f"--steps={steps}")
 
@@ -189,6 +226,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
         f"losses equal {'up to float sums' if args.float else 'bit for bit'}": same.loss_difference
         <= (FLOAT_TOLERANCE if args.float else 0.0),
     } | ({} if args.float else {"parameters equal bit for bit": same.same_parameters})
+    # --- the report
     Console(width=None if sys.stdout.isatty() else 140).print(table(happened))
     for law, held in laws.items():
         print(f"{'held  ' if held else 'BROKEN'}  {law}")
@@ -205,4 +243,4 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
     report.write_text(json.dumps(found, indent=1))
     draw(run, undisturbed, out / "drill.png")
     print(f"report: {report}, picture: {out / 'drill.png'}")
-    return 0 if all(laws.values()) else 1
+    return DONE if all(laws.values()) else FAILED

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic_gpt.contract import CHECKPOINTS, METRICS
 from elastic_gpt.ledger import Ledger
 from elastic_gpt.nodes.local import LocalJob
 from elastic_gpt.processes import of_nodes
@@ -74,7 +75,7 @@ class Faults:
         }
 
     def steps(self) -> int:
-        path = self.run / "metrics.jsonl"
+        path = self.run / METRICS
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def possible(self) -> list[str]:
@@ -137,8 +138,9 @@ class Faults:
         return self.dice.choice(self.job.running())
 
     def cost(self) -> int:
-        """Steps that the death of a node's worker may cost. Others finish the snapshot of which it was writing its copy."""
-        return SNAPSHOT_INTERVAL * (1 if len(self.job.running()) > 1 else 2)
+        """Steps that the death of a node's worker may cost: none while another lives; else those since the last snapshot
+        but one, for it may have been writing the last."""
+        return 0 if len(self.job.running()) > 1 else 2 * SNAPSHOT_INTERVAL
 
     def kill_worker(self) -> tuple[int | None, int]:
         node = self.any_node()
@@ -155,17 +157,17 @@ class Faults:
     def kill_agent(self) -> tuple[int | None, int]:
         node = self.any_node()
         self.job.kill_agent(node)
-        return node, SNAPSHOT_INTERVAL
+        return node, 0
 
     def kill_node(self) -> tuple[int | None, int]:
         node = self.any_node()
         self.job.kill(node)
-        return node, SNAPSHOT_INTERVAL
+        return node, 0
 
     def kill_first(self) -> tuple[int | None, int]:
         node = min(self.job.running())  # DLRover gives rank 0 to the lowest
         self.job.kill(node)
-        return node, SNAPSHOT_INTERVAL
+        return node, 0
 
     def preempt(self) -> tuple[int | None, int]:
         node = self.any_node()
@@ -216,7 +218,7 @@ class Faults:
 
     def storage_fault(self) -> tuple[int | None, int]:
         """There is a file where the folder of checkpoints was, until a checkpoint has failed for it."""
-        folder, aside = self.run / "checkpoints", self.run / "checkpoints.aside"
+        folder, aside = self.run / CHECKPOINTS, self.run / "checkpoints.aside"
         folder.mkdir(exist_ok=True)
         folder.rename(aside)
         folder.touch()

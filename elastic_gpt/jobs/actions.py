@@ -1,11 +1,12 @@
 """What can be done with a job. Each action ends with an exit code, says what it did, and can be repeated after a failure."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from elastic_gpt.jobs import manifest
-from elastic_gpt.jobs import status as state
+from elastic_gpt.jobs import manifest, polling, status
+from elastic_gpt.jobs.causes import same_name_elsewhere
 from elastic_gpt.jobs.client import (
     INSTALL_DEFINITION,
     Cluster,
@@ -15,39 +16,85 @@ from elastic_gpt.jobs.client import (
     NotFoundError,
 )
 from elastic_gpt.jobs.manifest import Tree
-from elastic_gpt.jobs.polling import Told, fetch, late, looks, read, say, tails
+from elastic_gpt.jobs.pods import ENDED, JOB_NAME
+from elastic_gpt.jobs.polling import Told, fetch, late, poll, read, say
 from elastic_gpt.jobs.spec import JobSpec
+from elastic_gpt.jobs.words import count
 
 # A suspended job's pods that are still there after this, with no master to remove them, are ours to remove.
 ALONE_SECONDS = 15.0
 
 
-def submit(cluster: Cluster, spec: JobSpec, *, dry_run: bool) -> int:
+def submit(cluster: Cluster, spec: JobSpec, *, dry_run: bool, timeout: float = 120) -> int:
     """Make what is not there yet. `dry_run`: let the server check everything and keep nothing."""
     # First of all, because it tells whether the cluster knows ElasticJobs at all.
     job = cluster.find("ElasticJob", spec.name)
+    _alone_of_its_name(cluster, spec)
+    if not dry_run and (job is None or "deletionTimestamp" in job["metadata"]):
+        job = None
+        if not until_gone(cluster, spec.name, timeout=timeout):
+            return late(spec.name, timeout, " was deleted before and is not gone")
+    make(cluster, manifest.manifests(spec), spec.namespace, dry_run=dry_run, keep=_keep)
+    if job is None and not dry_run:
+        say(f"watch it: elastic-gpt job watch {spec.name} -n {spec.namespace}")
+    return 0
+
+
+def make(cluster: Cluster, trees: Iterable[Tree], namespace: str, *, dry_run: bool, keep: Callable[..., str]) -> None:
+    """Make objects, and say so; `keep(cluster, tree, dry_run=...)` does what one needs that is there, and says it in a word."""
     done = " (dry run)" if dry_run else ""
-    for tree in manifest.manifests(spec):
+    for tree in trees:
         kind, name = tree["kind"], tree["metadata"]["name"]
         try:
             cluster.create(tree, dry_run=dry_run)
             say(f"{kind.lower()}/{name} created{done}")
         except ExistsError:
-            say(f"{kind.lower()}/{name} {_keep(cluster, tree, dry_run=dry_run)}{done}")
+            say(f"{kind.lower()}/{name} {keep(cluster, tree, dry_run=dry_run)}{done}")
         except ForbiddenError:
             if kind != "Namespace":
                 raise
             say(f"namespace/{name}: not allowed to create it, so it is taken to be there")
         except NotFoundError as error:
-            if dry_run and cluster.find("Namespace", spec.namespace) is None:
+            if dry_run and cluster.find("Namespace", namespace) is None:
                 raise ClusterError(
-                    f"the server cannot check what goes into namespace {spec.namespace} before it is there:"
-                    f" `kubectl create namespace {spec.namespace}`, or --dry-run=client"
+                    f"the server cannot check what goes into namespace {namespace} before it is there:"
+                    f" `kubectl create namespace {namespace}`, or --dry-run=client"
                 ) from error
             raise
-    if job is None and not dry_run:
-        say(f"watch it: elastic-gpt job watch {spec.name} -n {spec.namespace}")
-    return 0
+
+
+def _alone_of_its_name(cluster: Cluster, spec: JobSpec) -> None:
+    """DLRover's operator tells jobs apart by their names alone: the second of a name gets no pods. Raises ClusterError."""
+    try:
+        others = same_name_elsewhere(cluster, spec.name, spec.namespace)
+    except ForbiddenError:
+        say(
+            "note: you may not look into other namespaces; a job of the same name in one of them would get this one no pods"
+        )
+        return
+    if others:
+        raise ClusterError(
+            f"namespace {others[0]} has a job {spec.name}, and DLRover's operator tells jobs apart by their names alone: take"
+            " another name"
+        )
+
+
+def until_gone(cluster: Cluster, name: str, *, timeout: float) -> bool:
+    """Wait until nothing is left of a deleted job: DLRover's operator takes the old master for that of a new job."""
+    end, tell = time.monotonic() + timeout, Told()
+    while True:
+        job = cluster.find("ElasticJob", name)
+        left = [f"elasticjob/{name}"] if job and "deletionTimestamp" in job["metadata"] else []
+        if job and not left:
+            return True  # made anew by somebody else
+        with contextlib.suppress(ForbiddenError):
+            left += [f"pod/{one['metadata']['name']}" for one in cluster.select("Pod", labels=f"{JOB_NAME}={name}")]
+        if not left:
+            return True
+        tell([f"{name}: waiting until {', '.join(left)} {'are' if len(left) > 1 else 'is'} gone"])
+        if time.monotonic() >= end:
+            return False
+        time.sleep(polling.POLL_SECONDS)
 
 
 def _keep(cluster: Cluster, tree: Tree, *, dry_run: bool) -> str:
@@ -61,10 +108,13 @@ def _keep(cluster: Cluster, tree: Tree, *, dry_run: bool) -> str:
         worker = wanted["spec"]["replicaSpecs"]["worker"]
         replicas = there["spec"]["replicaSpecs"]["worker"].get("replicas", 1)
         wanted["spec"]["replicaSpecs"]["worker"] = worker | {"replicas": replicas}  # `job scale` may have changed it
-        phase = there.get("status", {}).get("phase", "")
-        if phase in state.ENDED:
+        try:
+            now = read(cluster, name, there)
+        except ForbiddenError:  # to look at pods
+            now = status.job_state(there, [])
+        if now.ended:
             raise ClusterError(
-                f"job {name} is there and has ended ({phase}): `elastic-gpt job delete {name}` first; its checkpoints stay"
+                f"job {name} is there and has ended ({now.phase}): `elastic-gpt job delete {name}` first; its checkpoints stay"
                 " on the volume, and the same name goes on from them"
             )
     if covers(there, wanted):
@@ -95,7 +145,7 @@ def covers(there: Any, wanted: Any) -> bool:
 def wait(cluster: Cluster, name: str, *, timeout: float | None) -> int:
     """Until the job has ended: 0 Succeeded, 1 Failed, 124 when the time is over."""
     tell = Told()
-    for now in looks(cluster, name, timeout):
+    for now in poll(cluster, name, timeout):
         tell([f"{name}: {now.headline()}", *now.troubles()])
         if now.ended:
             return 0 if now.phase == "Succeeded" else 1
@@ -115,7 +165,7 @@ def scale(cluster: Cluster, name: str, nodes: int, *, timeout: float, wait: bool
     before = int(job["spec"]["replicaSpecs"]["worker"].get("replicas", 1))
     if before != nodes:
         cluster.patch("ElasticJob", name, {"spec": {"replicaSpecs": {"worker": {"replicas": nodes}}}})
-    say(f"{name}: asked for {state.count(nodes, 'node')}, {'as before' if before == nodes else f'{before} before'}")
+    say(f"{name}: asked for {count(nodes, 'node')}, {'as before' if before == nodes else f'{before} before'}")
     if job["spec"].get("suspend"):
         say(f"{name} is suspended: they come with `elastic-gpt job resume {name}`")
         return 0
@@ -125,17 +175,18 @@ def scale(cluster: Cluster, name: str, nodes: int, *, timeout: float, wait: bool
 def until_world(cluster: Cluster, name: str, *, timeout: float) -> int:
     """Wait until as many nodes as are wanted train in one world; say what keeps them from it."""
     tell, each = Told(), workers(fetch(cluster, name))
-    for now in looks(cluster, name, timeout):
+    for now in poll(cluster, name, timeout):
         if now.ended:
             say(f"{name}: {now.headline()}")
             return 0 if now.phase == "Succeeded" else 1
         gone = [f"{node.name}: {node.phase}" for node in now.nodes if node.phase == "Leaving"]
-        size = state.world(tails(cluster, now, lines=200)) if now.running == now.wanted else None
-        if size and size[1] == now.wanted * each:
-            say(f"{name}: trains on {state.count(now.running, 'node')} together, with {state.count(size[1], 'worker')}")
+        world = polling.progress(cluster, now) if now.running == now.wanted else None
+        if world and world.workers == now.wanted * each:
+            say(f"{name}: trains on {count(now.running, 'node')} together, with {count(world.workers, 'worker')}")
             return 0
         forming = ["the nodes run; their world is being formed"] if now.running == now.wanted else []
-        tell([f"{now.running} of {now.wanted} nodes run", *now.troubles(), *gone, *forming])
+        why = [f"{name}: {now.phase}: {now.reason}"] if now.reason else []
+        tell([f"{now.running} of {now.wanted} nodes run", *why, *now.troubles(), *gone, *forming])
     return late(name, timeout, " has not the nodes it was asked for")
 
 
@@ -160,8 +211,11 @@ def suspend(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
     if not wait:
         return 0
     tell, alone = Told(), time.monotonic()
-    for now in looks(cluster, name, timeout):
-        left = [node for node in now.nodes if node.phase not in state.ENDED]
+    for now in poll(cluster, name, timeout):
+        if now.ended:
+            say(f"{name}: {now.headline()}: there was nothing left to suspend")
+            return 0 if now.phase == "Succeeded" else 1
+        left = [node for node in now.nodes if node.phase not in ENDED]
         if not left:
             say(f"{name}: no node is left; `elastic-gpt job resume {name}` goes on")
             return 0
@@ -184,8 +238,8 @@ def resume(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
     return until_world(cluster, name, timeout=timeout) if wait else 0
 
 
-def delete(cluster: Cluster, name: str, *, volume: bool) -> int:
-    """Delete the job and what was made for it; the volume with the model only if asked to."""
+def delete(cluster: Cluster, name: str, *, volume: bool, timeout: float, wait: bool) -> int:
+    """Delete the job and what was made for it, and wait until it is gone; the volume with the model only if asked to."""
     job = cluster.find("ElasticJob", name)
     claim = claim_of(job) if job else ""
     if volume:
@@ -196,7 +250,9 @@ def delete(cluster: Cluster, name: str, *, volume: bool) -> int:
         if others:
             raise ClusterError(f"volume {claim} is used by {', '.join(others)} as well: delete them first")
     made = [("ElasticJob", name), ("Job", f"{name}-prepare"), ("ConfigMap", f"{name}-text")]
-    made += [("Pod", f"{name}-prompt"), ("Pod", f"{name}-shell")] + [("PersistentVolumeClaim", claim)] * volume
+    made += [("Pod", f"{name}-prompt"), ("Pod", f"{name}-shell")]
+    made += [("Deployment", f"{name}-serve"), ("Service", f"{name}-serve")]
+    made += [("PersistentVolumeClaim", claim)] * volume
     gone = [f"{kind.lower()}/{one}" for kind, one in made if cluster.delete(kind, one)]
     if not gone:
         fetch(cluster, name)
@@ -204,12 +260,19 @@ def delete(cluster: Cluster, name: str, *, volume: bool) -> int:
         say(f"{one} deleted")
     if claim and not volume:
         say(f"volume {claim} stays, and on it the run in /workspace/{name}")
+    if wait and not until_gone(cluster, name, timeout=timeout):
+        return late(name, timeout, " is deleted, but pods of it are there still")
     return 0
 
 
 def claim_of(job: Tree) -> str:
     """The PersistentVolumeClaim of an ElasticJob's workers; empty if they have none."""
-    volumes = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"].get("volumes", [])
+    return claim_in(job["spec"]["replicaSpecs"]["worker"]["template"]["spec"])
+
+
+def claim_in(pod: Tree) -> str:
+    """The first PersistentVolumeClaim that a pod's specification mounts; empty if there is none."""
+    volumes = pod.get("volumes", [])
     return next(
         (str(one["persistentVolumeClaim"]["claimName"]) for one in volumes if "persistentVolumeClaim" in one), ""
     )

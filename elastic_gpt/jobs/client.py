@@ -4,34 +4,41 @@ Configuration is looked for as kubectl does: --kubeconfig, the variable KUBECONF
 the pod that this runs in.
 """
 
+import contextlib
 import json
+import logging
 import os
+import re
+import shlex
 import ssl
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 import urllib3.exceptions
-import yaml
 from kubernetes import client, config, stream
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
+from kubernetes.utils.quantity import parse_quantity
 
+from elastic_gpt.jobs import trainjob
 from elastic_gpt.jobs.manifest import GROUP, Tree
 
 CONNECT_SECONDS, READ_SECONDS = 5, 30
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 OPERATOR_VERSION = "v0.6.1"
-_DLROVER = "intelligent-machine-learning/dlrover"
-INSTALL_OPERATOR = (
-    f'kubectl apply -k "https://github.com/{_DLROVER}//go/elasticjob/config/manifests/bases?ref={OPERATOR_VERSION}"'
-)
-# The definition in there is an older one, without spec.suspend, which the API server then drops without a word.
+# DLRover's own kustomization neither starts nor knows spec.suspend (kustomization.yaml there says why).
+INSTALL_OPERATOR = f"kubectl apply -k {shlex.quote(str(Path(__file__).with_name('install')))}"
 INSTALL_DEFINITION = (
-    f"kubectl apply -f https://raw.githubusercontent.com/{_DLROVER}/{OPERATOR_VERSION}/go/elasticjob/config/crd/bases/"
-    "elastic.iml.github.io_elasticjobs.yaml"
+    f"kubectl apply -f https://raw.githubusercontent.com/intelligent-machine-learning/dlrover/{OPERATOR_VERSION}/go/elasticjob"
+    "/config/crd/bases/elastic.iml.github.io_elasticjobs.yaml"
+)
+
+INSTALL_TRAINER = (
+    "kubectl apply --server-side -k 'https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.1.0'"
 )
 
 # Kind -> API and resource; the last says whether it lives in a namespace.
@@ -44,6 +51,7 @@ KINDS = {
     "Service": ("/api/v1", "services", True),
     "ServiceAccount": ("/api/v1", "serviceaccounts", True),
     "ConfigMap": ("/api/v1", "configmaps", True),
+    "ResourceQuota": ("/api/v1", "resourcequotas", True),
     "Event": ("/api/v1", "events", True),
     "Deployment": ("/apis/apps/v1", "deployments", True),
     "Job": ("/apis/batch/v1", "jobs", True),
@@ -52,6 +60,8 @@ KINDS = {
     "RoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "rolebindings", True),
     "CustomResourceDefinition": ("/apis/apiextensions.k8s.io/v1", "customresourcedefinitions", False),
     "ElasticJob": (f"/apis/{GROUP}/v1alpha1", "elasticjobs", True),
+    "TrainJob": (f"/apis/{trainjob.GROUP}/v1alpha1", "trainjobs", True),
+    "TrainingRuntime": (f"/apis/{trainjob.GROUP}/v1alpha1", "trainingruntimes", True),
 }
 
 
@@ -72,11 +82,11 @@ class ForbiddenError(ClusterError):
 
 
 class UnknownKindError(ClusterError):
-    """The cluster knows no ElasticJobs."""
+    """The cluster knows no ElasticJobs, or no TrainJobs."""
 
 
-class UnreachableError(ClusterError):
-    """The server does not answer, for now."""
+class UnreachableError(ClusterError, ConnectionError):
+    """The server does not answer, for now: another try may help."""
 
 
 class Cluster:
@@ -101,9 +111,29 @@ class Cluster:
                 names = [one["name"] for one in contexts]
                 if context and context not in names:
                     raise ClusterError(f"no context '{context}' in {path}: choose from {', '.join(names)}")
-                config.load_kube_config(config_file=path, context=context, client_configuration=settings)
-            except (ConfigException, yaml.YAMLError, OSError, TypeError, KeyError) as error:
-                raise ClusterError(f"{path}: {_line(error)}; name another file with --kubeconfig") from error
+                with _logged_errors() as failed:
+                    config.load_kube_config(config_file=path, context=context, client_configuration=settings)
+                if failed:
+                    raise ClusterError(
+                        f"the command in {path} that logs in failed ({_line(failed[0])}): try it with `kubectl get pods`"
+                    )
+            except ClusterError:
+                raise
+            except Exception as error:  # of many kinds: the library takes things for what they should be
+                why = "too deeply nested" if isinstance(error, RecursionError) else _line(error)
+                raise ClusterError(f"{path} is no kubeconfig ({why}): name another with --kubeconfig") from error
+            try:
+                parts = urlsplit(settings.host)
+                usable = (
+                    parts.scheme in ("http", "https") and re.fullmatch(r"\S+", parts.hostname or "") and parts.port != 0
+                )
+            except ValueError:
+                usable = False
+            if not usable:
+                raise ClusterError(
+                    f"the server in {path} is '{settings.host}', which is no web address: write https://HOST:PORT there, or"
+                    " take another --context"
+                )
             chosen = next((one for one in contexts if one["name"] == context), active) or {}
             here = chosen.get("context", {}).get("namespace") or default
         else:
@@ -128,7 +158,7 @@ class Cluster:
         return str(self._object("GET", "/version").get("gitVersion", ""))
 
     def get(self, kind: str, name: str, namespace: str | None = None) -> Tree:
-        return self._object("GET", f"{self._path(kind, namespace)}/{name}")
+        return self._object("GET", f"{self._path(kind, namespace)}/{quote(name, safe='')}")
 
     def find(self, kind: str, name: str, namespace: str | None = None) -> Tree | None:
         """The object, or None where there is none."""
@@ -138,10 +168,11 @@ class Cluster:
             return None
 
     def select(
-        self, kind: str, *, labels: str = "", namespace: str | None = None, everywhere: bool = False
+        self, kind: str, *, labels: str = "", fields: str = "", namespace: str | None = None, everywhere: bool = False
     ) -> list[Tree]:
         path = self._path(kind, namespace, everywhere=everywhere)
-        answer = self._object("GET", path, query={"labelSelector": labels} if labels else {})
+        query = {"labelSelector": labels, "fieldSelector": fields}
+        answer = self._object("GET", path, query={key: value for key, value in query.items() if value})
         return list(answer.get("items") or [])
 
     def create(self, tree: Tree, *, dry_run: bool = False) -> Tree:
@@ -174,10 +205,13 @@ class Cluster:
         answer = self._object("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=body)
         return bool(answer["status"]["allowed"])
 
-    def log(self, pod: str, *, tail: int | None = None, previous: bool = False) -> list[str]:
+    def log(
+        self, pod: str, *, tail: int | None = None, previous: bool = False, container: str = "", namespace: str | None = None
+    ) -> list[str]:  # fmt: skip
         """The lines of a pod's log, each with its time in front. Empty for a pod that has not started."""
         query: dict[str, Any] = {"timestamps": "true"} | ({"tailLines": tail} if tail is not None else {})
-        return list(self._lines(pod, query | ({"previous": "true"} if previous else {})))
+        query |= ({"previous": "true"} if previous else {}) | ({"container": container} if container else {})
+        return list(self._lines(pod, query, namespace))
 
     def follow(self, pod: str, *, since: str = "", tail: int | None = None) -> Iterator[str]:
         """The lines of a pod's log as they come, each with its time in front, until the pod ends or the connection does."""
@@ -196,9 +230,9 @@ class Cluster:
         except ApiException as error:
             raise ClusterError(f"pod {pod} cannot be attached to: {_line(error.reason)}") from error
 
-    def _lines(self, pod: str, query: dict[str, Any]) -> Iterator[str]:
-        path = f"{self._path('Pod')}/{pod}/log"
-        # A quiet pod is no broken connection, so a stream has no time limit.
+    def _lines(self, pod: str, query: dict[str, Any], namespace: str | None = None) -> Iterator[str]:
+        path = f"{self._path('Pod', namespace)}/{pod}/log"
+        # A quiet pod does not mean a broken connection, so a stream has no time limit.
         limit = (CONNECT_SECONDS, None if "follow" in query else READ_SECONDS)
         response = self._call("GET", path, query=query, stream=True, timeout=limit)
         rest = b""
@@ -216,9 +250,9 @@ class Cluster:
 
     def _path(self, kind: str, namespace: str | None = None, *, everywhere: bool = False) -> str:
         api, resource, namespaced = KINDS[kind]
-        return f"{api}/namespaces/{namespace or self.namespace}/{resource}" if namespaced and not everywhere else (
-            f"{api}/{resource}"
-        )  # fmt: skip
+        if everywhere or not namespaced:
+            return f"{api}/{resource}"
+        return f"{api}/namespaces/{quote(namespace or self.namespace, safe='')}/{resource}"
 
     def _object(self, method: str, path: str, **how: Any) -> Tree:
         return dict(json.loads(self._call(method, path, **how).data))
@@ -256,6 +290,8 @@ class Cluster:
             return UnknownKindError(
                 f"this cluster knows no ElasticJobs: install DLRover's operator: {INSTALL_OPERATOR}"
             )
+        if status == 404 and reason != "NotFound" and trainjob.GROUP in path:
+            return UnknownKindError(f"this cluster knows no TrainJobs: install Kubeflow Trainer: {INSTALL_TRAINER}")
         if status == 404:
             return NotFoundError(message)
         if status == 401:
@@ -268,6 +304,28 @@ class Cluster:
             "metadata", {}
         ) else ""  # fmt: skip
         return ClusterError(f"{what}{message or f'the server answers {status}'}")
+
+
+def quantity(text: str) -> Decimal:
+    """A number as Kubernetes writes it, such as 500m or 2Gi."""
+    return Decimal(parse_quantity(text))
+
+
+@contextlib.contextmanager
+def _logged_errors() -> Iterator[list[str]]:
+    """What is logged as an error meanwhile: the kubernetes package does not raise that a command for logging in failed."""
+    told: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    ear = Ear(logging.ERROR)
+    logging.getLogger().addHandler(ear)
+    try:
+        yield told
+    finally:
+        logging.getLogger().removeHandler(ear)
 
 
 def _line(text: object) -> str:

@@ -1,17 +1,19 @@
 """`elastic-gpt job ACTION`: a training job on Kubernetes, from a laptop without torch."""
 
-import argparse
 import dataclasses
 import difflib
+import importlib
 import shlex
 import sys
+import typing
 from collections.abc import Sequence
 
-from elastic_gpt.jobs import manifest
+from elastic_gpt import settings
+from elastic_gpt.jobs import ads, jobset, manifest, trainjob, vertex
 from elastic_gpt.jobs.render import to_yaml
-from elastic_gpt.jobs.spec import ACCESS_MODES, JobSpec, read_texts
-from elastic_gpt.settings import fail
-from prepare.frontdoor import Parser
+from elastic_gpt.jobs.spec import WORKSPACE, JobSpec, presets, read_texts
+from elastic_gpt.settings import field_help
+from prepare.frontdoor import BooleanOptionalAction, Namespace, Parser, command, fail
 
 EXAMPLES = """\
 a first job, on GPUs:
@@ -20,6 +22,7 @@ a first job, on GPUs:
   elastic-gpt job watch mygpt
   elastic-gpt job scale mygpt --nodes 3
   elastic-gpt job prompt mygpt
+  elastic-gpt job serve mygpt
   elastic-gpt job delete mygpt
 
 `elastic-gpt job ACTION --help` tells more.
@@ -29,62 +32,43 @@ what follows -- are flags of `elastic-gpt train`:
   elastic-gpt job %(action)s big --preset gpt2_124m --nodes 4 --max-nodes 8 -- --model.n-layer 24 --model.n-embd 1024
 on CPUs, with a text of one's own:
   elastic-gpt job %(action)s small --gpus 0 --text data.txt --tokenizer char
+  elastic-gpt job %(action)s small --gpus 0 --text data.txt --tokenizer bpe --vocab-size 4096
 """
+TEXT_HELP = f"a text here (up to 1 MB), or where pods find it: {WORKSPACE}/... on the volume, a URL; may be repeated"
+NO_FLAGS = ("name", "namespace", "arguments", "texts", "upload")
 
 
-def _spec_flags(parser: argparse.ArgumentParser) -> None:
-    add, default = parser.add_argument, JobSpec()
-    add("name", nargs="?", default=default.name, metavar="NAME", help=f"of the job (default: {default.name})")
-    add("--image", default="", help="of all pods (default: elastic-gpt:VERSION, -cpu without GPUs)")
-    add("--pull-secret", default="", metavar="NAME", help="the secret with the registry's password")
-    add(
-        "--preset",
-        default="",
-        metavar="NAME",
-        help="of `elastic-gpt train` (default: gpt2_124m; debug_cpu without GPUs)",
-    )
-    add("--nodes", type=int, default=default.nodes, metavar="N", help="to start with (default: %(default)s)")
-    add(
-        "--min-nodes",
-        type=int,
-        default=default.min_nodes,
-        metavar="N",
-        help="below, training waits (default: %(default)s)",
-    )
-    add("--max-nodes", type=int, default=default.max_nodes, metavar="N", help="the most ever (default: %(default)s)")
-    add("--gpus", type=int, default=default.gpus, metavar="N", help="a node; 0: CPUs (default: %(default)s)")
-    add("--cpus", type=int, default=0, metavar="N", help="a node (default: 4 a GPU, or 2)")
-    add("--memory", type=int, default=0, metavar="GIB", help="a node (default: what the model needs)")
-    add("--network-check", action="store_true", help="try out GPUs and network at each change of members")
-    add("--spot", action="store_true", help="tolerate and prefer spot machines")
-    add("--node-selector", action="append", default=[], metavar="LABEL=VALUE", help="workers on such machines only")
-    add("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable for the workers")
-    add("--volume", default=default.volume, metavar="NAME", help="the volume claim (default: %(default)s)")
-    add("--volume-size", default=default.volume_size, metavar="SIZE", help="default: %(default)s")
-    add("--access-mode", choices=ACCESS_MODES, default=default.access_mode, help="default: %(default)s")
-    add("--storage-class", default="", metavar="NAME", help="default: the cluster's")
-    add(
-        "--text",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a text here (up to 1 MB), or on the volume: /workspace/...",
-    )
-    add("--tokenizer", choices=["gpt2", "char", "byte", "bpe"], default=default.tokenizer, help="default: %(default)s")
-    add("--data-of", default="", metavar="JOB", help="train on what this job prepared, instead of preparing a text")
+def _spec_flags(parser: Parser) -> None:
+    """A flag for each field of a JobSpec that says what it is; `name` comes first, without one, and `--text` is two fields."""
+    explained, hints = field_help(JobSpec), typing.get_type_hints(JobSpec)
+    parser.add_argument("name", nargs="?", default=JobSpec.name, metavar="NAME", help=explained["name"])
+    for field in dataclasses.fields(JobSpec):
+        if field.name not in explained or field.name in NO_FLAGS:
+            continue
+        flag, kind, default = f"--{field.name.replace('_', '-')}", hints[field.name], field.default
+        text = explained[field.name].replace("%", "%%") + (" (default: %(default)s)" if default else "")
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=explained[field.name])
+        elif choices := typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ():
+            parser.add_argument(flag, choices=choices, default=default, help=text)
+        elif kind in (int, str):
+            metavar = "N" if kind is int else "NAME"
+            parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
+        else:  # pairs
+            parser.add_argument(flag, action="append", default=[], metavar="NAME=VALUE", help=text)
+    parser.add_argument("--text", action="append", default=[], metavar="FILE", help=TEXT_HELP)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog, description=__doc__.partition(": ")[2], epilog=EXAMPLES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
 
-    def action(name: str, needs_job: bool = False, cluster: bool = True, spec: bool = False) -> argparse.ArgumentParser:
+    def action(name: str, needs_job: bool = False, cluster: bool = True, spec: bool = False) -> Parser:
         made = actions.add_parser(
             name, help=COMMANDS[name], description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.", allow_abbrev=False,
-            epilog=SPEC_EXAMPLES % {"action": name} if spec else None, formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=SPEC_EXAMPLES % {"action": name} if spec else None,
         )  # fmt: skip
         if needs_job:
             made.add_argument("name", metavar="NAME", help="of the job")
@@ -98,25 +82,42 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             )
         return made
 
-    def waiting(parser: argparse.ArgumentParser, seconds: int) -> None:
-        parser.add_argument("--no-wait", action="store_true", help="return as soon as the server knows")
+    def waiting(parser: Parser, seconds: int) -> None:
+        parser.add_argument(
+            "--wait", action=BooleanOptionalAction, default=True, help="until it is done; --no-wait: not"
+        )
         parser.add_argument(
             "--timeout", type=float, default=seconds, metavar="S", help="exit code 124 then (default: %(default)s)"
         )
 
+    def only(parser: Parser) -> None:
+        parser.add_argument(
+            "--only",
+            default="",
+            metavar="PART,...",
+            help=f"of: {', '.join(manifest.PARTS)} (default: all but the last three)",
+        )
+
+    def run_as(parser: Parser) -> None:
+        parser.add_argument(
+            "--as", dest="form", choices=LIVING, default="elasticjob", help="which kind of job (default: %(default)s)"
+        )
+
+    # --- making a job
     render = action("render", cluster=False, spec=True)
+    only(render)
     render.add_argument(
-        "--only",
-        default="",
-        metavar="PART,...",
-        help=f"of: {', '.join(manifest.PARTS)} (default: all but the last two)",
+        "--as", dest="form", choices=FORMS, default="elasticjob", help="which kind of manifest (default: %(default)s)"
     )
     submit = action("submit", spec=True)
+    run_as(submit)
+    only(submit)
     submit.add_argument(
         "--dry-run", choices=["client", "server"], help="client: only show; server: let it check, keep nothing"
     )
+    # --- looking at it
     action("list").add_argument("-A", "--all-namespaces", action="store_true", help="in all namespaces")
-    action("status", needs_job=True)
+    run_as(action("status", needs_job=True))
     action("watch", needs_job=True)
     logs = action("logs", needs_job=True)
     logs.add_argument(
@@ -126,25 +127,43 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--of", choices=["workers", "master", "prepare", "all"], default="workers", help="default: %(default)s"
     )
     logs.add_argument("--tail", type=int, metavar="N", help="the last N lines of each pod")
+    # --- changing it
     scale = action("scale", needs_job=True)
     scale.add_argument("--nodes", type=int, required=True, metavar="N", help="between the job's least and most")
     waiting(scale, 600)
     waiting(action("suspend", needs_job=True), 120)
     waiting(action("resume", needs_job=True), 600)
     wait = action("wait", needs_job=True)
+    run_as(wait)
     wait.add_argument("--timeout", type=float, metavar="S", help="give up, with exit code 124 (default: never)")
     prompt = action("prompt", needs_job=True)
     prompt.add_argument(
         "--timeout", type=float, default=300, metavar="S", help="for the pod to start (default: %(default)s)"
     )
+    waiting(action("serve", needs_job=True), 600)
     delete = action("delete", needs_job=True)
+    waiting(delete, 120)
+    run_as(delete)
     delete.add_argument("--volume", action="store_true", help="the volume too, and with it data and checkpoints")
+    # --- the cluster
     doctor = action("doctor")
     doctor.add_argument(
         "--volume", default=JobSpec().volume, metavar="NAME", help="the claim to look for (default: %(default)s)"
     )
     return parser
 
+
+FORMS = {
+    "elasticjob": (manifest.PARTS, manifest.JOB_PARTS),
+    "trainjob": (trainjob.PARTS, trainjob.JOB_PARTS),
+    "jobset": (jobset.PARTS, jobset.JOB_PARTS),
+    "oci-ads": (ads.PARTS, tuple(ads.PARTS)),
+    "vertex": (vertex.PARTS, vertex.JOB_PARTS),
+}
+"""What `render` writes a job as, DLRover's ElasticJob or the same elsewhere: all its parts, and those that make a job."""
+
+LIVING = ("elasticjob", "trainjob")
+"""Which of them are made, looked at, waited for and deleted here; for the others there is kubectl, and their own tools."""
 
 COMMANDS = {
     "render": "write the manifests to standard output; needs no cluster",
@@ -158,11 +177,13 @@ COMMANDS = {
     "resume": "go on with a suspended job",
     "wait": "until the job ends: exit code 0 Succeeded, 1 Failed",
     "prompt": "talk to the model, in a pod with the job's volume",
+    "serve": "the model over HTTP, following the run: a Deployment and a Service",
     "delete": "delete a job; its volume stays",
     "doctor": "what the cluster lacks, and the command that mends it",
 }
 
 
+@command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt job") -> int:
     """Exit codes: 0, 1 for a job that failed, 2 a user's mistake or a cluster's refusal, 124 when the time is over."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -175,25 +196,33 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt job") -> in
         if args.action == "render":
             return _render(args, trailing, heading=f"{prog} {shlex.join(words)}")
         if args.action == "submit" and args.dry_run == "client":
-            return _show(_spec(args, trailing, args.namespace or JobSpec().namespace))
+            return _show(args, _spec(args, trailing, args.namespace or JobSpec().namespace))
         return _with_cluster(args, trailing)
     except ValueError as error:  # SettingsError and ClusterError are
         return fail(error)
 
 
-def _spec(args: argparse.Namespace, trailing: tuple[str, ...], namespace: str) -> JobSpec:
+def _spec(args: Namespace, trailing: tuple[str, ...], namespace: str) -> JobSpec:
     texts, upload = read_texts(args.text)
-    other = ("namespace", "arguments", "texts", "upload", "node_selector", "env")
-    same = [field.name for field in dataclasses.fields(JobSpec) if field.name not in other]
-    return JobSpec(
-        namespace=namespace,
-        arguments=trailing,
-        texts=texts,
-        upload=upload,
-        node_selector=_pairs("--node-selector", args.node_selector),
-        env=_pairs("--env", args.env),
-        **{field: getattr(args, field) for field in same},
-    )
+    given = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(JobSpec) if hasattr(args, field.name)
+    }
+    given |= {"node_selector": _pairs("--node-selector", args.node_selector), "env": _pairs("--env", args.env)}
+    spec = JobSpec(**given | {"namespace": namespace, "arguments": trailing, "texts": texts, "upload": upload})
+    _check_training(spec)
+    return spec
+
+
+def _check_training(spec: JobSpec) -> None:
+    """Read the settings of the workers as they will, so that a mistake is told here and not by a pod.
+
+    What depends on the data (whether they are long enough, and how large their vocabulary is) only the pods know.
+    """
+    config = importlib.import_module(
+        "model_zoo.nanogpt.config"
+    )  # by name, as cli.py does: the models are above this room
+    words = [spec.used_preset, *spec.arguments]
+    settings.parse(config.TrainConfig, words, presets=presets(), prog="elastic-gpt train", environment=dict(spec.env))
 
 
 def _pairs(flag: str, words: list[str]) -> tuple[tuple[str, str], ...]:
@@ -203,29 +232,36 @@ def _pairs(flag: str, words: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple((word.partition("=")[0], word.partition("=")[2]) for word in words)
 
 
-def _render(args: argparse.Namespace, trailing: tuple[str, ...], heading: str) -> int:
-    parts = tuple(args.only.split(",")) if args.only else manifest.JOB_PARTS
+def _parts(args: Namespace) -> tuple[str, ...]:
+    known, usual = FORMS[args.form]
+    parts = tuple(args.only.split(",")) if args.only else usual
     for part in parts:
-        if part not in manifest.PARTS:
-            near = difflib.get_close_matches(part, manifest.PARTS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(manifest.PARTS)}"
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
             raise ValueError(f"--only {part}: {hint}")
+    return parts
+
+
+def _render(args: Namespace, trailing: tuple[str, ...], heading: str) -> int:
+    known, parts = FORMS[args.form][0], _parts(args)
     spec = _spec(args, trailing, args.namespace or JobSpec().namespace)
-    sys.stdout.write(to_yaml(manifest.manifests(spec, parts), heading))
+    sys.stdout.write(to_yaml([tree for part in known if part in parts for tree in known[part](spec)], heading))
     return 0
 
 
-def _show(spec: JobSpec) -> int:
-    for tree in manifest.manifests(spec):
+def _show(args: Namespace, spec: JobSpec) -> int:
+    known = FORMS[args.form][0]
+    for tree in (tree for part in known if part in _parts(args) for tree in known[part](spec)):
         print(f"{tree['kind'].lower()}/{tree['metadata']['name']} created (dry run, no server asked)")
     print("`elastic-gpt job render` with the same words writes them out")
     return 0
 
 
-def _with_cluster(args: argparse.Namespace, trailing: tuple[str, ...]) -> int:
+def _with_cluster(args: Namespace, trailing: tuple[str, ...]) -> int:
     # The kubernetes package takes half a second to import; --help and render do without it.
     try:
-        from elastic_gpt.jobs import actions, doctor, logs, prompt, watch
+        from elastic_gpt.jobs import actions, doctor, logs, prompt, serve, trainjobs, watch
         from elastic_gpt.jobs.client import Cluster
     except ModuleNotFoundError as error:
         raise ValueError(f"no package {error.name}: pip install 'elastic-gpt[kubernetes]'") from error
@@ -233,28 +269,45 @@ def _with_cluster(args: argparse.Namespace, trailing: tuple[str, ...]) -> int:
     cluster = Cluster.connect(
         kubeconfig=args.kubeconfig, context=args.context, namespace=args.namespace, default=JobSpec().namespace
     )
+    if getattr(args, "form", "elasticjob") == "trainjob":
+        match args.action:
+            case "submit":
+                spec = _spec(args, trailing, cluster.namespace)
+                return trainjobs.submit(cluster, spec, _parts(args), dry_run=args.dry_run == "server")
+            case "status":
+                return trainjobs.show(cluster, args.name)
+            case "wait":
+                return trainjobs.wait(cluster, args.name, timeout=args.timeout)
+            case _:
+                return trainjobs.delete(cluster, args.name, volume=args.volume, timeout=args.timeout, wait=args.wait)
     match args.action:
         case "submit":
+            if args.only:
+                raise ValueError(
+                    f"--only {args.only} is for --as trainjob: leave it out, or use `elastic-gpt job render`"
+                )
             return actions.submit(cluster, _spec(args, trailing, cluster.namespace), dry_run=args.dry_run == "server")
         case "list":
             return watch.jobs(cluster, everywhere=args.all_namespaces)
         case "status":
-            return watch.status(cluster, args.name)
+            return watch.show(cluster, args.name)
         case "watch":
             return watch.watch(cluster, args.name)
         case "logs":
             return logs.logs(cluster, args.name, of=args.of, tail=args.tail, follow=args.follow)
         case "scale":
-            return actions.scale(cluster, args.name, args.nodes, timeout=args.timeout, wait=not args.no_wait)
+            return actions.scale(cluster, args.name, args.nodes, timeout=args.timeout, wait=args.wait)
         case "suspend":
-            return actions.suspend(cluster, args.name, timeout=args.timeout, wait=not args.no_wait)
+            return actions.suspend(cluster, args.name, timeout=args.timeout, wait=args.wait)
         case "resume":
-            return actions.resume(cluster, args.name, timeout=args.timeout, wait=not args.no_wait)
+            return actions.resume(cluster, args.name, timeout=args.timeout, wait=args.wait)
         case "wait":
             return actions.wait(cluster, args.name, timeout=args.timeout)
         case "prompt":
             return prompt.prompt(cluster, args.name, timeout=args.timeout, terminal=prompt.attach)
+        case "serve":
+            return serve.serve(cluster, args.name, timeout=args.timeout, wait=args.wait)
         case "delete":
-            return actions.delete(cluster, args.name, volume=args.volume)
+            return actions.delete(cluster, args.name, volume=args.volume, timeout=args.timeout, wait=args.wait)
         case _:
             return doctor.doctor(cluster, volume=args.volume)

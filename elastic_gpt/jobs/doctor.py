@@ -4,13 +4,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from elastic_gpt.jobs import manifest
-from elastic_gpt.jobs import polling as looks
-from elastic_gpt.jobs import status as state
+from elastic_gpt.jobs import manifest, polling, status
 from elastic_gpt.jobs.client import INSTALL_DEFINITION, INSTALL_OPERATOR, Cluster, ClusterError, UnknownKindError
 from elastic_gpt.jobs.manifest import Tree
-
-OPERATOR, OPERATOR_NAMESPACE = "dlrover-controller-manager", "dlrover"
+from elastic_gpt.jobs.operator import NAME as OPERATOR
+from elastic_gpt.jobs.operator import operators
+from elastic_gpt.jobs.pods import pod_trouble
 
 # Where there is nothing at all: storage on a single machine, as in kind; GPUs with NVIDIA's driver and container toolkit there.
 INSTALL_STORAGE = "kubectl apply -f https://raw.githubusercontent.com/rancher/local-path-provisioner/v0.0.31/deploy/local-path-storage.yaml"
@@ -64,14 +63,14 @@ class Finding:
 def doctor(cluster: Cluster, *, volume: str) -> int:
     """Print what is there and what is not. Exit code 1 if something is missing."""
     findings = [Finding("server", True, f"{cluster.server}, Kubernetes {cluster.version()}")]
-    looks.say(str(findings[0]))
-    for check in (_definition, _operator, _namespace, _rights, _volume, _gpus, _images):
+    polling.say(str(findings[0]))
+    for check in (_definition, _operator, _namespace, _rights, _volume, _gpus, _images, _masters):
         try:
             found = list(check(cluster, volume))
         except ClusterError as error:
             found = [Finding(check.__name__.strip("_"), None, str(error).partition(";")[0])]
         for one in found:
-            looks.say(str(one))
+            polling.say(str(one))
         findings += found
     return int(any(one.well is False for one in findings))
 
@@ -91,20 +90,23 @@ def _definition(cluster: Cluster, _: str) -> Iterator[Finding]:
 
 
 def _operator(cluster: Cluster, _: str) -> Iterator[Finding]:
-    deployments = [one for one in cluster.select("Deployment", everywhere=True) if one["metadata"]["name"] == OPERATOR]
-    if not deployments:
+    found = operators(cluster)
+    if not found:
         yield Finding("operator", False, f"no deployment {OPERATOR} in any namespace", INSTALL_OPERATOR)
-    for one in deployments:
-        where = one["metadata"]["namespace"]
-        if one.get("status", {}).get("availableReplicas"):
-            yield Finding("operator", True, f"{OPERATOR} runs in namespace {where}")
-            continue
-        pods = cluster.select("Pod", namespace=where, labels="control-plane=controller-manager")
-        troubles = [trouble for pod in pods if (trouble := state.pod_trouble(pod))]
-        yield Finding(
-            "operator", False, "; ".join([f"{OPERATOR} in namespace {where} is not available", *troubles]),
-            f"kubectl -n {where} describe pods -l control-plane=controller-manager",
-        )  # fmt: skip
+    for one in found:
+        here = f"{OPERATOR} runs in namespace {one.namespace}"
+        yield Finding("operator", not one.trouble, one.trouble or here, one.cure)
+    if len(found) > 1:
+        yield Finding("operator", False, "there are several, and each makes masters", "delete all but one")
+
+
+def _masters(cluster: Cluster, _: str) -> Iterator[Finding]:
+    """Jobs that should have a master and have none; nothing else tells of them."""
+    for job in cluster.select("ElasticJob"):
+        name = job["metadata"]["name"]
+        state = polling.read(cluster, name, job)
+        if state.phase != "New" and state.masterless_since and state.reason:  # of New ones the checks above tell
+            yield Finding(f"job {name}", False, f"{state.phase}: {state.reason}")
 
 
 def _namespace(cluster: Cluster, _: str) -> Iterator[Finding]:
@@ -152,7 +154,7 @@ def _volume(cluster: Cluster, volume: str) -> Iterator[Finding]:
         modes = ", ".join(claim["spec"]["accessModes"])
         kind = classes.get(claim["spec"].get("storageClassName", ""), {})
         late = kind.get("volumeBindingMode") == "WaitForFirstConsumer"
-        events = state.job_events(volume, volume, cluster.select("Event"))
+        events = status.job_events(volume, volume, cluster.select("Event"))
         told = next((one.message for one in reversed(events) if one.warning and one.about == volume), "")
         yield Finding(
             "volume", True if phase == "Bound" else None if late and not told else False,
@@ -226,9 +228,7 @@ def _images(cluster: Cluster, _: str) -> Iterator[Finding]:
     pods = cluster.select("Pod")
     for image, secrets in sorted(images(jobs).items()):
         missing = [name for name in secrets if cluster.find("Secret", name) is None]
-        troubles = {
-            trouble for pod in pods if image in _images_of(pod) and "Pull" in (trouble := state.pod_trouble(pod))
-        }
+        troubles = {trouble for pod in pods if image in _images_of(pod) and "Pull" in (trouble := pod_trouble(pod))}
         ran = [pod["spec"].get("nodeName", "?") for pod in pods if image in _images_of(pod) and _started(pod)]
         if missing:
             cure = f"kubectl -n {cluster.namespace} create secret docker-registry {missing[0]} --docker-server=... ..."

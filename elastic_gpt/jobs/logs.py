@@ -4,10 +4,11 @@ import queue
 import threading
 import time
 
-from elastic_gpt.jobs import polling as looks
-from elastic_gpt.jobs import status as state
+from elastic_gpt.contract import Progress
+from elastic_gpt.jobs import polling
 from elastic_gpt.jobs.client import Cluster, ClusterError, NotFoundError, UnreachableError
-from elastic_gpt.jobs.status import JobState, Node
+from elastic_gpt.jobs.pods import ENDED, Node
+from elastic_gpt.jobs.status import JobState
 
 KINDS = {"workers": "worker", "master": "dlrover-master", "prepare": "prepare"}
 AGAIN_SECONDS = 2.0
@@ -18,7 +19,7 @@ def logs(cluster: Cluster, name: str, *, of: str, tail: int | None, follow: bool
     if follow:
         return _follow(cluster, name, of, tail)
     entries = []
-    for node in _pods(looks.read(cluster, name), of):
+    for node in _pods(polling.read(cluster, name), of):
         try:
             entries += [(_time(entry), short(node), entry) for entry in cluster.log(node.name, tail=tail)]
         except NotFoundError:
@@ -28,7 +29,7 @@ def logs(cluster: Cluster, name: str, *, of: str, tail: int | None, follow: bool
     for _, who, entry in sorted(entries, key=lambda entry: entry[0]):
         _print(who, entry)
     if not entries:
-        looks.say(f"{name}: nothing has been written yet; `elastic-gpt job status {name}` tells why")
+        polling.say(f"{name}: nothing has been written yet; `elastic-gpt job status {name}` tells why")
     return 0
 
 
@@ -40,7 +41,8 @@ def short(node: Node) -> str:
 
 
 def _pods(job: JobState, of: str) -> list[Node]:
-    return [node for node in (*job.others, *job.nodes) if of == "all" or node.kind == KINDS[of]]
+    """Pods that were replaced too: how they ended stands in their logs."""
+    return [node for node in (*job.history, *job.others, *job.nodes) if of == "all" or node.kind == KINDS[of]]
 
 
 def _follow(cluster: Cluster, name: str, of: str, tail: int | None) -> int:
@@ -51,7 +53,7 @@ def _follow(cluster: Cluster, name: str, of: str, tail: int | None) -> int:
         if not ended and time.monotonic() - looked > AGAIN_SECONDS:
             looked = time.monotonic()
             try:
-                job = looks.read(cluster, name)
+                job = polling.read(cluster, name)
             except UnreachableError:
                 continue  # it was there a moment ago
             for node in _pods(job, of):
@@ -67,7 +69,7 @@ def _follow(cluster: Cluster, name: str, of: str, tail: int | None) -> int:
             _print(*lines.get(timeout=0.2))
         except queue.Empty:
             if ended and not any(thread.is_alive() for thread in threads.values()):
-                looks.say(f"{name}: {job.headline()}")
+                polling.say(f"{name}: {job.headline()}")
                 return 0
 
 
@@ -85,7 +87,7 @@ def _pass_on(cluster: Cluster, node: Node, tail: int | None, lines: "queue.Queue
             return
         except ClusterError:
             phase = ""  # not started yet, or the server is away
-        if phase in state.ENDED:
+        if phase in ENDED:
             return
         time.sleep(AGAIN_SECONDS)
 
@@ -95,4 +97,5 @@ def _time(entry: str) -> str:
 
 
 def _print(who: str, entry: str) -> None:
-    looks.say(f"{who} | {entry.partition(' ')[2]}")
+    if Progress.from_line(entry) is None:  # what is told to machines, for people stands beside it
+        polling.say(f"{who} | {entry.partition(' ')[2]}")

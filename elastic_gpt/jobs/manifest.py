@@ -9,14 +9,20 @@ Tree = dict[str, Any]
 
 MASTER = "elastic-gpt-master"  # the service account of all masters in a namespace
 JOB_LABEL = "elastic-gpt.io/job"
+SERVE_LABEL = "elastic-gpt.io/serves"  # of pods that are no part of the job; its value is the job's name
+SERVE_PORT = 8080
+LEAVE_SECONDS = 5
+DRAIN_SECONDS = 330  # an answer takes 300 s at most, as the server's --max-seconds has it, and the preStop hook some
 USER = 10001  # of the image
 GROUP = "elastic.iml.github.io"
+MASTER_NEEDS = {"cpu": "1", "memory": "2Gi"}
 
 MASTER_RULES: list[Tree] = [
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch", "create", "delete"]},
     {"apiGroups": [""], "resources": ["services"], "verbs": ["get", "create", "patch"]},
     {"apiGroups": [GROUP], "resources": ["elasticjobs"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": [GROUP], "resources": ["elasticjobs/finalizers"], "verbs": ["update"]},
+    {"apiGroups": [GROUP], "resources": ["elasticjobs/status"], "verbs": ["patch"]},
 ]
 
 # Taints and labels of spot machines: GKE, AKS, EKS and Karpenter.
@@ -70,6 +76,7 @@ def prepare(spec: JobSpec) -> list[Tree]:
         return []
     texts = [*spec.texts, *(str(UPLOADED / name) for name, _ in spec.upload)] or ["--sample"]
     args = ["elastic-gpt", "prepare", *texts, f"--output-dir={spec.data_dir}", f"--tokenizer={spec.tokenizer}"]
+    args += [f"--vocab-size={spec.vocab_size}"] if spec.vocab_size else []
     container = _container(spec, "prepare", args, cpu="2", memory="2Gi", mounts=[_mount("workspace", str(WORKSPACE))])
     volumes = [_workspace(spec)]
     if spec.upload:
@@ -99,10 +106,40 @@ def prompt(spec: JobSpec) -> list[Tree]:
     """A pod in which a person talks to the model."""
     args = ["elastic-gpt", "generate", spec.run_dir]
     mount = {**_mount("workspace", str(WORKSPACE)), "readOnly": True}
-    memory = f"{2 + -(-4 * 2 * spec.parameters // 2**30)}Gi"  # torch, and the weights while they are read
-    container = _container(spec, "prompt", args, cpu="1", memory=memory, mounts=[mount])
+    container = _container(spec, "prompt", args, cpu="1", memory=_memory_of_a_model(spec), mounts=[mount])
     container |= {"stdin": True, "stdinOnce": True, "tty": True}
     return [_object("v1", "Pod", spec, f"{spec.name}-prompt", {"spec": _pod(spec, [container], [_workspace(spec)])})]
+
+
+def serve(spec: JobSpec) -> list[Tree]:
+    """The model over HTTP: a Deployment that follows the run, and a Service in front of it."""
+    args = ["elastic-gpt", "serve", spec.run_dir, "--follow", f"--name={spec.name}", "--host=0.0.0.0"]
+    mount = {**_mount("workspace", str(WORKSPACE)), "readOnly": True}
+    container = _container(spec, "serve", args, cpu="2", memory=_memory_of_a_model(spec), mounts=[mount])
+    name = f"{spec.name}-serve"
+    token = {"secretKeyRef": {"name": name, "key": "token", "optional": True}}
+    container["env"] += [{"name": "OMP_NUM_THREADS", "value": "2"}, {"name": "ELASTIC_GPT_TOKEN", "valueFrom": token}]
+    container |= {
+        "ports": [{"name": "http", "containerPort": SERVE_PORT}],
+        "startupProbe": _probe("/health", periodSeconds=5, failureThreshold=720),
+        "livenessProbe": _probe("/health", periodSeconds=10, failureThreshold=3),
+        "readinessProbe": _probe("/ready", periodSeconds=2, failureThreshold=2),
+        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(LEAVE_SECONDS)]}}},
+    }
+    pod = _pod(
+        spec, [container], [_workspace(spec)], restartPolicy="Always", terminationGracePeriodSeconds=DRAIN_SECONDS
+    )
+    labels = {SERVE_LABEL: spec.name}
+    deployment = {
+        "replicas": 1,
+        "selector": {"matchLabels": labels},
+        "template": {"metadata": {"labels": labels}, "spec": pod},
+    }
+    service = {"selector": labels, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]}
+    return [
+        _object("apps/v1", "Deployment", spec, name, {"spec": deployment}),
+        _object("v1", "Service", spec, name, {"spec": service}),
+    ]
 
 
 def shell(spec: JobSpec) -> list[Tree]:
@@ -120,6 +157,7 @@ PARTS: dict[str, Callable[[JobSpec], list[Tree]]] = {
     "prepare": prepare,
     "job": elasticjob,
     "prompt": prompt,
+    "serve": serve,
     "shell": shell,
 }
 """In the order in which they are applied."""
@@ -133,7 +171,9 @@ def manifests(spec: JobSpec, parts: tuple[str, ...] = JOB_PARTS) -> list[Tree]:
 
 def _master(spec: JobSpec) -> Tree:
     args = ["elastic-gpt", "master", f"--namespace={spec.namespace}", f"--job-name={spec.name}"]
-    container = _container(spec, "main", args, cpu="1", memory="2Gi", mounts=[])
+    if spec.oom_restarts != JobSpec.oom_restarts:
+        args.append(f"--oom-restarts={spec.oom_restarts}")
+    container = _container(spec, "main", args, **MASTER_NEEDS, mounts=[])
     account = {"serviceAccountName": MASTER, "automountServiceAccountToken": True}
     return _pod(spec, [container], [], **account, affinity=_prefer("NotIn") if spec.spot else {})
 
@@ -217,6 +257,15 @@ def _container(spec: JobSpec, name: str, args: list[str], *, cpu: str, memory: s
         "resources": {"requests": resources, "limits": dict(resources)},
         "volumeMounts": [*mounts, _mount("scratch", "/tmp")],
     }
+
+
+def _memory_of_a_model(spec: JobSpec) -> str:
+    """Torch, and the weights twice while they are read."""
+    return f"{2 + -(-4 * 2 * spec.parameters // 2**30)}Gi"
+
+
+def _probe(path: str, **when: int) -> Tree:
+    return {"httpGet": {"path": path, "port": "http"}, **when}
 
 
 def _mount(name: str, path: str) -> Tree:

@@ -1,18 +1,28 @@
 """Looking at a job: once, or again and again, and saying what is new."""
 
+import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-from elastic_gpt.jobs import status as state
+from elastic_gpt.contract import Progress
+from elastic_gpt.jobs import status
+from elastic_gpt.jobs.causes import why_no_master
 from elastic_gpt.jobs.client import Cluster, ClusterError, ForbiddenError, NotFoundError, UnreachableError
 from elastic_gpt.jobs.manifest import JOB_LABEL, Tree
+from elastic_gpt.jobs.pods import ENDED, JOB_NAME, MASTER
+from elastic_gpt.jobs.progress import newest
 from elastic_gpt.jobs.status import JobState
+from elastic_gpt.jobs.words import seconds_since
 from elastic_gpt.settings import nearest
+from prepare.frontdoor import TIMED_OUT as TIMED_OUT
 
+T = TypeVar("T")
 POLL_SECONDS = 1.0
-FIRST_NODES = 4
-TIMED_OUT = 124  # the exit code of timeout(1)
+MASTER_SECONDS = 20.0  # within which DLRover's operator has made a master; it takes one
+FEW = 4
+TAILS = (200, 20_000)  # lines; a traceback of each worker may stand after the last progress
 
 
 def say(text: str) -> None:
@@ -30,40 +40,58 @@ def fetch(cluster: Cluster, name: str) -> Tree:
 
 
 def read(cluster: Cluster, name: str, job: Tree | None = None) -> JobState:
-    """A job and its pods, as they are now."""
+    """A job and its pods, as they are now; and why it has no master, where it should long have one."""
     job = job or fetch(cluster, name)
-    pods = {pod["metadata"]["name"]: pod for label in (state.JOB_NAME, JOB_LABEL)
+    pods = {pod["metadata"]["name"]: pod for label in (JOB_NAME, JOB_LABEL)
             for pod in cluster.select("Pod", labels=f"{label}={name}")}  # fmt: skip
-    return state.job_state(job, pods.values())
+    state = status.job_state(job, pods.values())
+    if state.masterless_since and seconds_since(state.masterless_since) > MASTER_SECONDS:
+        told = f"{state.reason}: " * bool(state.reason)
+        return dataclasses.replace(state, reason=f"{told}{why_no_master(cluster, state)}")
+    return state
 
 
-def tails(cluster: Cluster, job: JobState, lines: int = 60) -> dict[str, list[str]]:
-    """The ends of the logs of nodes that run, or ran last; one of them is the first worker's, which tells of the world.
-
-    DLRover gives ranks in the order of the nodes', so those of the lowest are enough. A log that cannot be read just now is
-    left out.
-    """
-    found = {}
-    running = [node for node in job.nodes if node.phase == "Running"]
-    for node in (running or [node for node in job.nodes if node.phase in state.ENDED])[:FIRST_NODES]:
-        try:
-            found[node.name] = cluster.log(node.name, tail=lines)
-        except ForbiddenError:
-            raise
-        except ClusterError:
-            continue
-    return found
+def progress(cluster: Cluster, job: JobState) -> Progress | None:
+    """How far training is, from the logs of the master and of workers, those of pods that have ended among them."""
+    workers = [node for node in (*job.nodes, *job.history) if node.kind == "worker"]
+    masters = [node for node in (*job.history, *job.others) if node.kind == MASTER]
+    running = [node for node in workers if node.phase not in ENDED]
+    ended = sorted((node for node in workers if node.phase in ENDED), key=lambda node: node.ended or node.created)
+    # DLRover gives ranks in the order of the nodes', so the first worker, which tells, is on one of the lowest.
+    logs = [*masters[-FEW:], *running[:FEW], *ended[-FEW:]]
+    for tail in TAILS:
+        lines = [line for node in logs for line in _log(cluster, node.name, tail)]
+        if found := newest(lines):
+            return found
+    return None
 
 
-def looks(cluster: Cluster, name: str, seconds: float | None) -> Iterator[JobState]:
+def _log(cluster: Cluster, pod: str, tail: int) -> list[str]:
+    """The end of a pod's log; empty where it cannot be read just now."""
+    try:
+        return cluster.log(pod, tail=tail)
+    except ForbiddenError:
+        raise
+    except ClusterError:
+        return []
+
+
+def poll(cluster: Cluster, name: str, seconds: float | None) -> Iterator[JobState]:
     """The job's state again and again, until the time is over. A server that is away for a while is waited for."""
+    return again(lambda: read(cluster, name), seconds)
+
+
+def again(look: Callable[[], T], seconds: float | None) -> Iterator[T]:
+    """What `look` finds, again and again, until the time is over. A server that is away for a while is waited for."""
     end = None if seconds is None else time.monotonic() + seconds
-    away = False
+    reached = away = False
     while True:
         try:
-            now = read(cluster, name)
-            away = False
+            now = look()
+            reached, away = True, False
         except UnreachableError as error:
+            if not reached:  # a wrong address is told, not waited for
+                raise
             if not away:
                 say(f"{error} Trying on.")
             away = True
@@ -87,7 +115,8 @@ class Told:
         self.said = set(lines)
 
 
-def late(name: str, timeout: float | None, what: str) -> int:
-    """The end of a wait in vain: says so, and returns the exit code."""
-    print(f"error: {name}{what} after {timeout:g} s; `elastic-gpt job status {name}` tells more", file=sys.stderr)
+def late(name: str, timeout: float | None, what: str, how: str = "") -> int:
+    """The end of a wait in vain: says so, and returns the exit code. `how`: more flags of `job status`."""
+    look = f"elastic-gpt job status {name}{f' {how}' * bool(how)}"
+    print(f"error: {name}{what} after {timeout:g} s; `{look}` tells more", file=sys.stderr)
     return TIMED_OUT

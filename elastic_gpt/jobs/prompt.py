@@ -6,45 +6,19 @@ import sys
 import time
 from collections.abc import Callable
 
-from elastic_gpt.jobs import manifest
-from elastic_gpt.jobs import polling as looks
-from elastic_gpt.jobs import status as state
-from elastic_gpt.jobs.actions import claim_of
+from elastic_gpt.jobs import manifest, polling, status
 from elastic_gpt.jobs.client import Cluster, ClusterError
-from elastic_gpt.jobs.manifest import Tree
+from elastic_gpt.jobs.model import using
+from elastic_gpt.jobs.pods import ENDED, pod_trouble
 from elastic_gpt.jobs.polling import Told, fetch, late, say
-from elastic_gpt.jobs.spec import JobSpec
-
-
-def prompt_pod(job: Tree) -> Tree:
-    """The pod in which one talks to the model of an ElasticJob."""
-    pod = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]
-    main = pod["containers"][0]
-    words = main.get("args", [])
-    if "train" not in words:
-        raise ClusterError(f"{job['metadata']['name']} does not run `elastic-gpt train`: there is no model to talk to")
-    preset, *arguments = words[words.index("train") + 1 :]
-    run = next((word.partition("=")[2] for word in arguments if word.startswith("--run-dir=")), "")
-    spec = JobSpec(
-        name=job["metadata"]["name"],
-        namespace=job["metadata"]["namespace"],
-        image=main["image"],
-        preset=preset,
-        arguments=tuple(arguments),
-        volume=claim_of(job),
-        pull_secret=next((one["name"] for one in pod.get("imagePullSecrets", [])), ""),
-    )
-    [tree] = manifest.prompt(spec)
-    tree["spec"]["containers"][0]["args"][-1] = run or spec.run_dir
-    return tree
 
 
 def prompt(cluster: Cluster, name: str, *, timeout: float, terminal: Callable[[Cluster, str], int]) -> int:
     """Start the prompt pod, wait for it, and hand it to `terminal`. The pod goes when the person leaves."""
-    tree = prompt_pod(fetch(cluster, name))
+    [tree] = using(fetch(cluster, name), manifest.prompt)
     pod = tree["metadata"]["name"]
     there = cluster.find("Pod", pod)
-    if there and there.get("status", {}).get("phase") in state.ENDED:
+    if there and there.get("status", {}).get("phase") in ENDED:
         cluster.delete("Pod", pod)
         there = None
         _until_gone(cluster, pod, timeout)
@@ -58,24 +32,24 @@ def prompt(cluster: Cluster, name: str, *, timeout: float, terminal: Callable[[C
             code = terminal(cluster, pod)
             cluster.delete("Pod", pod)
             return code
-        if phase in state.ENDED:
+        if phase in ENDED:
             for entry in cluster.log(pod, tail=5):
                 say(entry.partition(" ")[2])
             raise ClusterError(f"pod {pod} has ended before anything was asked; its last lines are above")
-        trouble = state.pod_trouble(now)
+        trouble = pod_trouble(now)
         tell([f"{pod}: Pending{f': {trouble}' if trouble else ''}", *_warnings(cluster, pod)])
-        time.sleep(looks.POLL_SECONDS)
+        time.sleep(polling.POLL_SECONDS)
     return late(name, timeout, "'s prompt pod does not run")
 
 
 def _until_gone(cluster: Cluster, pod: str, timeout: float) -> None:
     end = time.monotonic() + timeout
     while cluster.find("Pod", pod) and time.monotonic() < end:
-        time.sleep(looks.POLL_SECONDS)
+        time.sleep(polling.POLL_SECONDS)
 
 
 def _warnings(cluster: Cluster, pod: str) -> list[str]:
-    found = state.job_events(pod, "", cluster.select("Event"))
+    found = status.job_events(pod, "", cluster.select("Event"))
     return [f"{pod}: {one.reason}: {one.message}" for one in found if one.warning]
 
 

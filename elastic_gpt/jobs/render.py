@@ -29,6 +29,8 @@ NOTES: dict[str, dict[str, str]] = {
         "Workers talk to the master alone and have no rights at all.",
         "rules/{elasticjobs/finalizers}": "The pods' owner references block the owner's deletion; some clusters (OpenShift)\n"
         "ask for this right before they allow it.",
+        "rules/{elasticjobs/status}": "DLRover's operator 0.6.1 takes a lost master for the job's end;\n"
+        "the next master puts that right.",
     },
     "ConfigMap": {"": "The text that `prepare` reads."},
     "Job": {
@@ -38,12 +40,13 @@ NOTES: dict[str, dict[str, str]] = {
     "ElasticJob": {
         "": "Comments say what DLRover 0.6.1 makes of a field where that is not what the field says.\n"
         "No label app.kubernetes.io/name here: the operator copies labels to the master, and would lose sight of it.",
-        f"{_MASTER}/restartCount": "The default is 0: the first lost master fails the job. One that exits with 1 does anyhow.",
+        f"{_MASTER}/restartCount": "How many masters may be lost; the default is 0. One that exits with 1 fails the job\n"
+        "anyhow. After a loss the phase may be Failed until the next master has put that right.",
         f"{_MASTER}/template/spec/containers/main/image": "Not the operator's default: master and agents are of one version.",
         f"{_MASTER}/template/spec/containers/main/args/elastic-gpt": "DLRover's master, which scales a running job as well.",
         f"{_WORKER}/replicas": "How many nodes are wanted now, from the least to the most of --nnodes:\n"
         "`elastic-gpt job scale`, `kubectl patch` and `kubectl edit` change it while the job runs.",
-        f"{_WORKER}/restartCount": "How many pods may fail; the default is 3.",
+        f"{_WORKER}/restartCount": "How often a node may fail; the default is 3.",
         f"{_POD}/terminationGracePeriodSeconds": "What a preempted node has for saving its state. DLRover clears this\n"
         "field and Kubernetes then takes its default, 30: a larger number here would be an empty promise.",
         f"{_POD}/securityContext/fsGroupChangePolicy": "Else each new node walks through all checkpoints before it starts.",
@@ -55,6 +58,46 @@ NOTES: dict[str, dict[str, str]] = {
         f"{_MAIN}/resources/requests": "DLRover makes the limits of cpu and memory equal to these.",
         f"{_MAIN}/resources/requests/memory": "Holds /dev/shm below, too.",
         f"{_POD}/volumes/snapshots": "Two snapshots of 12 bytes a parameter, and NCCL's buffers; else it has 64 MB.",
+    },
+    "distributed": {
+        "": "For `ads opctl run -f`. What stands in <brackets> only your tenancy knows.",
+        "spec/infrastructure/spec/storageMount": "A file system of the File Storage service: run directory and data are one\n"
+        "for all nodes.",
+        "spec/cluster/spec/main/replicas": "Always 1; the main node keeps torchrun's store, and the job ends with it.",
+    },
+    "CreateCustomJobRequest": {
+        "": "For examples/vertex/send.py. What stands in <brackets> only your project knows.",
+        "customJob/jobSpec/network": "The one in which the Filestore is; Vertex AI has to be peered with it.",
+    },
+    "UploadModelRequest": {
+        "model/artifactUri": "What `elastic-gpt export` wrote: weights, configuration and tokenizer.",
+        "model/containerSpec/args": "It takes port, routes and the model's place from Vertex AI's variables, AIP_...",
+    },
+    "DeployModelRequest": {
+        "": "send.py puts in <endpoint> and <model> what the requests before it made.",
+        "trafficSplit": "0 is the model that this request deploys.",
+    },
+    "JobSet": {
+        "": "torchrun on each pod: no operator but JobSet's own controller.",
+        "spec/network/publishNotReadyAddresses": "Workers look for pod 0, which keeps torchrun's store, as it starts.",
+        "spec/replicatedJobs/node/template/spec/backoffLimit": "Pods that may fail and be replaced.",
+    },
+    "TrainingRuntime": {
+        "": "How a step runs. Kubeflow's controller makes the pods, their names and torchrun's environment (PET_...).",
+        "spec/mlPolicy/torch": "Has PET_NNODES, PET_NPROC_PER_NODE, PET_MASTER_ADDR and PET_MASTER_PORT set in `node`.",
+        "spec/template/spec/replicatedJobs/node": "Replicated job and container have to be called `node`.",
+        "spec/template/spec/replicatedJobs/node/template/spec/backoffLimit": "Pods that may fail and be replaced.",
+    },
+    "TrainJob": {
+        "": "One run of it. A TrainJob does not change once it is there: for other numNodes, delete it and apply another;\n"
+        "the run goes on from what is on the volume.",
+    },
+    "Deployment": {
+        "": "The model over HTTP, and a page to talk to it; each newer checkpoint is taken over as the run writes it.\n"
+        "To let only those in who have a token: kubectl -n NAMESPACE create secret generic NAME-serve --from-literal=token=...",
+        "spec/template/spec/terminationGracePeriodSeconds": "What is being answered is answered to its end.",
+        "spec/template/spec/containers/serve/startupProbe": "An hour, for the run to write its first checkpoint.",
+        "spec/template/spec/containers/serve/lifecycle": "Meanwhile the Service learns that no more requests go here.",
     },
     "Pod": {
         "spec/containers/prompt/stdinOnce": "The pod ends when the person leaves.",

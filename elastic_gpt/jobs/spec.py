@@ -20,17 +20,24 @@ LONGEST_NAME = (
 )
 LARGEST_UPLOAD = 1_000_000  # bytes; what etcd takes in one object, less what is around the text
 
+SMALLEST = {"bpe": 257, "word": 4}  # vocabularies, special tokens among them
+
 AccessMode = Literal["ReadWriteMany", "ReadWriteOnce"]
-ACCESS_MODES: tuple[AccessMode, ...] = ("ReadWriteMany", "ReadWriteOnce")
+# Of prepare's tokenizers those that need no network and no file beside the text.
+Tokenizer = Literal["gpt2", "char", "word", "byte", "bpe"]
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A training job on Kubernetes. Raises SettingsError, in one line with the cure, where it makes none."""
+    """A training job on Kubernetes. Raises SettingsError, in one line with the cure, where it makes none.
+
+    What stands under a field is the help of its flag.
+    """
 
     name: str = "elastic-gpt"
     """Of the ElasticJob, and of its folder on the volume. DLRover's operator wants it unique in the cluster."""
     namespace: str = "training"
+    """Of everything that is made."""
     image: str = ""
     """For all pods. Empty: elastic-gpt:VERSION, with -cpu where there are no GPUs."""
     pull_secret: str = ""
@@ -51,6 +58,8 @@ class JobSpec:
     """A node. 0: 4 a GPU, or 2."""
     memory: int = 0
     """GiB a node, with the snapshots in it. 0: what the model needs."""
+    oom_restarts: int = 3
+    """How often a node that ran out of memory is replaced; DLRover alone never does."""
     network_check: bool = False
     """Let DLRover try out each node and the network between them, at every change of members."""
     spot: bool = False
@@ -62,7 +71,9 @@ class JobSpec:
     volume: str = "elastic-gpt"
     """The PersistentVolumeClaim that all pods mount."""
     volume_size: str = "20Gi"
+    """Of a claim that is made."""
     access_mode: AccessMode = "ReadWriteMany"
+    """Of a claim that is made. ReadWriteOnce: all pods on one machine."""
     storage_class: str = ""
     """Empty: the cluster's default."""
     data_of: str = ""
@@ -71,7 +82,10 @@ class JobSpec:
     """Text files on the volume, below /workspace, or URLs. None, and no upload: Python's own documentation."""
     upload: tuple[tuple[str, str], ...] = ()
     """Names and contents of text files that travel in a ConfigMap."""
-    tokenizer: str = "gpt2"
+    tokenizer: Tokenizer = "gpt2"
+    """What makes tokens of the text."""
+    vocab_size: int = 0
+    """Of the tokenizers bpe, which needs one, and word, for which 0 is all words."""
 
     def __post_init__(self) -> None:
         for what, name, longest in (
@@ -86,14 +100,19 @@ class JobSpec:
                 )
         if not 1 <= self.min_nodes <= self.max_nodes:
             raise SettingsError(
-                f"--min-nodes {self.min_nodes} and --max-nodes {self.max_nodes} are no range: the least is 1"
+                f"--min-nodes {self.min_nodes} and --max-nodes {self.max_nodes} are not a range: the least is 1"
             )
         if not self.min_nodes <= self.nodes <= self.max_nodes:
             raise SettingsError(
                 f"--nodes {self.nodes} is outside {self.min_nodes} to {self.max_nodes}: change it,"
                 " --min-nodes or --max-nodes"
             )
-        for flag, number in (("--gpus", self.gpus), ("--cpus", self.cpus), ("--memory", self.memory)):
+        for flag, number in (
+            ("--gpus", self.gpus),
+            ("--cpus", self.cpus),
+            ("--memory", self.memory),
+            ("--oom-restarts", self.oom_restarts),
+        ):
             if number < 0:
                 raise SettingsError(f"{flag} {number}: it must not be negative")
         if not re.fullmatch(r"[1-9][0-9]*(Mi|Gi|Ti)", self.volume_size):
@@ -103,6 +122,18 @@ class JobSpec:
                 raise SettingsError(f"--text {path}: pods see what is on the volume, which is below {WORKSPACE}")
         if self.data_of and (self.texts or self.upload):
             raise SettingsError("--text and --data-of: the text is prepared, or the data of another job are taken")
+        if self.data_of and (self.tokenizer != JobSpec.tokenizer or self.vocab_size):
+            raise SettingsError(
+                f"--tokenizer and --data-of: the data of {self.data_of} have a tokenizer; leave one out"
+            )
+        if self.vocab_size and self.tokenizer not in SMALLEST:
+            raise SettingsError(f"--vocab-size {self.vocab_size}: it is for --tokenizer bpe and word; leave it out")
+        if (self.vocab_size or self.tokenizer == "bpe") and self.vocab_size < (least := SMALLEST[self.tokenizer]):
+            raise SettingsError(
+                f"--tokenizer {self.tokenizer} --vocab-size {self.vocab_size}: at least {least}; 4096, say"
+            )
+        if self.arguments and not self.arguments[0].startswith("--"):
+            raise SettingsError(f"'{self.arguments[0]}' after --: flags of `elastic-gpt train` look like --steps 100")
         if self.network_check and not self.gpus:
             raise SettingsError("--network-check: DLRover checks GPUs and their network only; leave it out")
         if self.memory and self.memory <= self.shm_gib:
@@ -208,6 +239,8 @@ def read_texts(paths: list[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str]
         if _elsewhere(path):
             there.append(path)
             continue
+        if Path(path).name in here:
+            raise SettingsError(f"--text {path}: another text is called {Path(path).name}, too; rename one of them")
         try:
             here[Path(path).name] = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -1,64 +1,19 @@
-"""What the API server told -> what became of a job, in words. Pure functions; nothing here asks a server."""
+"""What the API server told -> what became of a job, in words. Pure functions; nothing here asks a server.
+
+DLRover's operator derives a job's phase from events of its master's pod, and errs: it calls a job failed whose master it has
+just replaced, and running one that ended while the operator was away. So the phase is one witness among others: the master, the
+workers, and how they ended.
+"""
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
+from elastic_gpt.jobs.pods import ALIVE, ENDED, MASTER, Node, pod_node, pod_number
+from elastic_gpt.jobs.words import count, line
 from elastic_gpt.settings import node_range
-
-JOB_NAME = "elasticjob.dlrover/name"  # labels of the pods that DLRover makes
-REPLICA_TYPE = "elasticjob.dlrover/replica-type"
-ENDED = ("Succeeded", "Failed")
-
-_STEP = re.compile(
-    r"step (?P<step>\d+)/(?P<steps>\d+) · loss (?P<loss>\S+)(?: · val (?P<val>\S+))? · (?P<speed>[\d,]+) tokens/s"
-    r".*? · (?P<workers>\d+) workers(?: · (?P<left>\S+) left)?"
-)
-_BATCH = re.compile(r"batch: .* on each of (?P<workers>\d+) workers")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The last line that training wrote of itself."""
-
-    time: str
-    """As the cluster wrote it, RFC 3339."""
-    step: int
-    steps: int
-    loss: float
-    tokens_per_second: int
-    workers: int
-    """In the world that did this step."""
-    left: str
-    """Hours, minutes and seconds to the end, as training estimates it."""
-
-    def __str__(self) -> str:
-        return (
-            f"step {self.step:,}/{self.steps:,} · loss {self.loss:.4f} · {self.tokens_per_second:,} tokens/s"
-            f" · {count(self.workers, 'worker')}{f' · {self.left} left' if self.left else ''}"
-        )
-
-
-@dataclass(frozen=True)
-class Node:
-    """A pod of a job."""
-
-    name: str
-    kind: str
-    """worker, dlrover-master, prepare or other."""
-    rank: int | None
-    """Of a worker: a replacement has its predecessor's."""
-    phase: str
-    """Pending, Running, Leaving, Succeeded or Failed."""
-    reason: str
-    """Why it does not run; empty where there is nothing to say."""
-    restarts: int
-    """How many predecessors it replaces."""
-    host: str
-    created: str
 
 
 @dataclass(frozen=True)
@@ -68,18 +23,25 @@ class JobState:
     name: str
     namespace: str
     phase: str
-    """What DLRover's operator says, or Suspending, Suspended or New where it says less than there is to know."""
+    """Suspending, Suspended or New where DLRover's operator says less than there is to know; else what it says, where the pods
+    do not say better."""
     reason: str
     wanted: int
     """Nodes; 0 while suspended."""
     least: int
     most: int
     image: str
+    memory: str
+    """Of each node, as Kubernetes writes it."""
     created: str
     nodes: tuple[Node, ...]
     """Workers, of each rank the newest, and older ones that have not ended."""
     others: tuple[Node, ...]
     """The master, and pods that prepare, prompt or hold the volume."""
+    history: tuple[Node, ...]
+    """Pods that have ended and were replaced."""
+    masterless_since: str
+    """Since when it has no master and should have one; empty otherwise."""
 
     @property
     def running(self) -> int:
@@ -96,9 +58,22 @@ class JobState:
         wanted = f"{self.running} of " * bool(self.wanted) + count(self.wanted or self.running, "node")
         return f"{phase}, {wanted} ({self.least} to {self.most} allowed)"
 
+    @property
+    def starved(self) -> str:
+        """What memory cost this job, in one line with the cure; empty where it had enough."""
+        names = [node.name for node in (*self.history, *self.nodes) if node.out_of_memory]
+        if not names:
+            return ""
+        return (
+            f"out of memory: {', '.join(names[-3:])}{' and others' * (len(names) > 3)} had {self.memory} each; one that is not"
+            f" replaced any more stays away, and {self.name} goes on with fewer: `elastic-gpt job delete {self.name}`, then"
+            " submit it with a larger --memory; it goes on from its checkpoint"
+        )
+
     def troubles(self) -> list[str]:
-        """What keeps pods from running, a line each."""
-        return [f"{node.name}: {node.phase}: {node.reason}" for node in (*self.others, *self.nodes) if node.reason]
+        """What keeps pods from running, a line each, and what cost it nodes that can be cured."""
+        found = [f"{node.name}: {node.phase}: {node.reason}" for node in (*self.others, *self.nodes) if node.reason]
+        return [*found, *([self.starved] if self.starved else [])]
 
 
 def job_state(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> JobState:
@@ -111,21 +86,23 @@ def job_state(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> JobS
     container = worker["template"]["spec"]["containers"][0]
     replicas = int(worker.get("replicas", 1))
     least, most = job_range(job) or (replicas, replicas)
-    nodes = sorted(map(pod_node, pods), key=lambda node: (node.rank or 0, _number(node.name)))
-    newest = {node.rank: node.name for node in nodes if node.kind == "worker"}
-    workers = tuple(
+    # A pod that has ended and is being removed tells nothing: of a suspended job it would be there for a moment after `resume`.
+    nodes = sorted(
+        (node for node in map(pod_node, pods) if node.phase != "Removed"),
+        key=lambda node: (node.rank or 0, node.created if node.kind == "prepare" else "", pod_number(node.name)),
+    )
+    # Of each rank, of masters and of prepare pods, the last one counts; a shell and a prompt replace nobody.
+    newest = {(node.kind, node.rank): node.name for node in nodes if node.kind != "other"}
+    history = tuple(
         node for node in nodes
-        if node.kind == "worker" and (node.name == newest[node.rank] or node.phase not in ENDED)
+        if node.phase in ENDED and node.name != newest.get((node.kind, node.rank), node.name)
     )  # fmt: skip
-    phase = str(job.get("status", {}).get("phase") or "New")
-    reason = ""
-    if phase == "Failed":
-        reason = failure(job)
-    elif phase == "New":
-        reason = "DLRover's operator has not taken it up yet"
-    if spec.get("suspend") and phase not in ENDED:
-        reason = ""
-        phase = "Suspended" if all(node.phase in ENDED for node in workers) else "Suspending"
+    present = [node for node in nodes if node not in history]
+    workers = tuple(node for node in present if node.kind == "worker")
+    masters = [node for node in nodes if node.kind == MASTER]
+    phase, reason = judge(job, workers, masters)
+    masterless = phase not in ENDED and not spec.get("suspend") and not any(one.phase in ALIVE for one in masters)
+    if phase == "Suspended":
         workers = tuple(node for node in workers if node.phase not in ENDED)
     return JobState(
         name=metadata["name"],
@@ -136,10 +113,62 @@ def job_state(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> JobS
         least=least,
         most=most,
         image=container.get("image", ""),
+        memory=container.get("resources", {}).get("limits", {}).get("memory", ""),
         created=metadata.get("creationTimestamp", ""),
         nodes=workers,
-        others=tuple(node for node in nodes if node.kind != "worker"),
+        others=tuple(node for node in present if node.kind != "worker"),
+        history=history,
+        masterless_since=_last_change(job, masters) if masterless else "",
     )
+
+
+def judge(job: Mapping[str, Any], workers: Iterable[Node], masters: list[Node]) -> tuple[str, str]:
+    """The phase of a job and, where there is something to say, why.
+
+    Args:
+        workers: of each rank the newest, and older ones that have not ended.
+        masters: all there are, the newest last.
+    """
+    told = str(job.get("status", {}).get("phase") or "New")
+    workers, suspended = list(workers), bool(job["spec"].get("suspend"))
+    master = masters[-1] if masters else None
+    led = any(one.phase in ALIVE for one in masters)
+    trains = any(one.phase in ALIVE for one in workers)
+    operator = f"DLRover's operator says {told}"
+    # A master that ends its job says why; the operator knows its exit code alone.
+    why = (master.last_word if master and master.phase == "Failed" else "") or failure(job)
+    finished = not suspended and bool(workers) and all(one.phase == "Succeeded" for one in workers)
+    if told == "Succeeded" or finished:
+        return "Succeeded", "" if told in ("Succeeded", "Running") else f"all of its workers have; {operator}"
+    if told == "Failed" and not led and not (masters_were_miscounted(job) and (trains or suspended)):
+        return "Failed", why
+    if not (led or trains or suspended) and master and master.phase == "Succeeded":
+        return "Succeeded", f"its master has; {operator}"
+    if not (led or suspended) and master and master.exit_code == 1:
+        return "Failed", f"{master.last_word or 'its master ended with exit code 1'}; {operator}"
+    if suspended:
+        return ("Suspending" if any(one.phase not in ENDED for one in workers) else "Suspended"), ""
+    if told == "Failed":
+        return "Running", f"{operator}{f': {why}' * bool(why)}, but " + ("its master runs" if led else "it trains on")
+    return told, "DLRover's operator has not taken it up yet" if told == "New" else ""
+
+
+def masters_were_miscounted(job: Mapping[str, Any]) -> bool:
+    """Whether the operator failed a job for losses of its master that restartCount allows.
+
+    When it makes a master it forgets the restartCount until it next looks at the job, and takes it for 0.
+    """
+    match = re.search(r"failover count (-?\d+) is beyond", failure(job))
+    return match is not None and int(match[1]) <= int(
+        job["spec"]["replicaSpecs"].get(MASTER, {}).get("restartCount") or 0
+    )
+
+
+def _last_change(job: Mapping[str, Any], masters: Iterable[Node]) -> str:
+    """When a job was made, its phase changed or a master of it ended, whichever came last."""
+    conditions = job.get("status", {}).get("status", {}).get("conditions") or []
+    times = [job["metadata"].get("creationTimestamp"), *(one.get("lastTransitionTime") for one in conditions)]
+    return max([time for time in (*times, *(one.ended for one in masters)) if time], default="")
 
 
 def job_range(job: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -166,86 +195,6 @@ def failure(job: Mapping[str, Any]) -> str:
     """Why DLRover's operator calls a job failed."""
     conditions = job.get("status", {}).get("status", {}).get("conditions") or []
     return next((line(one.get("message", "")).rstrip(".") for one in conditions if one["type"] == "Failed"), "")
-
-
-def pod_node(pod: Mapping[str, Any]) -> Node:
-    metadata = pod["metadata"]
-    labels = metadata.get("labels", {})
-    kind = labels.get(REPLICA_TYPE) or ("prepare" if "-prepare-" in metadata["name"] else "other")
-    phase = pod.get("status", {}).get("phase", "Pending")
-    return Node(
-        name=metadata["name"],
-        kind=kind,
-        rank=int(labels["elasticjob.dlrover/rank-index"]) if kind == "worker" else None,
-        phase="Leaving" if metadata.get("deletionTimestamp") and phase not in ENDED else phase,
-        reason=pod_trouble(pod),
-        restarts=int(labels.get("elasticjob.dlrover/relaunch-count", 0)),
-        host=pod["spec"].get("nodeName", ""),
-        created=metadata.get("creationTimestamp", ""),
-    )
-
-
-def pod_trouble(pod: Mapping[str, Any]) -> str:
-    """Why a pod does not run, or how it failed: in one line, empty if nothing is the matter."""
-    status = pod.get("status", {})
-    phase = status.get("phase", "Pending")
-    if phase in ("Running", "Succeeded"):
-        return ""
-    for condition in status.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return f"{condition.get('reason', 'Unschedulable')}: {line(condition.get('message', ''))}"
-    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
-        state = container.get("state", {})
-        if ended := state.get("terminated"):
-            if ended.get("exitCode"):
-                why = ended.get("reason", "")
-                code = f"exit code {ended['exitCode']}"
-                return f"{code} (OOMKilled: more --memory)" if why == "OOMKilled" else code
-        elif waiting := state.get("waiting"):
-            why = waiting.get("reason", "")
-            if why not in ("", "PodInitializing", "ContainerCreating"):
-                return f"{why}: {line(waiting.get('message', ''))}".rstrip(": ")
-        elif container["name"] == "wait-for-data":
-            return "waits for the data that `prepare` makes"
-    return line(f"{status.get('reason', '')} {status.get('message', '')}") if phase == "Failed" else ""
-
-
-def progress(logs: Mapping[str, Sequence[str]]) -> Progress | None:
-    """The newest progress in the ends of the workers' logs; only the first worker of a world writes any.
-
-    Args:
-        logs: of each pod, lines with their time in front.
-    """
-    found = [one for lines in logs.values() for entry in lines if (one := parse_progress(entry))]
-    return max(found, key=lambda one: one.time, default=None)
-
-
-def parse_progress(entry: str) -> Progress | None:
-    """A line that training writes every `observe.interval` steps, its time in front; None for any other line."""
-    time, _, text = entry.partition(" ")
-    match = _STEP.search(text)
-    if not match:
-        return None
-    return Progress(
-        time=time,
-        step=int(match["step"]),
-        steps=int(match["steps"]),
-        loss=float(match["loss"]),
-        tokens_per_second=int(match["speed"].replace(",", "")),
-        workers=int(match["workers"]),
-        left=match["left"] or "",
-    )
-
-
-def world(logs: Mapping[str, Sequence[str]]) -> tuple[str, int] | None:
-    """Time and number of workers of the newest world that said how large it is."""
-    found = []
-    for lines in logs.values():
-        for entry in lines:
-            time, _, text = entry.partition(" ")
-            if match := _STEP.search(text) or _BATCH.search(text):
-                found.append((time, int(match["workers"])))
-    return max(found, default=None)
 
 
 @dataclass(frozen=True)
@@ -280,27 +229,3 @@ def job_events(name: str, volume: str, events: Iterable[Mapping[str, Any]]) -> l
         if about.fullmatch(one.get("involvedObject", {}).get("name", ""))
     ]
     return sorted(found, key=lambda one: one.time.rstrip("Z"))  # some have fractions of a second
-
-
-def age(since: str, now: datetime | None = None) -> str:
-    """How long ago, in one unit: 12s, 5m, 3h, 2d. Empty where it is not known."""
-    if not since:
-        return ""
-    seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(since)).total_seconds()
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= length:
-            return f"{int(seconds / length)}{unit}"
-    return f"{max(0, int(seconds))}s"
-
-
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
-def _number(name: str) -> int:
-    tail = name.rpartition("-")[2]
-    return int(tail) if tail.isdecimal() else 0

@@ -49,7 +49,7 @@ def _tell_size(socket: Any, columns: int, rows: int) -> None:
 
 @contextlib.contextmanager
 def _raw(file: int) -> Iterator[None]:
-    """A terminal that passes every key on, Ctrl-C too; what is no terminal stays as it is."""
+    """A terminal that passes every key on, Ctrl-C too; anything else stays as it is."""
     if not os.isatty(file):
         yield
         return

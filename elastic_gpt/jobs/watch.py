@@ -1,27 +1,31 @@
 """A job as it goes: a live table on a terminal, elsewhere a line for each change."""
 
 import contextlib
+import math
 import sys
+from datetime import UTC, datetime
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from elastic_gpt.jobs import polling as looks
-from elastic_gpt.jobs import status as state
+from elastic_gpt.contract import Progress
+from elastic_gpt.jobs import polling, status
 from elastic_gpt.jobs.client import Cluster, ClusterError
-from elastic_gpt.jobs.status import Event, JobState, Progress
+from elastic_gpt.jobs.pods import JOB_NAME
+from elastic_gpt.jobs.progress import words
+from elastic_gpt.jobs.status import Event, JobState
+from elastic_gpt.jobs.words import age
 
 EVENTS = 5
 COLORS = {"Running": "green", "Succeeded": "green", "Failed": "red", "Pending": "yellow", "Leaving": "yellow"}
 
 
-def status(cluster: Cluster, name: str) -> int:
+def show(cluster: Cluster, name: str) -> int:
     """The job at this moment."""
     job, progress, events = look(cluster, name)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(picture(job, progress, events))
+    _console().print(picture(job, progress, events))
     return 0
 
 
@@ -31,7 +35,7 @@ def watch(cluster: Cluster, name: str) -> int:
         return _lines(cluster, name)
     job: JobState | None = None
     with Live(console=Console(highlight=False), auto_refresh=False) as live:
-        for job in looks.looks(cluster, name, None):
+        for job in polling.poll(cluster, name, None):
             _, progress, events = look(cluster, name, job)
             live.update(picture(job, progress, events), refresh=True)
             if job.ended:
@@ -40,13 +44,13 @@ def watch(cluster: Cluster, name: str) -> int:
 
 
 def _lines(cluster: Cluster, name: str) -> int:
-    tell, told = looks.Told(), ""
-    for job in looks.looks(cluster, name, None):
+    tell, told = polling.Told(), ""
+    for job in polling.poll(cluster, name, None):
         _, progress, events = look(cluster, name, job)
         tell([job.headline(), *job.troubles(), *(str(event) for event in events if event.warning)])
-        if progress and str(progress) != told:
-            told = str(progress)
-            looks.say(told)
+        if progress and words(progress) != told:
+            told = words(progress)
+            polling.say(told)
         if job.ended:
             return 0 if job.phase == "Succeeded" else 1
     return 1
@@ -54,12 +58,12 @@ def _lines(cluster: Cluster, name: str) -> int:
 
 def look(cluster: Cluster, name: str, job: JobState | None = None) -> tuple[JobState, Progress | None, list[Event]]:
     """All there is to show. What this user may not read, or cannot just now, is left out."""
-    job = job or looks.read(cluster, name)
+    job = job or polling.read(cluster, name)
     progress, events = None, []
     with contextlib.suppress(ClusterError):
-        progress = state.progress(looks.tails(cluster, job))
+        progress = polling.progress(cluster, job)
     with contextlib.suppress(ClusterError):
-        events = state.job_events(name, "", cluster.select("Event"))[-EVENTS:]
+        events = status.job_events(name, "", cluster.select("Event"))[-EVENTS:]
     return job, progress, events
 
 
@@ -75,20 +79,27 @@ def picture(job: JobState, progress: Progress | None, events: list[Event]) -> Re
             Text(node.phase, COLORS.get(node.phase, "")),
             str(node.restarts or ""),
             node.host,
-            state.age(node.created),
+            age(node.created),
             Text(node.reason, "red" if node.phase == "Failed" else "yellow"),
         )
-    head = Text.assemble((job.name, "bold"), f" in {job.namespace}: {job.headline()}, {state.age(job.created)} old")
-    going = [f"{progress} ({state.age(progress.time)} ago)"] if progress else []
-    if job.running and not progress:
-        going = ["its nodes have not reported a step yet"]
+    head = Text.assemble((job.name, "bold"), f" in {job.namespace}: {job.headline()}, {age(job.created)} old")
+    going = [f"{words(progress)}{since(progress)}"] if progress else []
+    if job.running and (not progress or progress.loss is None):
+        going.append("its nodes have not reported a step yet")
+    going += [job.starved] if job.starved else []
     happened = [
-        Text(
-            f"{state.age(event.time):>4} {event}", "yellow" if event.warning else "", overflow="ellipsis", no_wrap=True
-        )
+        Text(f"{age(event.time):>4} {event}", "yellow" if event.warning else "", overflow="ellipsis", no_wrap=True)
         for event in events
     ]
     return Group(head, *map(Text, going), "", table, *([""] if happened else []), *happened)
+
+
+def since(progress: Progress) -> str:
+    """How long ago that was, in brackets; empty where it does not tell a time that can be."""
+    try:
+        return f" ({age(datetime.fromtimestamp(progress.time or math.nan, UTC).isoformat())} ago)"
+    except (ValueError, OverflowError, OSError):
+        return ""
 
 
 def jobs(cluster: Cluster, *, everywhere: bool) -> int:
@@ -96,20 +107,25 @@ def jobs(cluster: Cluster, *, everywhere: bool) -> int:
     found = cluster.select("ElasticJob", everywhere=everywhere)
     if not found:
         where = "in this cluster" if everywhere else f"in namespace {cluster.namespace}; -A looks in all"
-        looks.say(f"no jobs {where}; `elastic-gpt job submit` makes one")
+        polling.say(f"no jobs {where}; `elastic-gpt job submit` makes one")
         return 0
-    pods = cluster.select("Pod", labels=state.JOB_NAME, everywhere=everywhere)
+    pods = cluster.select("Pod", labels=JOB_NAME, everywhere=everywhere)
     table = Table(
         *(["namespace"] * everywhere), "job", "phase", "nodes", "range", "image", "age", box=None, pad_edge=False
     )
     for tree in found:
         name, namespace = tree["metadata"]["name"], tree["metadata"]["namespace"]
         of = [pod for pod in pods if pod["metadata"]["namespace"] == namespace
-              and pod["metadata"]["labels"][state.JOB_NAME] == name]  # fmt: skip
-        job = state.job_state(tree, of)
+              and pod["metadata"]["labels"][JOB_NAME] == name]  # fmt: skip
+        job = status.job_state(tree, of)
         table.add_row(
             *([namespace] * everywhere), name, Text(job.phase, COLORS.get(job.phase, "")),
-            f"{job.running}/{job.wanted}", f"{job.least}:{job.most}", job.image, state.age(job.created),
+            f"{job.running}/{job.wanted}", f"{job.least}:{job.most}", job.image, age(job.created),
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    _console().print(table)
     return 0
+
+
+def _console() -> Console:
+    """As wide as the terminal; elsewhere, where somebody may search what is printed, a line stays a line."""
+    return Console(width=None if sys.stdout.isatty() else 2000, highlight=False)

@@ -1,1 +1,0 @@
-"""Nodes of a run: what starts and watches processes."""

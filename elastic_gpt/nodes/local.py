@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -18,9 +17,13 @@ from typing import Any
 
 import psutil
 
-from elastic_gpt.nodes.launch import MasterError
-from elastic_gpt.snapshot import shared_memory
+from elastic_gpt.contract import shared_memory
+from elastic_gpt.nodes.private import VARIABLE
 from prepare.frontdoor import USERS_MISTAKE
+
+
+class MasterError(OSError):
+    """DLRover's job master did not start."""
 
 
 class LocalJob:
@@ -75,10 +78,11 @@ class LocalJob:
         code = f"from elastic_gpt.nodes.master import run_local; run_local{arguments!r}"
         with (self.logs / "master.log").open("ab") as log:
             self.master = subprocess.Popen(
-                [sys.executable, "-c", code], stdout=log, stderr=log, stdin=subprocess.PIPE, start_new_session=True
-            )
+                [sys.executable, "-c", code], stdout=log, stderr=log, stdin=subprocess.PIPE, start_new_session=True,
+                env=os.environ | {VARIABLE: str(self.logs / "dlrover-master")},
+            )  # fmt: skip
         self.say(f"[master] process {self.master.pid}, 127.0.0.1:{self.port}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180  # while a busy machine imports it
         while not _listens(self.port):
             if self.master.poll() is not None or time.monotonic() > deadline:
                 raise MasterError(f"the DLRover master did not start: see {self.logs / 'master.log'}")
@@ -101,6 +105,7 @@ class LocalJob:
             "POD_IP": "127.0.0.1",
             "POD_NAME": self.node_name(node),
             "ELASTIC_JOB_NAME": self.node_name(node),  # keys DLRover's sockets, so it differs between nodes of one host
+            VARIABLE: str(self.logs / f"dlrover-{node}"),
             "ELASTIC_GPT_LOCAL": f"{os.getpid()}:{self.logs / 'finished'}",  # see launch.run_node
             "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
             "OMP_NUM_THREADS": str(self.threads),
@@ -178,8 +183,6 @@ class LocalJob:
             return 0
         # The one whose end says most: a user's mistake, then a failure of its own; the others were stopped for it.
         node = min(range(len(codes)), key=lambda number: (codes[number] != USERS_MISTAKE, codes[number] <= 0))
-        for line in _last_traceback(self.log(node)):
-            self.say(f"[node {node}] {line}")
         self.say(f"error: no node finished the job; node {node} ended with {codes[node]}: see {self.log(node)}")
         return codes[node] if codes[node] > 0 else 1
 
@@ -187,7 +190,7 @@ class LocalJob:
         return self.logs / f"node-{node}.log"
 
     def _tell_end(self, node: int) -> None:
-        """Tell the master when a node has ended, as the API server does on Kubernetes: nobody need wait for it."""
+        """Tell the master when a node has ended, as the API server does on Kubernetes: nobody has to wait for it."""
         self.nodes[node].wait()
         with contextlib.suppress(OSError, ValueError):  # the master may have ended, too
             if self.master and self.master.stdin:
@@ -204,22 +207,6 @@ class LocalJob:
                     ("error:", "warning:")
                 ):  # DLRover prints that
                     self.say(f"[node {node}] {line.rstrip()}")
-
-
-def _last_traceback(log: Path) -> list[str]:
-    """The last traceback that a worker wrote into a node's log."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    starts = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
-    if not starts:
-        return []
-    prefix = lines[starts[-1]].partition("Traceback")[0]  # torch puts the rank in front
-    inside = re.compile(re.escape(prefix) + r"(Traceback| |\w+(\.\w+)*(:|$))")
-    found = []
-    for line in lines[starts[-1] :]:
-        if not inside.match(line):
-            break
-        found.append(line)
-    return found
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:

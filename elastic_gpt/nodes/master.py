@@ -8,19 +8,23 @@ may die half-way, and a master that was itself replaced carries on. A node is ta
 upon which it finishes the step in flight, saves the state and goes.
 """
 
-import argparse
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from elastic_gpt.jobs.status import wanted_nodes
+from elastic_gpt.jobs.manifest import GROUP
+from elastic_gpt.jobs.spec import JobSpec
+from elastic_gpt.jobs.status import failure, wanted_nodes
+from elastic_gpt.nodes import mend
+from elastic_gpt.nodes.job_status import healed
+from elastic_gpt.nodes.private import keep_dlrover_files_private
 from elastic_gpt.nodes.rendezvous import Leases, wait_for_members
 from elastic_gpt.processes import die_with_parent
-from elastic_gpt.settings import fail
+from prepare.frontdoor import Parser, command, last_word
 
 PORT = 50001  # DLRover's service for the master points there
 POLL_SECONDS = 2.0
@@ -79,17 +83,23 @@ class Scaling:
 
     def _run(self) -> None:
         while True:
-            try:
-                self.reconcile()
-            except Exception as error:  # the API server is away, a pod has just gone: the next look finds out
-                print(f"scaling: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            self._try(self.reconcile)
             time.sleep(POLL_SECONDS)
+
+    def heal(self) -> None:
+        """Put the job's status right, without its nodes."""
+        self._try(self._read)
+
+    @staticmethod
+    def _try(look: Callable[[], object]) -> None:
+        try:
+            look()
+        except Exception as error:  # the API server is away, a pod has just gone: the next look finds out
+            print(f"scaling: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
     def reconcile(self) -> None:
         """Read the job once and do what it takes."""
-        job = self._manager._k8s_client.get_custom_resource(
-            name=self._job_name, group="elastic.iml.github.io", version="v1alpha1", plural="elasticjobs"
-        )
+        job = self._read()
         if not job:
             return
         wanted = wanted_nodes(job)
@@ -110,6 +120,23 @@ class Scaling:
         # Nodes that were told to leave may take a while, and go between two looks.
         others = plan.launch_nodes or any(node.relaunchable and node.status != "Deleted" for node in nodes)
         self._suspended = wanted == 0 or (self._suspended and not others)
+
+    def _read(self) -> dict[str, Any] | None:
+        """The job. Its operator may have called it Failed because this master's predecessor was lost: that is put right."""
+        kubernetes, where = self._manager._k8s_client, {"group": GROUP, "version": "v1alpha1", "plural": "elasticjobs"}
+        job: dict[str, Any] | None = kubernetes.get_custom_resource(name=self._job_name, **where)
+        if job and (patch := healed(job)):
+            print(f"status: {failure(job)}: not so, this master runs it", flush=True)
+            kubernetes.api_instance.patch_namespaced_custom_object_status(
+                name=self._job_name, namespace=job["metadata"]["namespace"], body=patch, **where
+            )
+        return job
+
+    def remove_all(self) -> None:
+        """The job has failed: its living nodes save their state and go."""
+        for node in list(self._manager._worker_manager._get_mutable_nodes().values()):
+            if node.status in ALIVE:
+                self._remove(node)
 
     def _remove(self, node: Any) -> None:
         print(f"scaling: {node.name} is to leave", flush=True)
@@ -159,34 +186,55 @@ class Scaling:
         return ScalePlan()
 
 
+@command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt master") -> int:
     """Exit codes: 0 the job succeeded, 1 it failed, 2 a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog, description="DLRover's job master with live scaling: what a job's master pod runs.", allow_abbrev=False
+    parser = Parser(
+        prog,
+        description="DLRover's job master with live scaling: what a job's master pod runs.",
+        epilog="example:\n  %(prog)s --namespace training --job-name gpt",
     )
     parser.add_argument("--namespace", required=True, metavar="NAME", help="of the ElasticJob")
     parser.add_argument("--job-name", required=True, metavar="NAME", help="the ElasticJob")
+    parser.add_argument(
+        "--oom-restarts", type=int, default=JobSpec.oom_restarts, metavar="N",
+        help="how often a node that ran out of memory is replaced (default: %(default)s)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if not (os.environ.get("KUBERNETES_SERVICE_HOST") or os.environ.get("KUBECONFIG")):
-        return fail(
-            ValueError("no cluster: this runs in the master pod of an ElasticJob; elsewhere name one with KUBECONFIG")
-        )
+        raise ValueError("no cluster: this runs in the master pod of an ElasticJob; elsewhere name one with KUBECONFIG")
+    # DLRover takes an interrupt for a good end, and so would the operator: a master that is taken away is lost, 143.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    mend.check_version()
+    keep_dlrover_files_private()
+    mend.master()
     from dlrover.python.master import dist_master
-    from dlrover.python.master.node import dist_job_manager
-
-    # It would end the job at the fifth pod that failed, killed ones included, whatever the job's restartCount says.
-    dist_job_manager._MAX_POD_RELAUNCH_COUNT = sys.maxsize
 
     class Master(dist_master.DistributedJobMaster):
         def prepare(self) -> None:
             wait_for_members(Leases(), restarted=self.job_manager._has_running_workers())
+            mend.judge_ended_nodes(self.job_manager, oom_restarts=args.oom_restarts, end=self._end)
+            self.scaling = Scaling(self.job_manager, args.job_name)
+            self.scaling.heal()  # a master that is lost before it has done this is the last one
             super().prepare()  # starts the first nodes, or finds those of the master before
-            Scaling(self.job_manager, args.job_name).start()
+            self.scaling.start()
+
+        def _end(self, reason: str) -> None:
+            """A mistake that a new pod would make again: the job has failed."""
+            self.request_stop(success=False, reason="UsersMistake", msg=reason)
+
+        def request_stop(self, success: bool, reason: str, msg: str = "") -> None:
+            if not success:  # the status of a failed job has but the master's exit code
+                last_word(f"error: {msg or reason}")
+            super().request_stop(success, reason, msg)
+
+        def run(self) -> int:
+            code = int(super().run())
+            if code:
+                self.scaling.remove_all()
+            return code
 
     dist_master.DistributedJobMaster = Master
-
-    # It looks every 30 s whether the job is over.
-    dist_master.time = SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 2.0)))
     return _run_dlrover(
         "--platform=pyk8s",
         f"--namespace={args.namespace}",
@@ -202,9 +250,8 @@ def run_local(port: int, nodes: int, name: str, launcher: int, restarted: bool) 
 
     Standard input tells the numbers of nodes that have ended, a line each: here there are no pods to watch.
     """
-    import grpc
-
     die_with_parent(launcher)
+    keep_dlrover_files_private()
     leases = Leases()
     wait_for_members(leases, restarted=restarted)
 
@@ -213,15 +260,7 @@ def run_local(port: int, nodes: int, name: str, launcher: int, restarted: bool) 
             leases.gone(int(line))
 
     threading.Thread(target=listen_for_ends, daemon=True).start()
-    server = grpc.server
-
-    def loopback_server(*args: Any, **kwargs: Any) -> Any:
-        made = server(*args, **kwargs)
-        listen = made.add_insecure_port
-        made.add_insecure_port = lambda address: listen(address.replace("[::]", "127.0.0.1"))
-        return made
-
-    grpc.server = loopback_server  # it would listen on all interfaces
+    mend.listen_on_loopback()
     os._exit(_run_dlrover("--platform=local", f"--port={port}", f"--node_num={nodes}", f"--job_name={name}"))
 
 

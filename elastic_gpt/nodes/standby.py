@@ -63,6 +63,8 @@ def keep(name: str, modules: list[str]) -> None:
     import subprocess
     import threading
 
+    from elastic_gpt.huge_pages import with_huge_pages
+
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"\0{name}")
     listener.listen()
@@ -74,7 +76,9 @@ def keep(name: str, modules: list[str]) -> None:
     def run() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # this thread's, and a standby's until it ignores them
         deaths: list[float] = []
-        while subprocess.run([sys.executable, "-c", code], pass_fds=[listener.fileno()], check=False).returncode < 0:
+        environment = with_huge_pages(os.environ)
+        command = [sys.executable, "-c", code]
+        while subprocess.run(command, pass_fds=[listener.fileno()], env=environment, check=False).returncode < 0:
             deaths = [*deaths[1 - DEATHS :], time.monotonic()]
             if len(deaths) == DEATHS and deaths[-1] - deaths[0] < WITHIN:
                 print(
@@ -128,7 +132,7 @@ def serve(descriptor: int, modules: list[str], agent: int, nohup: bool) -> None:
         for ready, _ in events.poll():
             if ready == listener.fileno():
                 connection, _ = listener.accept()
-                if not _same_user(connection):
+                if not same_user(connection):
                     connection.close()
                 else:
                     worker = _fork(connection, listener, room, handlers)
@@ -151,7 +155,7 @@ def serve(descriptor: int, modules: list[str], agent: int, nohup: bool) -> None:
                     os.kill(clients.pop(ready), signal.SIGKILL)
 
 
-def _same_user(connection: socket.socket) -> bool:
+def same_user(connection: socket.socket) -> bool:
     """Anybody on this machine can reach the socket; only our own user may have code run."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return bool(struct.unpack("3i", credentials)[1] == os.getuid())
@@ -182,7 +186,9 @@ def _fork(connection: socket.socket, listener: socket.socket, room: Any, handler
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        # New ones: those of the standby were made for its own files, which may be of another sort (a file, not a pipe).
+        sys.stdin = os.fdopen(0, closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
         if "OMP_NUM_THREADS" in os.environ:
             import torch  # which has read it already, in the standby's environment
 

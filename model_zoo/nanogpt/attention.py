@@ -3,9 +3,10 @@
 Same parameters, same state dict, same meaning of masks as torch's with `batch_first=True`; `load_state_dict` works in
 both directions. What differs: the output comes alone (SDPA never forms the attention weights), `is_causal` is an order
 and needs no mask beside it, the output bias can be chosen apart from the others, and there is a key-value cache for
-generation.
+generation. What torch's has not, and is off unless asked for: fewer heads for keys and values than for queries
+(`num_kv_heads`), normalized queries and keys (`qk_norm`), and rotary positions (`rotary`).
 
-Letters in comments: B batch, T query tokens, S key tokens, E embedding, H heads, D = E / H.
+Letters in comments: B batch, T query tokens, S key tokens, E embedding, H heads, G heads of keys and values, D = E / H.
 """
 
 import math
@@ -19,14 +20,21 @@ class KeyValueCache:
     """Keys and values that one attention layer has seen.
 
     Room for `max_length` tokens is taken once, at the first append, in the shape, type and device of what is appended
-    (so that autocast needs no special care).
+    (so that autocast needs no special care); or it is `memory` (2,B,H,max_length,D), keys then values.
     """
 
-    def __init__(self, max_length: int) -> None:
+    beyond: Tensor | None = None
+    """Bool, (B,1,1,S): True where a row does not hold a key, though others do. None where all rows are as long."""
+
+    def __init__(self, max_length: int, memory: Tensor | None = None) -> None:
         self.max_length = max_length
         self.length = 0
         """Tokens held so far: the position of the next one."""
-        self._memory: Tensor | None = None  # 2xBxHxSxD, keys then values
+        self._memory = memory
+
+    def positions(self, tokens: int) -> slice | Tensor:
+        """The places of the next `tokens` tokens, as an index of the position embeddings."""
+        return slice(self.length, self.length + tokens)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add `k` and `v`, each (B,H,T,D), and return views of all keys and values so far, each (B,H,S,D).
@@ -50,12 +58,57 @@ class KeyValueCache:
         return self._memory[0, :, :, : self.length], self._memory[1, :, :, : self.length]
 
 
+class RowsCache(KeyValueCache):
+    """A cache whose rows are of different lengths, for one more token each.
+
+    Made anew for each token, over memory that stays; `layers` makes one for each layer.
+    """
+
+    def __init__(
+        self, memory: Tensor, rows: Tensor, lengths: Tensor, longest: int, beyond: Tensor | None, in_order: bool
+    ) -> None:
+        super().__init__(memory.size(-2), memory)
+        self.length, self.beyond = longest, beyond
+        self._rows, self._lengths, self._in_order = rows, lengths, in_order
+
+    @classmethod
+    def layers(cls, memory: Tensor, rows: list[int], lengths: list[int]) -> list[KeyValueCache]:
+        """Caches of the `rows` of `memory` (L,2,S,H,T,D), which hold `lengths` tokens."""
+        longest = max(lengths)
+        index, held = torch.tensor(rows, device=memory.device), torch.tensor(lengths, device=memory.device)
+        beyond = None
+        if min(lengths) < longest:
+            beyond = (torch.arange(longest + 1, device=memory.device) > held[:, None])[:, None, None, :]
+        in_order = rows == list(range(len(rows)))
+        return [cls(layer, index, held, longest, beyond, in_order) for layer in memory]
+
+    def positions(self, tokens: int) -> Tensor:
+        assert tokens == 1, "a row of its own length takes one token at a time"
+        return self._lengths[:, None]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._memory is not None
+        end = self.length + 1
+        if end > self.max_length:
+            raise ValueError(f"{end} tokens do not fit a key-value cache of {self.max_length}; make it larger")
+        keys, values = self._memory  # each SxHxTxD
+        keys[self._rows, :, self._lengths] = k[:, :, 0]
+        values[self._rows, :, self._lengths] = v[:, :, 0]
+        if self._in_order:  # read where they lie
+            return keys[: len(k), :, :end], values[: len(k), :, :end]
+        return keys[self._rows, :, :end], values[self._rows, :, :end]
+
+
 class MultiheadAttention(nn.Module):
     """Self or cross attention; (B,T,E) in, (B,T,E) out.
 
     `bias` is that of query, key and value; `out_bias` that of the output projection (None: as `bias`). `kdim` and
     `vdim` are the widths of keys and values where they differ from `embed_dim`. `dropout` is the probability on the
     attention weights while training; its numbers come from torch's default generator.
+
+    `num_kv_heads`, a divisor of `num_heads` (None: as many): each head of keys and values serves as many heads of queries.
+    `qk_norm`: queries and keys are divided by their root mean square, a head at a time. `rotary`: in self-attention they are
+    turned by their positions (Su et al., 2021, arXiv 2104.09864), counted after what the cache holds.
     """
 
     def __init__(
@@ -67,23 +120,41 @@ class MultiheadAttention(nn.Module):
         out_bias: bool | None = None,
         kdim: int | None = None,
         vdim: int | None = None,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}; change one of them")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}; change one of them"
+            )
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        self.num_kv_heads, self.head_dim, self.qk_norm, self.rotary = (
+            num_kv_heads,
+            embed_dim // num_heads,
+            qk_norm,
+            rotary,
+        )
+        if rotary and self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs, and a head is {self.head_dim} wide; make it even")
+        kv_dim = num_kv_heads * self.head_dim
+        self._rows = (embed_dim, kv_dim, kv_dim)  # of the projections: query, key, value
         kdim = embed_dim if kdim is None else kdim
         vdim = embed_dim if vdim is None else vdim
         if kdim == vdim == embed_dim:
-            # One matrix, so that self-attention is one matrix product. Rows: query, key, value.
-            self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+            # One matrix, so that self-attention is one matrix product.
+            self.in_proj_weight = nn.Parameter(torch.empty(sum(self._rows), embed_dim))
         else:
             self.register_parameter("in_proj_weight", None)
             self.q_proj_weight = nn.Parameter(torch.empty(embed_dim, embed_dim))
-            self.k_proj_weight = nn.Parameter(torch.empty(embed_dim, kdim))
-            self.v_proj_weight = nn.Parameter(torch.empty(embed_dim, vdim))
+            self.k_proj_weight = nn.Parameter(torch.empty(kv_dim, kdim))
+            self.v_proj_weight = nn.Parameter(torch.empty(kv_dim, vdim))
         if bias:
-            self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
+            self.in_proj_bias = nn.Parameter(torch.zeros(sum(self._rows)))
         else:
             self.register_parameter("in_proj_bias", None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias if out_bias is None else out_bias)
@@ -116,18 +187,21 @@ class MultiheadAttention(nn.Module):
         """
         key = query if key is None else key
         value = key if value is None else value
-        past = 0
+        if self.rotary and key is not query:
+            raise ValueError("rotary positions are those of one sequence: use them in self-attention only")
+        past, beyond = 0, None
         if cache is None:
             q, k, v = self._project(query, key, value)
         elif key is query:
             past = cache.length
-            q, k, v = self._project(query, key, value)
+            q, k, v = self._project(query, key, value, cache.positions(query.size(1)))
             k, v = cache.append(k, v)
+            beyond = cache.beyond
         elif cache.length == 0:
             q, k, v = self._project(query, key, value)
             cache.append(k, v)
         else:
-            q = self._split_heads(self._linear(query, 0))
+            q = self._normalized(self._split_heads(self._linear(query, 0)))
             k, v = cache.held()
 
         mask = attn_mask
@@ -135,6 +209,8 @@ class MultiheadAttention(nn.Module):
             mask = mask.unflatten(0, (-1, self.num_heads))  # BxHxTxS
         if key_padding_mask is not None:
             mask = _block(mask, key_padding_mask[:, None, None, :])
+        if beyond is not None:
+            mask = _block(mask, beyond)
         is_causal = is_causal and past + 1 < k.size(2)  # else the first query, so every query, sees every key
         if is_causal and (mask is not None or past > 0):
             # SDPA takes no mask beside is_causal, and its is_causal counts queries from position 0.
@@ -143,14 +219,22 @@ class MultiheadAttention(nn.Module):
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask  # for SDPA, True means allowed
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        grouped = self.num_kv_heads != self.num_heads
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
+        )
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value projections, (B,H,T,D) and (B,H,S,D), in as few matrix products as the inputs allow."""
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, places: slice | Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value projections, (B,H,T,D) and (B,G,S,D), in as few matrix products as the inputs allow.
+
+        `places` are the positions of the tokens, as KeyValueCache.positions gives them; None: from 0 on.
+        """
         if self.in_proj_weight is not None and key is value:
             if query is key:
-                q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+                q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self._rows, dim=-1)
             else:
                 width = self.embed_dim
                 bias = None if self.in_proj_bias is None else self.in_proj_bias[width:]
@@ -158,18 +242,40 @@ class MultiheadAttention(nn.Module):
                 k, v = F.linear(key, self.in_proj_weight[width:], bias).chunk(2, dim=-1)
         else:
             q, k, v = self._linear(query, 0), self._linear(key, 1), self._linear(value, 2)
-        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+        q, k = self._normalized(self._split_heads(q)), self._normalized(self._split_heads(k))
+        if self.rotary:
+            if places is None:
+                places = slice(0, query.size(1))
+            if isinstance(places, slice):
+                places = torch.arange(places.start, places.stop, device=query.device)
+            q, k = _rotate(q, places), _rotate(k, places)
+        return q, k, self._split_heads(v)
 
     def _linear(self, x: Tensor, part: int) -> Tensor:
         """One projection alone; part 0 is query, 1 key, 2 value."""
         if self.in_proj_weight is None:
             weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[part]
         else:
-            weight = self.in_proj_weight.chunk(3)[part]
-        return F.linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[part])
+            weight = self.in_proj_weight.split(self._rows)[part]
+        return F.linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias.split(self._rows)[part])
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # BxTxE -> BxHxTxD, no copy
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # BxTxE -> BxHxTxD, no copy
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.head_dim,)) if self.qk_norm else x
+
+
+def _rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """`x` (B,H,T,D) with pair (i, i + D/2) of the token at position p turned by p / 10000^(2i/D); positions (T) or (B,T)."""
+    half = x.size(-1) // 2
+    speed = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions.float().unsqueeze(-1) * speed  # TxD/2 or BxTxD/2, in float32 whatever x is
+    if angle.dim() == 3:
+        angle = angle.unsqueeze(1)  # the same for all heads of a row
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 def _block(mask: Tensor | None, blocked: Tensor) -> Tensor:

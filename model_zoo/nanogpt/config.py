@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from elastic_gpt.settings import SettingsError
-from elastic_gpt.world import Device
-from model_zoo.nanogpt.model import GPTConfig
+from elastic_gpt.settings import Device, Resume, SettingsError
+from model_zoo.nanogpt.shape import GPTConfig
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -15,7 +14,12 @@ PRESETS = Path(__file__).parent / "presets"
 @dataclass(frozen=True)
 class DataConfig:
     dir: Path = Path("data")
-    """Folder that `elastic-gpt prepare` made: train.bin, val.bin, meta.json."""
+    """Folder that `elastic-gpt prepare` made: train.bin, val.bin, meta.json. Of a URL (s3://bucket/data) each machine copies
+    the files once, and checks them."""
+    cache: Path | None = None
+    """Folder of this machine for such copies. None: elastic-gpt/data in $XDG_CACHE_HOME or ~/.cache."""
+    cache_gb: float = 500.0
+    """Most gigabytes (10^9 bytes) in it: copies that nobody uses make room, those used longest ago first."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class OptimizerConfig:
     """AdamW's decay of the mean squared gradient."""
     clip: float = 1.0
     """Largest norm of the gradient of the global batch. 0: no clipping."""
+    max_skipped: int = 10
+    """Updates in a row that are skipped, as their loss or gradient is not finite, before the run stops."""
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of the update that follows `step` updates, of `steps` in all (law 1: nothing else enters)."""
@@ -66,7 +72,8 @@ class CheckpointConfig:
     keep: int = 3
     """Newest checkpoints that are kept."""
     dir: str | None = None
-    """Where checkpoints are kept: a folder, or an fsspec URL such as s3://bucket/run. None: RUN_DIR/checkpoints."""
+    """Where checkpoints are kept: a folder (a relative one is below RUN_DIR, whatever the working directory), or an fsspec
+    URL such as s3://bucket/run. None: RUN_DIR/checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class ElasticConfig:
     exact: bool = False
     """Sum gradients so that parameters are equal bit for bit at every world size on the same kind of device."""
     snapshot_interval: int = 10
-    """Steps between snapshots in host memory: the most that the loss of a worker or a node costs."""
+    """Steps between snapshots in host memory: the most that the death of all workers at once costs."""
     grace_seconds: float = 25.0
     """How long a node that is asked to leave waits for the state to be on storage (a pod has 30 s in all)."""
     timeout_seconds: float = 120.0
@@ -94,7 +101,12 @@ class TrainConfig:
     """A training run."""
 
     run_dir: Path = Path("run")
-    """Run directory. A run found there is resumed."""
+    """Run directory, or the URL of one (s3://bucket/run). A run found there is resumed."""
+    init_from: str | None = None
+    """Weights to start from instead of random ones: a Hugging Face GPT-2, nanoGPT's ckpt.pt, a run; a path or a URL."""
+    resume: Resume = "auto"
+    """What a job starts from where memory is ahead of storage, as after kill -9. auto: memory, unless the checkpoint that
+    was saved last has been deleted, to go back."""
     steps: int = 1000
     """Optimizer updates in the whole run."""
     seed: int = 1337
@@ -106,7 +118,8 @@ class TrainConfig:
     device: Device = "auto"
     """auto: a CUDA GPU, else an Apple GPU, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the matrix products; parameters stay float32. auto: bfloat16 on GPUs that have it, else float32."""
+    """Of the matrix products; parameters stay float32. auto: bfloat16 on GPUs that have it; on a CPU what the run began
+    with, and for a new one bfloat16 if a short measurement finds it much faster (never in exact mode); else float32."""
     compile: bool = False
     """Compile the model with torch.compile (20 to 60 seconds at the first start)."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -129,6 +142,7 @@ class TrainConfig:
             ("elastic.snapshot_interval", self.elastic.snapshot_interval),
             ("checkpoint.interval", self.checkpoint.interval),
             ("checkpoint.keep", self.checkpoint.keep),
+            ("optimizer.max_skipped", self.optimizer.max_skipped),
             ("evaluate.sequences", self.evaluate.sequences),
             ("observe.interval", self.observe.interval),
         ):
@@ -137,9 +151,10 @@ class TrainConfig:
         for name, number in (
             ("optimizer.learning_rate", self.optimizer.learning_rate),
             ("elastic.timeout_seconds", self.elastic.timeout_seconds),
+            ("data.cache_gb", self.data.cache_gb),
         ):
-            if not number > 0:
-                raise SettingsError(f"{name} is {number}: it must be above 0")
+            if not 0 < number < math.inf:
+                raise SettingsError(f"{name} is {number}: it must be above 0, and finite")
         for name, number in (
             ("optimizer.clip", self.optimizer.clip),
             ("optimizer.warmup_steps", self.optimizer.warmup_steps),
@@ -147,11 +162,23 @@ class TrainConfig:
             ("optimizer.weight_decay", self.optimizer.weight_decay),
             ("evaluate.interval", self.evaluate.interval),
         ):
-            if not number >= 0:
-                raise SettingsError(f"{name} is {number}: it must not be negative")
+            if not 0 <= number < math.inf:
+                raise SettingsError(f"{name} is {number}: it must not be negative, nor infinite")
+        if not -(2**63) <= self.seed < 2**63:
+            raise SettingsError(f"seed is {self.seed}: it must fit 64 bits")
+        for name, number in (("optimizer.beta1", self.optimizer.beta1), ("optimizer.beta2", self.optimizer.beta2)):
+            if not 0 <= number < 1:
+                raise SettingsError(f"{name} is {number}: it must be from 0 to below 1")
+        if self.elastic.grace_seconds < 0:
+            raise SettingsError(f"elastic.grace_seconds is {self.elastic.grace_seconds}: it must not be negative")
+        if self.optimizer.decay_steps is not None and self.optimizer.decay_steps < 1:
+            raise SettingsError(f"optimizer.decay_steps is {self.optimizer.decay_steps}: it must be at least 1")
+        if max(self.global_batch, self.steps) > 2**53:
+            raise SettingsError("steps and global_batch are at most 9,007,199,254,740,992: take less")
         if self.global_batch % self.micro_batch:
-            divisors = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
-            closest = min(divisors, key=lambda n: abs(n - self.micro_batch))
+            start = min(self.micro_batch, self.global_batch)
+            below = range(start, max(0, start - 1_000_000), -1)  # numbers may be huge
+            closest = next((n for n in below if self.global_batch % n == 0), 1)
             raise SettingsError(
                 f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}: take {closest}"
             )
@@ -159,6 +186,27 @@ class TrainConfig:
             raise SettingsError(
                 "elastic.exact works with float32 and bfloat16, not with dtype float16 and its loss scaling"
             )
+
+    def notes(self) -> list[str]:
+        """What of the settings cannot have the effect that somebody may expect, a line each."""
+        rate, last = self.optimizer, self.optimizer.decay_steps or self.steps
+        found = []
+        if rate.warmup_steps >= self.steps:
+            found.append(
+                f"optimizer.warmup_steps {rate.warmup_steps} is not over after {self.steps} steps:"
+                f" the learning rate does not reach {rate.learning_rate:g}"
+            )
+        elif last <= rate.warmup_steps:
+            found.append(
+                f"optimizer.decay_steps {last} is not above optimizer.warmup_steps {rate.warmup_steps}:"
+                f" the learning rate falls to {rate.min_learning_rate:g} in one step"
+            )
+        if rate.min_learning_rate > rate.learning_rate:
+            found.append(
+                f"optimizer.min_learning_rate {rate.min_learning_rate:g} is above optimizer.learning_rate"
+                f" {rate.learning_rate:g}: the learning rate rises after the warm-up"
+            )
+        return found
 
     @property
     def micro_batches(self) -> int:

@@ -1,15 +1,17 @@
-"""GPT-2's architecture: tokens in, logits or a loss out. Knows nothing of files, ranks or training.
+"""GPT-2's architecture, and its later variants: tokens in, logits or a loss out. Knows nothing of files, ranks or training.
 
 Pre-norm blocks, learned positions, tanh-GELU (Hugging Face's `gelu_new`; nanoGPT uses erf). The head is tied to the
 token embedding by default, and the state dict then has no entry for it. The names lead straight to Hugging Face's
 GPT-2: `wte`, `wpe`, `h.N.ln_1`, `h.N.attn`, `h.N.ln_2`, `h.N.mlp.c_fc`, `h.N.mlp.c_proj`, `ln_f`, `lm_head`; only the
 attention says `in_proj_weight`, `in_proj_bias` and `out_proj`, torch's names, for `c_attn` and `c_proj`.
 
+What GPTs have learned since is there to be chosen: rotary positions, root-mean-square norms, normalized queries and keys,
+squared ReLU or SwiGLU, fewer heads of keys and values. The defaults are GPT-2's, so a config without these fields is GPT-2.
+
 Letters in comments: B batch, T tokens, D embedding, H heads, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,43 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import KeyValueCache, MultiheadAttention
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT. The defaults are GPT-2 with 124,439,808 parameters. Raises ValueError where it makes none."""
-
-    vocab_size: int = 50257
-    """Token ids the model knows, 0 to vocab_size - 1. 0: not known yet (the trainer takes it from the data)."""
-    block_size: int = 1024
-    """Longest sequence, in tokens; the number of learned positions."""
-    n_layer: int = 12
-    """Transformer blocks."""
-    n_head: int = 12
-    """Attention heads a block; a divisor of n_embd."""
-    n_embd: int = 768
-    """Width of the embedding, in numbers a token."""
-    dropout: float = 0.0
-    """Probability of dropout while training, on embeddings, attention weights and residual branches."""
-    bias: bool = True
-    """Biases in linears and layer norms. False: none but those of the head."""
-    qkv_bias: bool = True
-    """Biases in the query, key and value projections too; needs `bias`."""
-    tied_head: bool = True
-    """The head's weight is the token embedding's."""
-    head_bias: bool = False
-    """A bias on the logits."""
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < 0:
-            raise ValueError(f"model.vocab_size is {self.vocab_size}; give at least 1, or 0 to take it from the data")
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; give at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; change one")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; give a probability from 0 to below 1")
+from .shape import GPTConfig as GPTConfig
 
 
 class MLP(nn.Module):
@@ -61,11 +27,29 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation = config.activation
+        inner = 4 * config.n_embd
+        if config.activation == "swiglu":  # three matrices for two: each two thirds as wide, in whole eights
+            inner = (2 * inner // 3 + 7) // 8 * 8
+        self.c_fc = nn.Linear(config.n_embd, inner * (2 if config.activation == "swiglu" else 1), bias=config.bias)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x)
+        if self.activation == "gelu":
+            x = F.gelu(x, approximate="tanh")
+        elif self.activation == "relu2":
+            x = F.relu(x).square()
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return self.c_proj(x)
+
+
+def _norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
 
 class Block(nn.Module):
@@ -73,15 +57,18 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.ln_1 = _norm(config)
         self.attn = MultiheadAttention(
             config.n_embd,
             config.n_head,
             dropout=config.dropout,
             bias=config.bias and config.qkv_bias,
             out_bias=config.bias,
+            num_kv_heads=config.n_kv_head or None,
+            qk_norm=config.qk_norm,
+            rotary=config.positions == "rotary",
         )
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.ln_2 = _norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -111,10 +98,10 @@ class GPT(nn.Module):
         assert config.vocab_size > 0, "vocab_size is still to be taken from the data"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.ln_f = _norm(config)
         self.lm_head = Head(config)
         self._initialize()
 
@@ -153,11 +140,13 @@ class GPT(nn.Module):
 
     def _hidden(self, tokens: Tensor, cache: list[KeyValueCache] | None) -> Tensor:
         """The normalized output of the last block, (B,T,D)."""
-        start = cache[0].length if cache is not None else 0
-        end = start + tokens.size(1)
+        end = tokens.size(1) + (cache[0].length if cache is not None else 0)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}; give fewer")
-        x = self.dropout(self.wte(tokens) + self.wpe.weight[start:end])  # BxTxD
+        x = self.wte(tokens)  # BxTxD
+        if self.wpe is not None:
+            x = x + self.wpe.weight[slice(0, end) if cache is None else cache[0].positions(tokens.size(1))]
+        x = self.dropout(x)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[i])
         return self.ln_f(x)
@@ -199,7 +188,7 @@ class GPT(nn.Module):
         causal kernel skips half of it.
         """
         config = self.config
-        n = self.parameter_count() - self.wpe.weight.numel()
+        n = self.parameter_count() - (0 if self.wpe is None else self.wpe.weight.numel())
         if not config.tied_head:
             n -= self.wte.weight.numel()
         return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size

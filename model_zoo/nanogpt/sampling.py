@@ -1,14 +1,10 @@
-"""Next-token sampling and the token stream; what `generate` and `serve` share. Knows tokens, not text.
+"""The next token, and what the model sees of a long text. Knows tokens, not text.
 
-Letters in comments: B batch, T tokens, V vocabulary.
+Letters in comments: B batch, V vocabulary.
 """
-
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-from .model import GPT
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -33,7 +29,10 @@ def next_token(
 
     `temperature` divides the logits; 0 takes the likeliest. `top_k` keeps the k likeliest; `top_p` then keeps the
     fewest of the likeliest whose probabilities sum to at least top_p (nucleus sampling, arXiv 1904.09751), never none.
+    Raises ValueError for logits that are not finite.
     """
+    if not logits.amax(-1).isfinite().all():  # NaN and infinity are the largest; ids may be barred with -inf
+        raise ValueError("the model's output is not finite: its training went wrong; generate from an older checkpoint")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float()
@@ -61,64 +60,3 @@ def window_start(length: int, block_size: int) -> int:
         return 0
     jump = block_size + 1 - max(1, block_size // 2)
     return -(-(length - block_size) // jump) * jump
-
-
-def generate(
-    model: GPT,
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    vocab_size: int | None = None,
-    stop_ids: Sequence[int] = (),
-) -> Iterator[Tensor]:
-    """Continue `tokens`, int64 (B,T) with T >= 1, by up to `max_new_tokens`, yielding one token a row at a time, (B,1).
-
-    Ends early when each row has drawn one of `stop_ids`, which is yielded too; a row that has ended goes on until the
-    last one has, and its reader cuts it. `vocab_size` bars the ids from there on: those that a padded vocabulary has
-    and the tokenizer has not. The model must be in eval mode. Contexts longer than the block: see `window_start`.
-    Raises ValueError for settings that make no sense, here and not at the first token.
-    """
-    check_sampling(temperature, top_k, top_p)
-    if tokens.size(1) < 1:
-        raise ValueError("there is no token to start from; give at least one")
-    return _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, generator, vocab_size, stop_ids)
-
-
-@torch.inference_mode()
-def _stream(
-    model: GPT,
-    tokens: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-    vocab_size: int | None,
-    stop_ids: Sequence[int],
-) -> Iterator[Tensor]:
-    block_size = model.config.block_size
-    length = tokens.size(1)  # all tokens so far, those that have left the window too
-    start = window_start(length, block_size)
-    window = tokens[:, start:]  # BxT, what the model sees
-    fresh, cache = window, model.new_cache()
-    stops = torch.tensor(stop_ids, device=tokens.device)
-    ended = torch.zeros(tokens.size(0), dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
-        logits = model.next_logits(fresh, cache)[:, :vocab_size]
-        token = next_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        yield token
-        if stop_ids:
-            ended |= torch.isin(token[:, 0], stops)
-            if ended.all():
-                return
-        window, length = torch.cat((window, token), dim=1), length + 1
-        moved = window_start(length, block_size)
-        if moved == start:
-            fresh = token
-        else:
-            window = window[:, moved - start :]
-            fresh, cache, start = window, model.new_cache(), moved

@@ -1,54 +1,58 @@
-"""What each life of a run starts with: numbers, loss, snapshots, observers, and the arithmetic that is told."""
+"""What a training starts with: what any elastic run has of its settings, its loss, and the arithmetic that is told."""
 
-import sys
 from collections.abc import Callable
 
 import torch
 
-from elastic_gpt.ledger import Ledger
-from elastic_gpt.observers import ConsoleObserver, MetricsObserver, TensorBoardObserver
+from elastic_gpt.devices import is_host
+from elastic_gpt.mirror import shown
 from elastic_gpt.order import Order, share
-from elastic_gpt.reports import Observer
-from elastic_gpt.snapshot import SnapshotError, Snapshots, shared_memory
+from elastic_gpt.run import Plan
 from elastic_gpt.state import Restored
 from elastic_gpt.world import World
 from model_zoo.nanogpt.config import TrainConfig
 from model_zoo.nanogpt.model import GPT
 from prepare.tokens import Meta
 
-
-def open_snapshots(run_id: str, tensors: dict[str, torch.Tensor], world: World) -> Snapshots | None:
-    """This node's snapshots, on its first worker. Too little shared memory is said, and the run goes on without."""
-    if not world.first_of_node:
-        return None
-    try:
-        return Snapshots(shared_memory() / run_id, world.node, run_id, tensors)
-    except SnapshotError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
-        return None
+MERGED_TOKENS = 1024  # in one forward pass; more gains nothing
 
 
-def open_observers(
-    config: TrainConfig, nodes: list[str], world: World, restored: Restored, ledger: Ledger
-) -> tuple[list[Observer], float | None]:
-    """The observers of a world, on its first worker; and when the last step before was written, seconds since 1970.
+def plan(config: TrainConfig) -> Plan:
+    """What of a training's settings any elastic run has."""
+    return Plan(
+        run_dir=config.run_dir,
+        steps=config.steps,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        seed=config.seed,
+        targets=config.model.block_size,
+        device=config.device,
+        resume=config.resume,
+        clip=config.optimizer.clip,
+        max_skipped=config.optimizer.max_skipped,
+        exact=config.elastic.exact,
+        snapshot_interval=config.elastic.snapshot_interval,
+        checkpoint_interval=config.checkpoint.interval,
+        checkpoint_keep=config.checkpoint.keep,
+        checkpoint_dir=config.checkpoint.dir,
+        evaluate_interval=config.evaluate.interval,
+        grace_seconds=config.elastic.grace_seconds,
+        timeout_seconds=config.elastic.timeout_seconds,
+        observe_interval=config.observe.interval,
+        tensorboard=config.observe.tensorboard,
+    )
 
-    The ledger gets the beginning of this life.
+
+def merged_micro_batches(config: TrainConfig, world: World) -> int:
+    """How many micro-batches go through the model together, as one larger one.
+
+    On a CPU small ones cost more than their share. Float sums come out in another order, as they do in another world; so
+    not in exact mode. With dropout each micro-batch has its own random numbers, whichever rank computes it: not then either.
+    A GPU's user chose the micro-batch for its memory. A compiled model keeps one shape, whatever a rank's share.
     """
-    if not world.first:
-        return [], None
-    metrics = MetricsObserver(config.run_dir / "metrics.jsonl", restored.step, restored.reports)
-    ledger.begin_life(nodes, world.size, restored.step, restored.source, metrics.dropped)
-    observers: list[Observer] = [ConsoleObserver(config.steps, restored.step, config.observe.interval), metrics]
-    if config.observe.tensorboard:
-        observers.append(TensorBoardObserver(config.run_dir / "tensorboard", restored.step))
-    return observers, metrics.last_step
-
-
-def pick_dtype(config: TrainConfig, world: World) -> torch.dtype:
-    if config.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
-    return torch.bfloat16 if world.device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if not is_host(world.device) or config.elastic.exact or config.model.dropout > 0 or config.compile:
+        return 1
+    return max(1, MERGED_TOKENS // (config.micro_batch * config.model.block_size))
 
 
 def loss_function(
@@ -71,6 +75,7 @@ def arithmetic(
     """The batch arithmetic and where the run begins, for a person."""
     shares = sorted({len(share(config.micro_batches, rank, world.size)) for rank in range(world.size)})
     per_rank = " or ".join(str(count) for count in shares)
+    merged = merged_micro_batches(config, world)
     epochs = config.steps * config.global_batch / order.sequences
     return [
         f"model: {model.parameter_count():,} parameters, vocabulary {config.model.vocab_size:,};"
@@ -78,7 +83,8 @@ def arithmetic(
         f"data: {meta.splits['train'].tokens:,} training tokens in {order.sequences:,} sequences of {config.model.block_size};"
         f" {epochs:,.2f} epochs in {config.steps:,} steps",
         f"batch: {config.global_batch} sequences x {config.model.block_size} = {config.tokens_per_step:,} tokens a step,"
-        f" in {config.micro_batches} micro-batches of {config.micro_batch}, {per_rank} on each of {world.size} workers",
-        f"run: {config.run_dir}, {'from step ' + str(restored.step) if restored.step else 'from the start'}"
+        f" in {config.micro_batches} micro-batches of {config.micro_batch}, {per_rank} on each of {world.size} workers"
+        + (f", up to {merged} of them at a time" if merged > 1 and shares[-1] > 1 else ""),
+        f"run: {shown(config.run_dir)}, {'from step ' + str(restored.step) if restored.step else 'from the start'}"
         + (f" ({restored.source})" if restored.step else ""),
     ]

@@ -1,139 +1,207 @@
-"""A stand-in for DLRover's Go operator 0.6.1, which is in no package: what its reconciler does, in the order it does it.
+"""A stand-in for DLRover's Go operator 0.6.1, which is in no package, and the door to the real one where somebody built it.
 
-Read in go/elasticjob/pkg/controllers of DLRover: a new ElasticJob gets a master pod (also one that is created suspended) and
-a service; the master's end is the job's end (0: Succeeded, 1: Failed); a master that ends otherwise, or is deleted, is made
-again, as often as its restartCount says; a suspended job only changes its phase, and gets no new master until it is resumed.
-Worker pods are the master's business.
+The stand-in watches jobs and masters as the real one does, and hands what it sees to operator_state.py, which decides. Of the
+race that follows each new master (its pod is placed before the job is read again, or after) it always takes the bad side, as
+the real one did in 30 of 30.
 """
 
 import contextlib
+import itertools
+import os
+import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from kubernetes import client
+from kubernetes import client, config, watch
+
+from tests.cluster.control_plane import free_port
+from tests.cluster.operator_state import Manifest, Panic, StateMachine, master_pod, master_service
 
 GROUP, VERSION, PLURAL = "elastic.iml.github.io", "v1alpha1", "elasticjobs"
-MASTER = "dlrover-master"
-POLL_SECONDS = 0.3
+MASTERS = "app.kubernetes.io/name=elasticjob"  # no other pod has this label
+PLACED_SECONDS = 0.6  # in which the pod of a new master is placed, and nothing is reconciled
+CRASHED_SECONDS = 17.0  # until a crashed one is back
+RETRY_SECONDS = 5.0
+RETRIES = 10  # of a request that the server asks to be made again, as client-go has it
 
 
 class Operator:
-    """Reconciles the ElasticJobs of all namespaces until closed; while `away`, none."""
+    """Reconciles the ElasticJobs of all namespaces between `start` and `stop`; what happens in between it never hears of."""
 
-    def __init__(self, api: client.ApiClient) -> None:
+    def __init__(self, kubeconfig: Path) -> None:
+        api = config.new_client_from_config(str(kubeconfig))
         self._core, self._custom = client.CoreV1Api(api), client.CustomObjectsApi(api)
-        self._failed: dict[str, set[str]] = {}  # job uid to uids of masters that failed or were deleted
-        self._seen: dict[str, dict[str, str]] = {}  # job uid to master uid to phase
-        self._stopped, self.away = threading.Event(), False
-        threading.Thread(target=self._run, daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._stopped = threading.Event()
 
-    def close(self) -> None:
+    def start(self) -> None:
+        self._stopped, self._machine, self._lock = threading.Event(), StateMachine(), threading.Lock()
+        self._due: dict[tuple[str, str], float] = {}  # namespace and name of jobs to reconcile, and when
+        jobs = lambda **more: self._custom.list_cluster_custom_object(GROUP, VERSION, PLURAL, **more)  # noqa: E731
+        pods = self._core.list_pod_for_all_namespaces
+        self._threads = [
+            threading.Thread(target=self._follow, args=(jobs, {}, self._job_event), daemon=True),
+            threading.Thread(
+                target=self._follow, args=(pods, {"label_selector": MASTERS}, self._pod_event), daemon=True
+            ),
+            threading.Thread(target=self._work, daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
         self._stopped.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(10)
 
-    def _run(self) -> None:
-        while not self._stopped.wait(POLL_SECONDS):
-            with contextlib.suppress(client.ApiException):
-                for job in self._custom.list_cluster_custom_object(GROUP, VERSION, PLURAL)["items"]:
-                    if self.away:
-                        break
-                    try:
-                        self._reconcile(job)
-                    except client.ApiException as error:  # tried again, as controllers do
+    def _crash(self, panic: Panic) -> None:
+        print(f"operator: {panic}", file=sys.stderr)
+        self._stopped.set()
+        threading.Timer(CRASHED_SECONDS, self.start).start()
+
+    # -- what happens
+
+    def _follow(self, listing: Callable[..., Any], selector: dict[str, str], handle: Callable[..., None]) -> None:
+        """Call `handle(old, new)` for each change of an object, None for one that is not there, as an informer does."""
+        stopped, known = self._stopped, {}
+
+        def see(key: tuple[str, str], new: Manifest | None) -> None:
+            old = known.pop(key, None)
+            if new is not None:
+                known[key] = new
+            with self._lock:
+                if not stopped.is_set():
+                    handle(old, new)
+
+        while not stopped.is_set():
+            with contextlib.suppress(client.ApiException):  # the version that it has seen is too old: list again
+                listed = listing(**selector)
+                listed = (
+                    listed if isinstance(listed, dict) else self._core.api_client.sanitize_for_serialization(listed)
+                )
+                present = {_key(item): item for item in listed["items"]}
+                for key in known.keys() - present.keys():
+                    see(key, None)
+                for key, item in present.items():
+                    if key not in known or _version(known[key]) != _version(item):
+                        see(key, item)
+                watcher, version = watch.Watch(), _version(listed)
+                while not stopped.is_set():
+                    for event in watcher.stream(listing, resource_version=version, timeout_seconds=1, **selector):
+                        found = event["raw_object"]
+                        version = _version(found)
+                        see(_key(found), None if event["type"] == "DELETED" else found)
+                        if stopped.is_set():
+                            break
+
+    def _job_event(self, old: Manifest | None, new: Manifest | None) -> None:
+        if new is not None:
+            self._due.setdefault(_key(new), 0.0)
+        elif old is not None:
+            self._machine.job_deleted(old)
+
+    def _pod_event(self, old: Manifest | None, new: Manifest | None) -> None:
+        try:
+            if old is None and new is not None:
+                self._machine.pod_created(new)
+            elif old is not None and new is not None:
+                self._machine.pod_updated(old, new)
+            elif old is not None:
+                self._machine.pod_deleted(old)
+        except Panic as panic:
+            self._crash(panic)
+            return
+        meta = (new or old or {})["metadata"]
+        self._due.setdefault((meta["namespace"], meta["ownerReferences"][0]["name"]), 0.0)
+
+    # -- what is done about it
+
+    def _work(self) -> None:
+        stopped = self._stopped
+        while not stopped.wait(0.05):
+            with self._lock:
+                key = next((key for key, due in self._due.items() if due <= time.monotonic()), None)
+                if key:
+                    del self._due[key]
+            if key:
+                try:
+                    self._reconcile(*key)
+                except Panic as panic:
+                    self._crash(panic)
+                except client.ApiException as error:
+                    if error.status != 404:  # the job is gone
                         print(f"operator: {error.status} {error.body}", file=sys.stderr)
+                        with self._lock:
+                            self._due.setdefault(key, time.monotonic() + RETRY_SECONDS)
 
-    def _reconcile(self, job: dict[str, Any]) -> None:
-        meta, spec = job["metadata"], job["spec"]
-        if "deletionTimestamp" in meta:
-            return
-        phase = job.get("status", {}).get("phase", "")
-        suspended = bool(spec.get("suspend"))
-        if phase in ("Succeeded", "Failed"):
-            return
-        if phase == "":
-            self._make_master(job, 0)
-            self._set_phase(job, "Suspended" if suspended else "Created")
-            return
-        uid = meta["uid"]
-        label = f"elasticjob.dlrover/name={meta['name']},elasticjob.dlrover/replica-type={MASTER}"
-        masters = self._core.list_namespaced_pod(meta["namespace"], label_selector=label).items
-        phases = {pod.metadata.uid: pod.status.phase for pod in masters}
-        before = self._seen.get(uid, {})
-        failed = self._failed.setdefault(uid, set())
-        failed |= {pod for pod, state in phases.items() if state == "Failed"}
-        failed |= {pod for pod, state in before.items() if pod not in phases and state != "Succeeded"}
-        changed = phases != before
-        self._seen[uid] = phases
+    def _reconcile(self, namespace: str, name: str) -> None:
+        read = self._custom.get_namespaced_custom_object(GROUP, VERSION, namespace, PLURAL, name)
+        with self._lock:
+            job, master = self._machine.reconcile(read)
+        try:
+            if master is not None:
+                self._make_master(job, master)
+        finally:
+            with self._lock:
+                status = job["status"]
+                self._custom.patch_namespaced_custom_object_status(
+                    GROUP, VERSION, namespace, PLURAL, name, {"status": status}
+                )
 
-        if changed:
-            restarts = spec["replicaSpecs"].get(MASTER, {}).get("restartCount", 0)
-            codes = [
-                pod.status.container_statuses[0].state.terminated.exit_code
-                for pod in masters
-                if pod.status.phase == "Failed" and pod.status.container_statuses[0].state.terminated
-            ]
-            if len(failed) > restarts:
-                beyond = f"The job master failover count {len(failed)} is beyond the restart count {restarts}."
-                self._set_phase(job, "Failed", beyond)
-                return
-            if 1 in codes:
-                self._set_phase(job, "Failed", "The job master failed with exitcode=1.")
-                return
-            if "Succeeded" in phases.values():
-                self._set_phase(job, "Succeeded")
-                return
-            self._set_phase(job, "Suspended" if suspended else "Running")
-        elif phase == "Suspended" and not suspended:
-            self._set_phase(job, "Running")
-        alive = [state for state in phases.values() if state in ("Pending", "Running")]
-        if not alive and not suspended:
-            self._make_master(job, len(failed))
-
-    def _set_phase(self, job: dict[str, Any], phase: str, message: str = "") -> None:
-        meta = job["metadata"]
-        conditions = [{"type": phase, "status": "True", "message": message or f"The job is {phase}."}]
-        status = {"phase": phase, "status": {"conditions": conditions, "replicaStatuses": {MASTER: {}}}}
-        self._custom.patch_namespaced_custom_object_status(
-            GROUP, VERSION, meta["namespace"], PLURAL, meta["name"], {"status": status}
-        )
-
-    def _make_master(self, job: dict[str, Any], index: int) -> None:
-        meta = job["metadata"]
-        owner = {
-            "apiVersion": f"{GROUP}/{VERSION}",
-            "kind": "ElasticJob",
-            "name": meta["name"],
-            "uid": meta["uid"],
-            "blockOwnerDeletion": True,
-            "controller": True,
-        }
-        labels = {"elasticjob.dlrover/name": meta["name"], "elasticjob.dlrover/replica-type": MASTER}
-        template = job["spec"]["replicaSpecs"][MASTER]["template"]
-        pod_ip = {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
-        first, *others = template["spec"]["containers"]
-        pod = {
-            "metadata": {
-                "name": f"elasticjob-{meta['name']}-{MASTER}-{index}",
-                "labels": {
-                    **template.get("metadata", {}).get("labels", {}),
-                    **labels,
-                    "app.kubernetes.io/name": "elasticjob",
-                    "elasticjob.dlrover/replica-index": str(index),
-                },
-                "ownerReferences": [owner],
-            },
-            "spec": {**template["spec"], "containers": [{**first, "env": [*first.get("env", []), pod_ip]}, *others]},
-        }
-        service = {
-            "metadata": {"name": f"elasticjob-{meta['name']}-{MASTER}", "ownerReferences": [owner]},
-            "spec": {"clusterIP": "None", "selector": labels, "ports": [{"port": 50001, "targetPort": 50001}]},
-        }
-        for create, body in (
-            (self._core.create_namespaced_pod, pod),
-            (self._core.create_namespaced_service, service),
-        ):
+    def _make_master(self, job: Manifest, index: int) -> None:
+        namespace = job["metadata"]["namespace"]
+        for tried in itertools.count(1):
             try:
-                create(meta["namespace"], body)
+                self._core.create_namespaced_pod(namespace, master_pod(job, index))
+                break
             except client.ApiException as error:
-                if error.status != 409:  # it is there
+                if error.status == 409:  # one of this name will do, whosever it is
+                    break
+                wait = (error.headers or {}).get("Retry-After")
+                if not wait or tried > RETRIES:
                     raise
+                self._stopped.wait(float(wait))
+        with contextlib.suppress(client.ApiException):  # it takes no notice
+            self._core.create_namespaced_service(namespace, master_service(job))
+        self._stopped.wait(PLACED_SECONDS)
+
+
+class Binary:
+    """The real one, in place of the stand-in: ELASTICJOB_OPERATOR names it."""
+
+    def __init__(self, kubeconfig: Path, program: str) -> None:
+        self._kubeconfig, self._program = kubeconfig, program
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        addresses = [f"--{what}-bind-address=127.0.0.1:{free_port()}" for what in ("metrics", "health-probe")]
+        with self._kubeconfig.with_name("operator.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._program, *addresses],
+                env={**os.environ, "KUBECONFIG": str(self._kubeconfig)},
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.terminate()
+            self._process.wait(60)
+
+
+def operator(kubeconfig: Path) -> Operator | Binary:
+    program = os.environ.get("ELASTICJOB_OPERATOR")
+    return Binary(kubeconfig, program) if program else Operator(kubeconfig)
+
+
+def _key(item: Manifest) -> tuple[str, str]:
+    return item["metadata"]["namespace"], item["metadata"]["name"]
+
+
+def _version(item: Manifest) -> str:
+    return str(item["metadata"]["resourceVersion"])

@@ -3,11 +3,11 @@
 What it does as the real ones do: registers nodes with a capacity, so that the real scheduler places the pods; runs init
 containers, then containers, each with its own mounts (volumes, /tmp, /dev/shm), host name, process tree and user, a root file
 system over this machine's (read-only where asked), and the entrypoint of our image (tini); reports phases, states and exit
-codes; refuses images it does not have; ends pods with SIGTERM, a grace time, then SIGKILL; serves logs, attach and exec
-(the streams of both by kubelet_server, which is Kubernetes' own code).
+codes; keeps a container's last word (/dev/termination-log); refuses images it does not have; ends pods with SIGTERM, a grace
+time, then SIGKILL; serves logs, attach and exec (the streams of both by kubelet_server, which is Kubernetes' own code).
 
 What it does not: several containers of a pod at a time, networks (all pods share this machine's, and services resolve to
-loopback), limits on cpu and memory, probes, a terminal for exec.
+loopback), limits on cpu and memory, probes other than the first success of a readiness probe, hooks, a terminal for exec.
 """
 
 import base64
@@ -25,6 +25,7 @@ import termios
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,11 +173,13 @@ class Pod:
         self._terminating = threading.Event()
         self._deleted, self._ended = False, threading.Event()
         self.killed = False  # while it ran
+        self.out_of_memory = False  # whether that was for its memory
         self._no_grace = False
         self._process: subprocess.Popen[bytes] | None = None
         self._terminal: int | None = None  # our side of it
         self._watchers: list[socket.socket] = []  # who is attached
         self._states: dict[str, Manifest] = {}
+        self._unready = {one["name"] for one in manifest["spec"]["containers"] if "readinessProbe" in one}
         self._hosts = ""
         self.write_hosts([])
         threading.Thread(target=self._run, daemon=True).start()
@@ -211,6 +214,11 @@ class Pod:
     def kill(self) -> None:
         self._no_grace = True
         self._terminating.set()
+        self.signal(signal.SIGKILL)
+
+    def run_out_of_memory(self) -> None:
+        """As the kernel ends a container that needs more memory than its limit."""
+        self.out_of_memory = True
         self.signal(signal.SIGKILL)
 
     def signal(self, number: int) -> None:
@@ -299,15 +307,31 @@ class Pod:
         self._await_start(self._words(container))
         self._states[name] = {"running": {"startedAt": _now()}}
         self._report(phase)
+        if name in self._unready:
+            threading.Thread(target=self._probe, args=(container, phase), daemon=True).start()
         if self._terminating.is_set():
             self.signal(signal.SIGKILL if self._no_grace else signal.SIGTERM)
         code = self._process.wait()
         writer.join(10)
         if self.killed or code < 0:  # unshare 2.38 says 1 where its child was killed
             code = 128 + signal.SIGKILL
-        reason = "Completed" if code == 0 else "Error"
-        self._states[name] = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": _now()}}
+        reason = "Completed" if code == 0 else "OOMKilled" if self.out_of_memory else "Error"
+        ended = {"exitCode": code, "reason": reason, "finishedAt": _now()}
+        if message := (self.folder / "termination-log").read_text():
+            ended["message"] = message
+        self._states[name] = {"terminated": ended}
         return code
+
+    def _probe(self, container: Manifest, phase: str) -> None:
+        """Asks until there is an answer; then the container is ready."""
+        probe = container["readinessProbe"]["httpGet"]
+        port = next(one["containerPort"] for one in container["ports"] if one["name"] == probe["port"])
+        ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        while not self._terminating.wait(POLL_SECONDS):
+            with contextlib.suppress(OSError), ask(f"http://127.0.0.1:{port}{probe['path']}", timeout=5):
+                self._unready.discard(container["name"])
+                self._report(phase)
+                return
 
     def _await_start(self, words: list[str]) -> None:
         """Until the container's first process is what it is to be: before that it is still in this machine's root."""
@@ -368,7 +392,8 @@ class Pod:
             # This checkout and its Python may lie in somebody's home.
             f"chmod a+x {root}/root {root}/home 2>/dev/null || true",
             f"mkdir -p {root}/workspace && chown 10001:10001 {root}/workspace",
-            f"mount --rbind /dev {root}/dev && mount -t proc proc {root}/proc && mount --rbind /sys {root}/sys",
+            *_devices(f"{root}/dev", self.folder / "termination-log"),
+            f"mount -t proc proc {root}/proc && mount --rbind /sys {root}/sys",
             f"mount --bind {self.folder}/hosts {root}/etc/hosts",
             f"hostname {self.name[:60]}",
         ]
@@ -394,7 +419,9 @@ class Pod:
         """The command line of its first process."""
         words = container.get("command") or ["/usr/bin/tini", "--"]
         environment = self._environment(container)
-        return [_expand(word, environment) for word in (*words, *container.get("args", []))]
+        expanded = [_expand(word, environment) for word in (*words, *container.get("args", []))]
+        # All pods share this machine's network: what is for the other pods is not for its neighbours.
+        return ["--host=127.0.0.1" if word == "--host=0.0.0.0" else word for word in expanded]
 
     def _security(self, container: Manifest) -> Manifest:
         return dict(self.manifest["spec"].get("securityContext", {}) | container.get("securityContext", {}))
@@ -428,6 +455,8 @@ class Pod:
                 environment[variable["name"]] = _expand(variable["value"], environment)
             elif "fieldRef" in variable.get("valueFrom", {}):
                 environment[variable["name"]] = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+            elif variable.get("valueFrom", {}).get("secretKeyRef", {}).get("optional"):
+                continue  # there is none in the tests
             elif "valueFrom" in variable:
                 raise _Never("CreateContainerConfigError", f"{variable['valueFrom']} is beyond this stand-in")
         return environment
@@ -467,7 +496,7 @@ class Pod:
         if self.silent:
             return
         spec = self.manifest["spec"]
-        ready = phase == "Running"
+        ready = phase == "Running" and not self._unready
         names = {"initContainerStatuses": spec.get("initContainers", []), "containerStatuses": spec["containers"]}
         statuses = {
             kind: [
@@ -484,7 +513,11 @@ class Pod:
             for kind, containers in names.items()
         }
         conditions = [
-            {"type": kind, "status": "True" if ready or kind == "PodScheduled" else "False"}
+            {
+                "type": kind,
+                "status": "True" if ready or kind == "PodScheduled" else "False",
+                "lastTransitionTime": _now(),
+            }
             for kind in ("PodScheduled", "Initialized", "ContainersReady", "Ready")
         ]
         # Services refuse loopback addresses. Nobody sends anything to this one: names resolve to loopback.
@@ -538,6 +571,20 @@ def _pieces(output: int) -> Iterator[bytes]:
 
 def _stamped(line: bytes) -> bytes:
     return datetime.datetime.now(datetime.UTC).strftime(MOMENT).encode() + b" " + line + b"\n"
+
+
+def _devices(folder: str, last_word: Path) -> list[str]:
+    """A /dev of the container's own, with the file in which it may say why it ends."""
+    last_word.write_text("")
+    last_word.chmod(0o666)
+    lines = [f"mount -t tmpfs -o mode=755 tmpfs {folder} && mkdir {folder}/pts {folder}/shm"]
+    for name in ("null", "zero", "full", "random", "urandom", "tty"):
+        lines.append(f"touch {folder}/{name} && mount --bind /dev/{name} {folder}/{name}")
+    lines += [f"mount --rbind /dev/pts {folder}/pts && ln -s pts/ptmx {folder}/ptmx && chmod 1777 {folder}/shm"]
+    lines += [f"ln -s /proc/self/fd {folder}/fd", f"ln -s fd/0 {folder}/stdin", f"ln -s fd/1 {folder}/stdout"]
+    lines += [f"ln -s fd/2 {folder}/stderr"]
+    lines.append(f"touch {folder}/termination-log && mount --bind {last_word} {folder}/termination-log")
+    return lines
 
 
 def _in_folder(container: Manifest) -> list[str]:

@@ -10,7 +10,7 @@ import psutil
 
 from elastic_gpt.checkpoint import Checkpoints
 from elastic_gpt.ledger import Ledger
-from tests.cluster.conftest import NODES, SHORT, Job
+from tests.cluster.conftest import NODES, SHORT, TRAINING, Job
 from tests.conftest import assert_same_run, events, metrics
 
 Make = Callable[..., Job]
@@ -40,7 +40,7 @@ def training_process(job: Job, pod: str) -> int:
     raise AssertionError(f"no worker in {pod}\n{job.story()}")
 
 
-def test_from_apply_to_succeeded(make_job: Make, undisturbed: Undisturbed) -> None:
+def test_a_job_goes_from_apply_to_succeeded(make_job: Make, undisturbed: Undisturbed) -> None:
     job = make_job(steps=SHORT)
     job.submit()
     job.finish()
@@ -48,7 +48,7 @@ def test_from_apply_to_succeeded(make_job: Make, undisturbed: Undisturbed) -> No
     assert {pod.status.phase for pod in job.pods().values()} <= {"Succeeded"}
 
 
-def test_losses_of_all_kinds(make_job: Make, undisturbed: Undisturbed) -> None:
+def test_a_run_with_losses_of_all_kinds_is_the_undisturbed_run(make_job: Make, undisturbed: Undisturbed) -> None:
     job = make_job()
     job.submit()
     job.wait_world(2)
@@ -119,7 +119,7 @@ def test_scaling_up_and_down_loses_no_step(make_job: Make, undisturbed: Undistur
     assert set(dropped(job)) == {0}
 
 
-def test_a_scaling_for_which_there_is_no_room(make_job: Make, undisturbed: Undisturbed) -> None:
+def test_a_scaling_for_which_there_is_no_room_is_told_and_taken_back(make_job: Make, undisturbed: Undisturbed) -> None:
     job = make_job(cpus=2)  # a machine each, and the master's machine has no room
     job.submit()
     job.wait_world(2)
@@ -131,20 +131,19 @@ def test_a_scaling_for_which_there_is_no_room(make_job: Make, undisturbed: Undis
     assert_same_so_far(job, undisturbed)
 
 
-def test_a_lost_master_costs_no_step(make_job: Make, undisturbed: Undisturbed) -> None:
+def test_three_lost_masters_cost_no_step(make_job: Make, undisturbed: Undisturbed) -> None:
     job = make_job()
     job.submit()
     job.wait_world(2)
     job.wait_steps(5)
     lives = len(events(job.run, "joined"))
-    (master,) = job.pods("dlrover-master")
-    job.pod(master).signal(signal.SIGKILL)
-    job.wait("another master", lambda: any(
-        name != master and pod.status.phase == "Running" for name, pod in job.pods("dlrover-master").items()
-    ))  # fmt: skip
+    job.lose_master(job.kill)
+    job.lose_master(job.delete_pod)
+    job.lose_master(job.kill)
     job.wait_steps(10)
     assert len(events(job.run, "joined")) == lives  # training did not notice
-    # The new one does what the old one did: it replaces a pod, and scales.
+    assert "Running" in job.command("status", job.spec.name)
+    # The last one does what the first one did: it replaces a pod, and scales.
     victim = job.running()[0]
     job.cluster.kubectl("delete", "pod", "-n", job.spec.namespace, victim, "--wait=false")
     job.wait("a replacement", lambda: victim not in job.pods() and len(job.running()) == 2)
@@ -155,7 +154,7 @@ def test_a_lost_master_costs_no_step(make_job: Make, undisturbed: Undisturbed) -
     assert set(dropped(job)) <= {0}
 
 
-def test_suspend_and_resume(make_job: Make, undisturbed: Undisturbed) -> None:
+def test_a_suspended_job_goes_on_where_it_was_when_resumed(make_job: Make, undisturbed: Undisturbed) -> None:
     job = make_job()
     job.submit()
     job.wait_world(2)
@@ -169,6 +168,8 @@ def test_suspend_and_resume(make_job: Make, undisturbed: Undisturbed) -> None:
     assert Ledger(job.run).events()[-1]["event"] in ("stopped", "left")
     assert Checkpoints(job.run / "checkpoints").newest_step() == steps
     assert "Suspended" in job.command("status", job.spec.name)
+    job.lose_master(job.kill)
+    assert "Suspended" in job.command("status", job.spec.name)
     job.command("resume", job.spec.name)
     job.wait_world(2)
     job.wait_steps(5)
@@ -181,9 +182,55 @@ def test_suspend_and_resume(make_job: Make, undisturbed: Undisturbed) -> None:
     assert not any(pod.killed for pod in pods)
 
 
+def test_a_users_mistake_ends_the_job_with_the_workers_word(make_job: Make) -> None:
+    job = make_job(arguments=(*TRAINING, "--stepz=5"))
+    job.submit()
+    job.wait("Failed", lambda: job.phase() == "Failed", gone=True)
+    workers = {name: pod.status.phase for name, pod in job.pods().items()}
+    assert len(workers) <= 2, workers  # none was made again
+    assert "Running" not in workers.values()
+    (master,) = job.pods("dlrover-master").values()
+    word = "error: unknown setting 'stepz' in the flags: did you mean 'steps'?"
+    assert word in master.status.container_statuses[0].state.terminated.message
+    assert "did you mean 'steps'" in job.command("status", job.spec.name, code=None)
+
+
+def test_a_worker_out_of_memory_is_replaced_as_often_as_is_said(make_job: Make, undisturbed: Undisturbed) -> None:
+    job = make_job(oom_restarts=1)
+    job.submit()
+    job.wait_world(2)
+    job.wait_steps(5)
+    victim = job.running()[-1]
+    job.pod(victim).run_out_of_memory()
+    job.wait("a replacement", lambda: victim not in job.running() and len(job.running()) == 2)
+    job.wait_world(2)
+    job.wait_steps(5)
+    victim = next(name for name in job.running() if name not in (victim, job.running()[0]))
+    job.pod(victim).run_out_of_memory()
+    job.wait_world(1)
+    job.wait_steps(5)
+    assert len(job.running()) == 1
+    assert "more --memory" in job.command("status", job.spec.name)
+    assert "the job goes on with fewer nodes" in job.command("logs", job.spec.name, "--of", "master")
+    assert_same_so_far(job, undisturbed)
+
+
+def test_a_run_that_ends_while_its_master_is_gone_ends_well(make_job: Make) -> None:
+    job = make_job(steps=SHORT)
+    job.submit()
+    job.wait_world(2)
+    job.cluster.operator.stop()  # nobody makes another master
+    try:
+        job.kill(job.master())
+        job.wait("both ended", lambda: {pod.status.phase for pod in job.pods().values()} == {"Succeeded"})
+        assert job.step() == SHORT
+    finally:
+        job.cluster.operator.start()
+
+
 def test_without_an_operator_a_job_is_new_and_says_why(make_job: Make) -> None:
     job = make_job()
-    job.cluster.operator.away = True
+    job.cluster.operator.stop()
     try:
         job.submit()
         said = job.command("status", job.spec.name)
@@ -191,7 +238,7 @@ def test_without_an_operator_a_job_is_new_and_says_why(make_job: Make) -> None:
         assert "DLRover's operator has not taken it up yet" in said
         assert not job.pods("dlrover-master")
     finally:
-        job.cluster.operator.away = False
+        job.cluster.operator.start()
     job.wait("the master", lambda: bool(job.pods("dlrover-master")))
 
 
@@ -199,8 +246,8 @@ def test_an_image_that_cannot_be_pulled_is_named(make_job: Make) -> None:
     job = make_job(image="elastic-gpt:typo")
     job.submit()
     job.wait("the pods", lambda: bool(job.pods("dlrover-master")))
-    job.wait("the reason", lambda: "ImagePullBackOff" in job.command("status", job.spec.name))
-    assert 'pulling image "elastic-gpt:typo"' in job.command("status", job.spec.name)
+    told = 'ImagePullBackOff: Back-off pulling image "elastic-gpt:typo"'
+    job.wait("the reason", lambda: told in job.command("status", job.spec.name))
     assert "deleted" in job.command("delete", job.spec.name)
     job.wait("no pods", lambda: not job.pods("dlrover-master") and not job.pods(), gone=True)
 
@@ -224,5 +271,5 @@ def test_wait_and_logs_and_doctor_and_list(make_job: Make, undisturbed: Undistur
     assert "step " in job.command("logs", job.spec.name, "--tail", 5)
     job.command("doctor", code=None)
     job.command("wait", job.spec.name)
-    assert job.phase() == "Succeeded"
+    job.wait("the operator's word", lambda: job.phase() == "Succeeded")
     assert_same_run(job.run, undisturbed(job))

@@ -1,6 +1,7 @@
 """The drill: it holds the laws against real kills, and sees when one is broken."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ def test_a_short_drill_holds_every_law_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "drill").mkdir()
     done = elastic_gpt("drill", "--events=5", "--nodes=3", "--seed=11", "--output-dir", tmp_path / "drill")
     assert "BROKEN" not in done.stdout
+    said = ("measuring: ", "learning ", "encoding: ")  # no library has a word
+    assert [line for line in done.stderr.splitlines() if not line.startswith(said)] == []
     report = json.loads((tmp_path / "drill/report.json").read_text())
     assert [event["kind"] for event in report["events"]][5:] == [LEAVE]
     assert all(report["laws"].values())
@@ -54,3 +57,27 @@ def test_a_broken_drill_leaves_no_good_report(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(drill, "disturb", disturb)
     assert drill.main(["--output-dir", str(tmp_path)]) == 1
     assert json.loads(report.read_text())["broken"] == "no step"
+
+
+def test_a_command_that_fails_in_a_drill_has_said_why_and_ends_it_as_it_ended(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        drill.train("prepare", "nowhere.txt")
+    assert stop.value.code == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_short_drill_under_torchrun_holds_every_law(tmp_path: Path) -> None:
+    words = ("--under=torchrun", "--events=4", "--nodes=3", "--seed=3", "--output-dir", tmp_path / "drill")
+    assert "BROKEN" not in elastic_gpt("drill", *words).stdout
+    report = json.loads((tmp_path / "drill/report.json").read_text())
+    assert (report["under"], all(report["laws"].values())) == ("torchrun", True)
+
+
+def test_nothing_of_dlrovers_is_drilled_under_torchrun(tmp_path: Path) -> None:
+    with drill.UNDER["torchrun"].job(["train"], least=1, most=2, say=lambda _: None) as job:
+        kinds = set(drill.UNDER["torchrun"].faults(job, tmp_path, 2, random.Random(1)).kinds)
+    assert not [kind for kind in kinds if "master" in kind or "standby" in kind]
+    assert "kill -9 of a node" in kinds

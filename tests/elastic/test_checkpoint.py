@@ -11,6 +11,7 @@ import torch
 
 from elastic_gpt import checkpoint, storage
 from elastic_gpt.checkpoint import CheckpointError, Checkpoints, load_model_weights
+from elastic_gpt.identity import Run
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -71,7 +72,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
     live = state(0)
     again.load(newest, live)
     assert all(torch.equal(live[tensor], value) for tensor, value in state(newest).items())
-    again.save(30, state(30), [{"step": 30}])  # and what the killed save left is no hindrance
+    again.save(30, state(30), [{"step": 30}])  # and what the killed save left does not stand in the way
     assert again.finished(wait=True) == 30
     assert again.newest_step() == 30
 
@@ -119,7 +120,7 @@ def test_damaged_newer_checkpoints_do_not_push_out_a_good_one(tmp_path: Path) ->
     assert Checkpoints(tmp_path).newest_step() == 250
 
 
-def test_a_folder_of_the_users_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_of_the_users_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 10)
     shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000010.bak")
     assert Checkpoints(tmp_path).steps() == [10]
@@ -172,7 +173,7 @@ def test_a_failed_save_is_owed_until_one_succeeds(tmp_path: Path, monkeypatch: p
 
 def test_another_runs_checkpoints_are_neither_taken_nor_deleted(tmp_path: Path) -> None:
     def run(name: str) -> Checkpoints:
-        return Checkpoints(tmp_path, keep=1, run_id=name)
+        return Checkpoints(tmp_path, keep=1, run=Run(name, 0, []))
 
     late = run("late")
     assert late.newest_step() is None  # both start, and find nothing

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_gpt.ledger import PARTS, Ledger, account, main, read_metrics
+from elastic_gpt.identity import Run
+from elastic_gpt.ledger import PARTS, Ledger, account, main, read_metrics, strict_json
 
 
 def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_a_world_that_was_left_out_is_told_once(tmp_path: Path) -> None:
     assert old.superseded()
     assert not new.superseded()
     with new.path.open("a", buffering=1) as file:
-        file.write('{"event": "joi')  # a line that is being written is none yet
+        file.write('{"event": "joi')  # a line that is being written does not count yet
         file.flush()
         assert not new.superseded()
         file.write('ned", "life": 2}\n')
@@ -57,7 +58,7 @@ def test_a_world_that_was_left_out_is_told_once(tmp_path: Path) -> None:
 def test_a_recovery_is_split_into_its_parts(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     now = time.time()
-    ledger.recovered(None, now, now)  # the start of a run is no recovery
+    ledger.recovered(None, now, now)  # the start of a run is not a recovery
     assert ledger.events() == []
     ledger.write("interrupted", node="a", cause="lost a peer")
     noticed = ledger.events()[0]["time"]
@@ -68,7 +69,7 @@ def test_a_recovery_is_split_into_its_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["stopped", "finished", None])
-def test_a_pause_that_was_asked_for_is_no_recovery(tmp_path: Path, end: str | None) -> None:
+def test_a_pause_that_was_asked_for_is_not_a_recovery(tmp_path: Path, end: str | None) -> None:
     ledger = Ledger(tmp_path)
     ledger.begin_life(["a"], 1, 0, "start", 0)
     if end:
@@ -81,6 +82,26 @@ def test_a_pause_that_was_asked_for_is_no_recovery(tmp_path: Path, end: str | No
     ledger.begin_life(["a"], 1, 4, "snapshot", 0)  # and the next change is one again
     ledger.recovered(now, now, now)
     assert ledger.events()[-1]["event"] == "recovered"
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_nodes_that_left_for_good_without_a_word_of_the_last_one_are_a_pause(tmp_path: Path, back: bool) -> None:
+    """As when a job is suspended: the second node is between two worlds when it is asked to leave."""
+    ledger = Ledger(tmp_path)
+    ledger.begin_life(["a", "b"], 2, 0, "start", 0)
+    ledger.write("left", node="a", step=4)
+    ledger.begin_life(["b", "c"] if back else ["c", "d"], 2, 4, "checkpoint", 0)
+    now = time.time()
+    ledger.recovered(now - 3600, now, now)
+    written = [event["event"] for event in ledger.events()]
+    assert ("recovered" in written) == back
+    assert "lost" not in written
+    (tmp_path / "metrics.jsonl").write_text("")
+    events = ledger.events()
+    for event in events[3:]:
+        event["time"] += 3600
+    ledger.path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert (account(tmp_path).elapsed > 3000) == back
 
 
 def test_goodput_is_useful_step_time_over_elapsed_time_without_pauses(
@@ -129,3 +150,17 @@ def test_a_run_whose_writer_was_killed_in_the_middle_of_a_line_is_told_like_any_
         assert main([str(tmp_path)]) == 0
         assert "1 steps kept" in capsys.readouterr().out
         assert read_metrics(tmp_path) == [json.loads(whole)]
+
+
+def test_what_came_after_the_last_good_step_of_a_life_that_diverged_is_abandoned(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin_life(["a"], 1, 0, "start", 0)
+    ledger.write("diverged", step=16, good=12)
+    run = Run("run", 1, ledger.branches())
+    assert run.valid(0, 12)
+    assert not run.valid(0, 13)
+    assert run.valid(1, 13)
+
+
+def test_what_is_not_finite_is_null_in_json() -> None:
+    assert strict_json({"a": [float("nan"), 1.5], "b": float("-inf")}) == '{"a": [null, 1.5], "b": null}'

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from elastic_gpt.observers import ConsoleObserver, MetricsObserver
+from elastic_gpt.contract import Progress
+from elastic_gpt.observers import ConsoleObserver, MetricsObserver, ProgressObserver
 from elastic_gpt.reports import StepReport
 
 
@@ -91,3 +92,40 @@ def test_the_console_says_a_line_every_interval_and_the_last(capsys: pytest.Capt
     assert [line.split(" ")[1] for line in lines] == ["10/25", "20/25", "25/25"]
     assert "100 tokens/s" in lines[0]
     assert "2 workers" in lines[0]
+
+
+def test_machines_are_told_of_a_world_at_once_and_then_now_and_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "progress"
+    observer = ProgressObserver(steps=25, start=0, interval=10, workers=2, file=file)
+    assert Progress.from_line(file.read_text()) == Progress.from_line(capsys.readouterr().out)
+    for step in range(1, 26):
+        observer.on_step(report(step, loss=1 / step))
+    told = [Progress.from_line(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one.step, one.steps, one.loss, one.workers) for one in told if one] == [
+        (10, 25, 1 / 10, 2), (20, 25, 1 / 20, 2), (25, 25, 1 / 25, 2)
+    ]  # fmt: skip
+    assert told[-1]
+    assert told[-1].seconds_left == 0
+    assert Progress.from_line(file.read_text()) == told[-1]
+
+
+def test_a_world_that_ends_between_two_lines_tells_its_last_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "progress"
+    observer = ProgressObserver(steps=25, start=0, interval=10, workers=2, file=file)
+    for step in range(1, 14):
+        observer.on_step(report(step))
+    observer.close()
+    told = [Progress.from_line(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one.step for one in told if one] == [0, 10, 13]
+    assert Progress.from_line(file.read_text()) == told[-1]
+
+
+def test_a_full_disk_keeps_no_line_of_progress_from_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ProgressObserver(steps=25, start=3, interval=10, workers=2, file=tmp_path / "absent" / "progress")
+    told = Progress.from_line(capsys.readouterr().out)
+    assert told
+    assert (told.step, told.workers, told.loss) == (3, 2, None)

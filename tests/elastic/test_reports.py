@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from elastic_gpt.batches import Batches
-from elastic_gpt.gradients import Gradients
+from elastic_gpt.gradients import Gradients, not_finite, update
 from elastic_gpt.order import Ids, Order, sequence_hash, share
 from elastic_gpt.reports import Reporter, StepReport
 from elastic_gpt.world import World
@@ -61,7 +61,52 @@ def hashes(world: World, order: Order, exact: bool, lost: int | None = None) -> 
                 gradients.backward(index, ids, (parameter * tokens.sum()).sum())
         reporter.step(step + 1, 0.0, gradients.reduce(stop=False, leave=False), torch.zeros(()))
     reporter.drain()
+    assert world.size == 1 or not kept.reports  # a rank may have come to the end of it alone
+    reporter.all_did()
     return [report.sequence_hash for report in kept.reports]
+
+
+def with_a_bad_micro_batch(world: World, exact: bool, where: str, odd: float) -> tuple[list[float], dict]:
+    """Two steps, the second with a loss or a gradient that is not finite on one rank; parameters, and the last report."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    batches = Batches(np.arange(40 * BLOCK + 1, dtype=np.uint16), BLOCK, MICRO_BATCH, ORDER, world)
+    gradients = Gradients(
+        [parameter], world, micro_batches=MICRO_BATCHES, global_batch=ORDER.global_batch, tokens=1, exact=exact
+    )
+    kept = Kept()
+    reporter = Reporter([kept], world, recent=[], keep=9, tokens_per_step=1, flops_per_token=1, peak=None)
+    after = []
+    for step in range(2):
+        gradients.zero()
+        for index, ids, *_ in batches.step(step):
+            loss = parameter.sum()
+            if step == 1 and index == 2:
+                loss = loss + odd if where == "loss" else loss * (parameter.sum() * 0 + 1) * odd
+            gradients.backward(index, ids, loss)
+        sums = gradients.reduce(stop=False, leave=False)
+        norm = gradients.clip(1.0)
+        update(optimizer, not_finite(sums, norm))
+        reporter.step(step + 1, 0.1, sums, norm)
+        after.append(parameter.detach().tolist() + [float(value) for value in optimizer.state[parameter]["exp_avg"]])
+    reporter.drain()
+    assert world.size == 1 or not kept.reports  # a rank may have come to the end of it alone
+    reporter.all_did()
+    assert after[0] == after[1]
+    assert after[0] != [1.0, 1.0, 0.0, 0.0]
+    assert optimizer.state[parameter]["step"] == 1
+    assert reporter.skipped == 1
+    return after[1], kept.reports[-1].line() | {"tokens_per_second": 0, "world_size": 0}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("where", "odd"), [("loss", float("nan")), ("loss", float("inf")), ("gradient", 1e39)])
+def test_an_update_that_is_not_finite_is_left_out_alike_in_every_world(exact: bool, where: str, odd: float) -> None:
+    results = [one for size in (1, 3, 7) for one in run_world(size, with_a_bad_micro_batch, exact, where, odd)]
+    assert all(one == results[0] for one in results)
+    line = results[0][1]
+    assert (line["step"], line["skipped"], line["loss"], line["grad_norm"]) == (2, True, None, None)
+    assert line["sequence_hash"] == sequence_hash(ORDER.ids(1))
 
 
 def planned(order: Order) -> list[str]:
@@ -89,6 +134,8 @@ def trained(world: World, exact: bool) -> str:
     reporter = Reporter([kept], world, recent=[], keep=9, tokens_per_step=1, flops_per_token=1, peak=None)
     reporter.step(1, 0.0, gradients.reduce(stop=False, leave=False), torch.zeros(()))
     reporter.drain()
+    assert world.size == 1 or not kept.reports  # a rank may have come to the end of it alone
+    reporter.all_did()
     return kept.reports[0].sequence_hash
 
 

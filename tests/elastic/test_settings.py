@@ -104,7 +104,7 @@ def test_an_unknown_preset_names_the_nearest_one(presets: Path) -> None:
         parse(Settings, ["--steps=3"], presets=presets, prog="x", environment={})
 
 
-def test_a_preset_that_is_no_yaml_says_so(presets: Path) -> None:
+def test_a_preset_that_is_not_yaml_is_named_as_such(presets: Path) -> None:
     (presets / "small.yaml").write_text("steps: [1,")
     with pytest.raises(SettingsError, match="is not YAML"):
         settle(presets)
@@ -137,3 +137,67 @@ def test_every_preset_is_accepted(name: str) -> None:
 def test_settings_that_cannot_work_together_say_what_can(flag: str, cure: str) -> None:
     with pytest.raises(SettingsError, match=cure):
         parse(TrainConfig, ["debug_cpu", *flag.split()], presets=PRESETS, prog="x", environment={})
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "note"),
+    [
+        (["--steps=1", "--steps", "2"], {}, "note: --steps is given twice: 2 is taken, not 1\n"),
+        (["--steps=1"], {"EGPT__STEPS": "3"}, "note: variable EGPT__STEPS has no effect: the flags say --steps 1\n"),
+        (["--steps=1", "--steps=1"], {"EGPT__STEPS": "1"}, ""),
+    ],
+)
+def test_a_setting_that_another_one_overrides_is_told(
+    presets: Path, flags: list[str], variables: dict[str, str], note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settle(presets, *flags, **variables)
+    assert capsys.readouterr().err == note
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--steps=100 --optimizer.warmup-steps=100", "does not reach"),
+        ("--steps=100 --optimizer.decay-steps=10 --optimizer.warmup-steps=20", "falls to"),
+        ("--optimizer.min-learning-rate=1", "rises after the warm-up"),
+    ],
+)
+def test_a_learning_rate_that_cannot_take_its_course_is_told(flags: str, word: str) -> None:
+    settled = parse(TrainConfig, ["debug_cpu", *flags.split()], presets=PRESETS, prog="x", environment={})
+    assert [word in note for note in settled.notes()] == [True]
+
+
+@pytest.mark.parametrize("name", preset_names(PRESETS))
+def test_a_preset_as_it_is_needs_no_note(name: str) -> None:
+    assert parse(TrainConfig, [name], presets=PRESETS, prog="x", environment={}).notes() == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ("steps: 1\nsteps: 2\n", "'steps' stands twice in one section"),
+        ("steps: [1, 2]", "setting 'steps' in preset .* is a list: give one value"),
+        ("[" * 5000, "is not YAML: too deeply nested"),
+        ("\x00", "is not YAML"),
+        ("3", "holds no settings"),
+        ("limit: " + "9" * 5000, "limit"),
+        ("x: " + "y" * (1 << 20), "is too large to be one"),
+    ],
+)
+def test_a_preset_that_is_something_else_is_refused_in_one_line(presets: Path, preset: str, words: str) -> None:
+    (presets / "small.yaml").write_text(preset)
+    with pytest.raises(SettingsError, match=words) as caught:
+        settle(presets)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_section_whose_lines_are_comments_sets_nothing(presets: Path) -> None:
+    (presets / "small.yaml").write_text("model:\n  # n_layer: 4\nsteps: 5\n")
+    assert settle(presets) == Settings(steps=5)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
+def test_a_number_that_is_not_finite_is_refused(value: str) -> None:
+    for name in ("optimizer.learning-rate", "elastic.timeout-seconds", "optimizer.beta1"):
+        with pytest.raises(SettingsError, match=name.replace("-", "[-_]")):
+            parse(TrainConfig, ["debug_cpu", f"--{name}", value], presets=PRESETS, prog="x", environment={})

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from elastic_gpt.identity import Run
 from elastic_gpt.snapshot import LEFT_OVER_SECONDS, Snapshot, SnapshotError, Snapshots
-from elastic_gpt.state import Run
 from tests.conftest import until
 
 
-def always(_life: int, _step: int) -> bool:
+def always(_snapshot: Snapshot) -> bool:
     return True
 
 
@@ -81,7 +81,7 @@ def test_an_abandoned_end_of_the_history_is_not_taken(tmp_path: Path) -> None:
         snapshots.save(step, life, state(step), [])
     snapshots.wait()
     run = Run("run", 2, [(0, 0), (1, 100)])
-    newest = snapshots.newest(run.valid)
+    newest = snapshots.newest(lambda one: run.valid(one.life, one.step))
     assert newest is not None
     assert newest.step == 110
     assert not run.valid(0, 170)
@@ -94,7 +94,7 @@ def test_the_snapshot_that_was_restored_is_not_the_one_that_is_overwritten_next(
         snapshots.save(step, 1, state(step), [])
     snapshots.wait()
     again = Snapshots(tmp_path / "run", "node", "run", state(0))
-    newest = again.newest(lambda _life, step: step <= 20)  # another node's life began there: 30 is abandoned
+    newest = again.newest(lambda one: one.step <= 20)  # another node's life began there: 30 is abandoned
     assert newest is not None
     assert newest.step == 20
     again.save(21, 2, state(21), [])
@@ -115,7 +115,7 @@ def test_only_what_is_taken_is_checksummed(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"identity": 1}'])
-def test_a_header_that_says_too_little_is_none(tmp_path: Path, text: str) -> None:
+def test_a_header_that_says_too_little_does_not_count(tmp_path: Path, text: str) -> None:
     snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
     for step in (10, 20):
         snapshots.save(step, 0, state(step), [])

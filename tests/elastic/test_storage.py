@@ -194,6 +194,7 @@ def test_a_missing_package_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch
         Checkpoints("nonsense://bucket/run")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("s3_server")
 def test_a_killed_run_resumes_from_s3_and_text_is_generated_from_it(data: Path, tmp_path: Path) -> None:
     run, url = tmp_path / "run", f"s3://bucket/{uuid.uuid4().hex}"
@@ -222,8 +223,8 @@ def test_a_killed_run_resumes_from_s3_and_text_is_generated_from_it(data: Path, 
 
 
 def snapshots_of(run: Path) -> list[Path]:
+    from elastic_gpt.contract import shared_memory
     from elastic_gpt.ledger import Ledger
-    from elastic_gpt.snapshot import shared_memory
 
     folder = shared_memory() / Ledger(run).run_id()
     return [folder] if folder.exists() else []

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_gpt.nodes.launch import CRASHES, Crashes
+from elastic_gpt.nodes.mend import CRASHES, Crashes
 from elastic_gpt.world import Signals, World
 from tests.conftest import PATIENCE, TINY, environment, until
 from tests.elastic.worlds import run_world
@@ -107,7 +107,7 @@ def test_a_world_that_cannot_be_formed_is_told_and_has_an_exit_code_of_its_own(d
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "elastic_gpt.cli", *command],
-            env=environment(**place, RANK=str(rank), GLOO_SOCKET_IFNAME="nonesuch"),
+            env=environment(**place, RANK=str(rank), GLOO_SOCKET_IFNAME="nonesuch", TORCHELASTIC_RUN_ID="job"),
             stderr=subprocess.PIPE,
             text=True,
         )

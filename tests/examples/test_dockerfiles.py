@@ -169,7 +169,7 @@ def install(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         (tmp_path / Path(name).name).write_text((REPO / name).read_text())
 
     def run(found: str, **arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {"VARIANT": "cuda", "EXTRAS": "train,s3", "TORCH_VERSION": "", "PIP_EXTRA_INDEX_URL": ""}
+        environment = {"VARIANT": "cuda", "EXTRAS": "train,serve,s3", "TORCH_VERSION": "", "PIP_EXTRA_INDEX_URL": ""}
         environment |= arguments | {"FOUND": found, "PATH": f"{python.parent}:{os.environ['PATH']}"}
         command = ["sh", str(INSTALL), str(tmp_path / "venv")]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -179,7 +179,7 @@ def install(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def test_the_cuda_variant_takes_torch_from_pypi_with_the_pinned_cuda(install: Any, tmp_path: Path) -> None:
     assert install("2.13.0").returncode == 0
-    assert (tmp_path / "pip.log").read_text().splitlines()[0].endswith(" -c constraints.txt .[train,s3] index=")
+    assert (tmp_path / "pip.log").read_text().splitlines()[0].endswith(" -c constraints.txt .[train,serve,s3] index=")
     assert "nvidia-nccl" in (tmp_path / "constraints.txt").read_text()
     assert (tmp_path / "venv/lib/python3.11/site-packages/torch/include").is_dir()  # torch.compile needs them
 

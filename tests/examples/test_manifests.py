@@ -3,12 +3,8 @@
 Everything in examples/elasticjob is held against the schemas, and so are jobs with every option there is.
 """
 
-import contextlib
 import copy
-import functools
-import io
 import re
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,10 +15,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from elastic_gpt.jobs import commands
-from elastic_gpt.jobs.manifest import GROUP, MASTER_RULES, PARTS, manifests
+from elastic_gpt.jobs.manifest import GROUP, JOB_LABEL, MASTER_RULES, PARTS, manifests
 from elastic_gpt.jobs.render import to_yaml
 from elastic_gpt.jobs.spec import JobSpec
+from tests.examples.schemas import assert_first_line_renders, crd_validator, misspelt
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "examples" / "elasticjob"
@@ -31,12 +27,13 @@ KUBERNETES = "1.32"
 
 Tree = dict[str, Any]
 
+OURS = [path for path in sorted(FOLDER.rglob("*.yaml")) if path.parent.name != "operator"]  # that is test_operator.py's
 FILES = {
     str(path.relative_to(FOLDER)): list(yaml.safe_load_all(path.read_text()))
-    for path in sorted(FOLDER.rglob("*.yaml"))
+    for path in OURS
     if path.name != "kustomization.yaml"
 }
-KUSTOMIZATIONS = {path.parent: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.rglob("kustomization.yaml"))}
+KUSTOMIZATIONS = {path.parent: yaml.safe_load(path.read_text()) for path in OURS if path.name == "kustomization.yaml"}
 EVERYTHING = JobSpec(
     name="all",
     namespace="mine",
@@ -71,7 +68,7 @@ BUILT_IN = {where: tree for where, tree in DOCUMENTS.items() if tree["kind"] != 
     for replica, spec in tree["spec"]["replicaSpecs"].items()
 }
 POD_SPECS = {where: tree["spec"] for where, tree in BUILT_IN.items() if tree["kind"] == "Pod"} | {
-    where: tree["spec"]["template"]["spec"] for where, tree in BUILT_IN.items() if tree["kind"] == "Job"
+    where: tree["spec"]["template"]["spec"] for where, tree in BUILT_IN.items() if tree["kind"] in ("Job", "Deployment")
 }
 
 every_elasticjob = pytest.mark.parametrize("job", ELASTICJOBS.values(), ids=ELASTICJOBS)
@@ -83,51 +80,8 @@ def validate(document: Tree) -> None:
     kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-def closed(schema: Any) -> Any:
-    """The schema with every object closed to fields that it does not name."""
-    if isinstance(schema, list):
-        return [closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    schema = {key: closed(value) for key, value in schema.items()}
-    if "properties" in schema and "additionalProperties" not in schema:
-        schema["additionalProperties"] = False
-    return schema
-
-
-@functools.cache
-def elasticjob_validator() -> Any:
-    validator = pytest.importorskip("openapi_schema_validator").OAS30Validator
-    if not CRD.exists():
-        pytest.skip(f"no CustomResourceDefinition at {CRD}")
-    versions = yaml.safe_load(CRD.read_text())["spec"]["versions"]
-    schema = next(version for version in versions if version["name"] == "v1alpha1")["schema"]["openAPIV3Schema"]
-    schema["properties"]["metadata"] = {}  # the CRD leaves it to the API server, as a bare object
-    return validator(closed(schema))
-
-
 def elasticjob_errors(job: Tree) -> list[str]:
-    return [error.message for error in elasticjob_validator().iter_errors(job)]
-
-
-def misspelt(tree: Tree, free: tuple[str, ...]) -> list[tuple[str, Tree]]:
-    """Copies of `tree`, each with one field misspelt; below the fields `free` any name goes."""
-    found: list[tuple[str, Tree]] = []
-
-    def walk(node: Any, path: tuple[Any, ...]) -> None:
-        if isinstance(node, dict) and not (path and path[-1] in free):
-            for key in node:
-                broken = copy.deepcopy(tree)
-                parent = broken
-                for step in path:
-                    parent = parent[step]
-                parent[f"{key}x"] = parent.pop(key)
-                found.append((".".join(map(str, (*path, key))), broken))
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-            walk(value, (*path, key))
-
-    walk(tree, ())
-    return found
+    return [error.message for error in crd_validator(CRD).iter_errors(job)]
 
 
 def containers(spec: Tree) -> list[Tree]:
@@ -141,15 +95,7 @@ def main_container(job: Tree, replica: str = "worker") -> Tree:
 
 @pytest.mark.parametrize("path", FILES)
 def test_an_example_is_what_the_command_in_its_first_line_renders(path: str) -> None:
-    text = (FOLDER / path).read_text()
-    words = shlex.split(text.partition("\n")[0].removeprefix("# "))
-    assert words[:3] == ["elastic-gpt", "job", "render"]
-    rendered = io.StringIO()
-    with contextlib.redirect_stdout(rendered):
-        assert commands.main(words[2:]) == 0
-    assert rendered.getvalue() == text, (
-        f"after a change of the renderer: {shlex.join(words)} > examples/elasticjob/{path}"
-    )
+    assert_first_line_renders(FOLDER / path)
 
 
 @every_built_in
@@ -160,7 +106,9 @@ def test_kubernetes_takes_every_field(document: Tree) -> None:
 @every_built_in
 def test_a_misspelt_field_of_kubernetes_is_caught(document: Tree) -> None:
     missed = []
-    for where, broken in misspelt(document, free=("labels", "requests", "limits", "data", "nodeSelector")):
+    free = ("labels", "requests", "limits", "data", "nodeSelector", "matchLabels")
+    free += ("selector",) * (document["kind"] == "Service")  # labels as well, there
+    for where, broken in misspelt(document, free=free):
         if where in ("apiVersion", "kind"):
             continue  # they choose the schema
         try:
@@ -271,7 +219,36 @@ def test_our_command_line_takes_what_a_prompt_is_given(where: str) -> None:
     program, command, *arguments = POD_SPECS[where]["containers"][0]["args"]
     assert (program, command) == ("elastic-gpt", "generate")
     name = DOCUMENTS[where]["metadata"]["name"].removesuffix("-prompt")
-    assert _parser("generate").parse_args(arguments).run == Path("/workspace") / name / "run"
+    assert _parser("generate").parse_args(arguments).run == f"/workspace/{name}/run"
+
+
+@pytest.mark.parametrize("where", [where for where, tree in DOCUMENTS.items() if tree["kind"] == "Deployment"])
+def test_our_command_line_takes_what_a_server_is_given_and_its_service_finds_it(where: str) -> None:
+    pytest.importorskip("torch")
+    from model_zoo.nanogpt.serving.completions import Limits
+    from model_zoo.nanogpt.serving.serve import TOKEN, _parser
+
+    deployment = DOCUMENTS[where]
+    service = DOCUMENTS[
+        f"{where.partition(':')[0]}:Service" + deployment["metadata"]["name"].join([" ", ""]) * ("every" in where)
+    ]
+    [container] = POD_SPECS[where]["containers"]
+    program, command, *arguments = container["args"]
+    assert (program, command) == ("elastic-gpt", "serve")
+    options = _parser("serve").parse_args(arguments)
+    name = deployment["metadata"]["name"].removesuffix("-serve")
+    assert (options.model, options.name, options.follow) == (f"/workspace/{name}/run", name, True)
+    assert (options.host, options.port) == ("0.0.0.0", None)
+    [port] = container["ports"]
+    assert port["containerPort"] == 8080  # the command's own
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    assert JOB_LABEL not in labels  # the client would take it for a pod of the job
+    assert TOKEN in [variable["name"] for variable in container["env"]]
+    grace = POD_SPECS[where]["terminationGracePeriodSeconds"]
+    sleep, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (sleep, grace > Limits.seconds + int(seconds)) == ("sleep", True)
 
 
 @every_elasticjob
@@ -322,9 +299,13 @@ def test_our_command_line_takes_what_a_worker_is_given(job: Tree, monkeypatch: p
 
 
 @pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=lambda folder: str(folder.relative_to(FOLDER)))
-def test_a_kustomization_lists_every_manifest_beside_it_but_the_prompt(folder: Path) -> None:
+def test_a_kustomization_lists_every_manifest_beside_it_but_what_uses_the_model(folder: Path) -> None:
     listed = {name for name in KUSTOMIZATIONS[folder]["resources"] if name.endswith(".yaml")}
-    assert listed == {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml", "prompt-pod.yaml"}
+    assert listed == {path.name for path in folder.glob("*.yaml")} - {
+        "kustomization.yaml",
+        "prompt-pod.yaml",
+        "serve.yaml",
+    }
 
 
 @pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=lambda folder: str(folder.relative_to(FOLDER)))
@@ -424,6 +405,7 @@ def test_the_rights_are_what_dlrovers_calls_need() -> None:
     assert all(hasattr(kubernetes.k8sClient, call) for call in needed)
     granted = {(name, verb) for rule in MASTER_RULES for name in rule["resources"] for verb in rule["verbs"]}
     watched = {
+        ("elasticjobs/status", "patch"),  # ours: nodes/master.py heals it
         ("pods", "watch"),
         ("elasticjobs", "list"),
         ("elasticjobs", "watch"),

@@ -4,7 +4,7 @@ No registry of images is asked. The base is a stand-in for python:3.11-slim-book
 makes from this machine's mirror; pip is configured in the build as it is here. Both the base and the image's layers stay in
 ~/.cache/elastic-gpt/images (2 GB), so that a second run builds only what has changed. `rm -rf` that to begin anew.
 
-What cannot be done here (not root, no Debian) is said in one line, and is no failure.
+What cannot be done here (not root, no Debian) is said in one line, and is not a failure.
 """
 
 import ast

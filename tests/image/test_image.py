@@ -175,13 +175,10 @@ def test_dlrover_runs_two_nodes_in_one_container_with_the_same_losses(workspace:
 def test_a_user_id_that_the_image_does_not_know(workspace: Path) -> None:
     """OpenShift gives each namespace a user id of its own, with group 0."""
     options = (*on(workspace), "--user=1000650000:0", "--passwd=false")  # podman would make it known
-    inside("elastic-gpt", *TRAIN, "--steps=1", "--run-dir=/tmp/run", options=options)
-    inside(
-        "python",
-        "-c",
-        "import getpass, torch._inductor.codecache as c; print(getpass.getuser(), c.cache_dir())",
-        options=options,
-    )
+    assert "step 1/1 " in inside("elastic-gpt", *TRAIN, "--steps=1", "--run-dir=/tmp/run", options=options).stdout
+    code = "import os, getpass, torch._inductor.codecache as c; print(os.getuid(), getpass.getuser(), c.cache_dir())"
+    uid, *words = inside("python", "-c", code, options=options).stdout.split()
+    assert (uid, len(words)) == ("1000650000", 2)
 
 
 def test_sigterm_reaches_training_through_pid_1_and_the_state_is_saved(
@@ -237,3 +234,21 @@ def test_pods_leave_with_0_at_sigterm_and_what_they_did_is_saved(
     assert steps == list(range(1, len(steps) + 1))
     assert events(run, "saved")[-1]["step"] == steps[-1]
     assert [event["node"] for event in events(run, "left")] == ["pods-worker-0", "pods-worker-1"]
+
+
+def test_the_same_image_serves_the_model_from_a_volume_that_it_cannot_write(
+    workspace: Path, containers: Callable[..., str]
+) -> None:
+    inside("elastic-gpt", *TRAIN, "--steps=2", "--run-dir=served", options=on(workspace))
+    mount = f"--volume={workspace}:/workspace:ro"
+    name = containers("elastic-gpt", "serve", "served", name="serve", options=(mount, "--network=none"))
+    ask = (
+        "import json, urllib.request as u; wanted = {'model': 'served', 'prompt': 'The ', 'max_tokens': 5};"
+        " request = u.Request('http://127.0.0.1:8080/v1/completions', json.dumps(wanted).encode(),"
+        " {'Content-Type': 'application/json'}); print(json.load(u.urlopen(request))['usage']['completion_tokens']);"
+        " print(u.urlopen('http://127.0.0.1:8080/page/page.js').status)"
+    )
+    until(lambda: "serving served" in podman("logs", name).stderr)
+    assert podman("exec", name, "python", "-c", ask).stdout.split() == ["5", "200"]
+    code, seconds = stopped(name)
+    assert (code, seconds < 30) == (143, True)

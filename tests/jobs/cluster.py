@@ -23,15 +23,18 @@ PATH = re.compile(
 class StubCluster:
     """Objects by kind, namespace and name; logs by pod.
 
-    What a test may set: `forbidden` (kinds that this user may not create or list), `unknown` (kinds that the cluster does not
-    know), `drops` (fields of an ElasticJob's spec that an old definition has not).
+    What a test may set: `forbidden` (kinds that this user may not create or list), `narrow` (kinds that this user may list in
+    one namespace only), `unknown` (kinds that the cluster does not know), `drops` (fields of an ElasticJob's spec that an old
+    definition has not), `grace` (seconds that the pods of a deleted ElasticJob stay, as a cluster's do).
     """
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str, str], Tree] = {}
         self.logs: dict[str, list[str]] = {}
         self.forbidden: set[str] = set()
+        self.narrow: set[str] = set()
         self.unknown: set[str] = set()
+        self.grace = 0.0
         self.drops: set[str] = set()
         self.requests: list[tuple[str, str]] = []
         stub = self
@@ -90,6 +93,10 @@ class StubCluster:
         spec = {"nodeName": "machine", "containers": [{"name": "main", "image": "elastic-gpt:0.1.0"}]}
         return self.add({"kind": "Pod", "metadata": metadata, "spec": spec, "status": {"phase": phase, **status}})
 
+    def master(self, job: str, number: int = 0, phase: str = "Running", **status: Any) -> Tree:
+        labels = {"elasticjob.dlrover/name": job, "elasticjob.dlrover/replica-type": "dlrover-master"}
+        return self.pod(f"elasticjob-{job}-dlrover-master-{number}", labels, phase, **status)
+
     def worker(self, job: str, rank: int, phase: str = "Running", **status: Any) -> Tree:
         labels = {"elasticjob.dlrover/name": job, "elasticjob.dlrover/replica-type": "worker"}
         labels |= {f"elasticjob.dlrover/{kind}-index": str(rank) for kind in ("replica", "rank")}
@@ -111,23 +118,30 @@ class StubCluster:
         match = PATH.fullmatch(parts.path)
         assert match, parts.path
         if match["log"]:
+            if ("Pod", match["ns"], match["name"]) not in self.objects:
+                return self.refuse(404, "NotFound", f'pods "{match["name"]}" not found')
             lines = self.logs.get(match["name"], [])
+            lines = lines[max(0, len(lines) - int(query.get("tailLines", len(lines)))) :]
             return 200, "".join(f"{line}\n" for line in lines)
         kind = RESOURCES[match["res"]]
         namespace = (match["ns"] or "") if KINDS[kind][2] else ""
         if kind in self.unknown:
             return 404, "404 page not found"
-        if kind in self.forbidden:
+        if kind in self.forbidden or (kind in self.narrow and not namespace):
             return self.refuse(403, "Forbidden", f'{match["res"]} is forbidden: User "me" cannot {method} it')
         name = match["name"] or ""
         if method == "POST":
             return self.create(kind, namespace, body, dry_run="dryRun" in query)
         if not name:
             wanted = [word.partition("=") for word in query.get("labelSelector", "").split(",") if word]
+            called = query.get("fieldSelector", "").removeprefix("metadata.name=")
             items = [
                 tree
-                for (of, where, _), tree in self.objects.items()
-                if of == kind and namespace in ("", where) and all(has_label(tree, *word) for word in wanted)
+                for (of, where, its), tree in list(self.objects.items())
+                if of == kind
+                and namespace in ("", where)
+                and called in ("", its)
+                and all(has_label(tree, *word) for word in wanted)
             ]
             return 200, {"items": items}
         tree = self.objects.get((kind, namespace, name))
@@ -135,10 +149,24 @@ class StubCluster:
             return self.refuse(404, "NotFound", f'{match["res"]} "{name}" not found')
         if method == "DELETE":
             del self.objects[kind, namespace, name]
+            if kind == "ElasticJob":
+                self.collect(name, namespace)
         elif method == "PATCH":
             merge(tree, body)
             self.prune(tree)
         return 200, tree
+
+    def collect(self, job: str, namespace: str) -> None:
+        """The garbage collector: a job's pods go after it, when their grace time is over."""
+        owned = [key for key, tree in self.objects.items() if key[:2] == ("Pod", namespace)
+                 and has_label(tree, "elasticjob.dlrover/name", "=", job)]  # fmt: skip
+        for key in owned:
+            self.objects[key]["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:05Z"
+        go = lambda: [self.objects.pop(key, None) for key in owned]  # noqa: E731
+        if self.grace:
+            threading.Timer(self.grace, go).start()
+        else:
+            go()
 
     def create(self, kind: str, namespace: str, body: Tree, *, dry_run: bool) -> tuple[int, Any]:
         name = body["metadata"]["name"]

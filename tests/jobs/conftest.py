@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_gpt.jobs import commands, polling as looks
+from elastic_gpt.jobs import commands, polling
 from tests.jobs.cluster import StubCluster
 
 
@@ -18,5 +18,5 @@ def stub() -> Iterator[StubCluster]:
 def job(stub: StubCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`elastic-gpt job ...` against the stand-in; returns the exit code."""
     monkeypatch.setenv("KUBECONFIG", str(stub.kubeconfig(tmp_path)))
-    monkeypatch.setattr(looks, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(polling, "POLL_SECONDS", 0.05)
     return lambda *words: commands.main([str(word) for word in words])

@@ -9,20 +9,24 @@ from typing import Any
 
 import pytest
 
-from elastic_gpt.jobs import actions, client, polling as looks, prompt
+from elastic_gpt.contract import Progress
+from elastic_gpt.jobs import actions, client, polling, prompt
 from elastic_gpt.jobs.manifest import manifests
 from elastic_gpt.jobs.spec import JobSpec
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, until
 from tests.jobs.cluster import StubCluster
 
 Job = Callable[..., int]
 Output = pytest.CaptureFixture[str]
-STEP = "step {step}/100 · loss 2.5000 · 1,234 tokens/s · lr 1.00e-03 · norm 0.500 · {workers} workers · 0:10 left"
-BATCH = "batch: 8 sequences x 32 = 256 tokens a step, in 4 micro-batches of 2, 2 on each of {workers} workers"
 
 
 def entry(second: int, text: str) -> str:
     return f"2026-11-21T10:00:{second:02d}.000000001Z {text}"
+
+
+def progress(second: int, workers: int, step: int = 0, **more: Any) -> str:
+    """A line of a log in which training tells how far it is; without a loss no step has been done yet."""
+    return entry(second, Progress(1_800_000_000.0 + second, step, 100, workers=workers, **more).to_line())
 
 
 def running(stub: StubCluster, nodes: int = 2, **changes: Any) -> dict[str, Any]:
@@ -34,17 +38,23 @@ def running(stub: StubCluster, nodes: int = 2, **changes: Any) -> dict[str, Any]
     tree["status"] = {"phase": "Running"} | changes
     for rank in range(nodes):
         stub.worker("elastic-gpt", rank)
-    labels = {"elasticjob.dlrover/name": "elastic-gpt", "elasticjob.dlrover/replica-type": "dlrover-master"}
-    stub.pod("elasticjob-elastic-gpt-dlrover-master-0", labels)
+    stub.master("elastic-gpt")
     stub.logs["elastic-gpt-edljob-worker-0"] = [
-        entry(1, BATCH.format(workers=nodes)),
-        entry(2, STEP.format(step=10, workers=nodes)),
+        progress(1, nodes),
+        progress(2, nodes, step=10, loss=2.5, tokens_per_second=1234.0),
     ]
     return tree
 
 
-def later(action: Callable[[], Any]) -> None:
-    threading.Timer(0.3, action).start()
+def later(stub: StubCluster, action: Callable[[], Any]) -> None:
+    """When the client has looked at least once: it has asked so many times, however long that took."""
+    before = len(stub.requests)
+
+    def wait() -> None:
+        until(lambda: len(stub.requests) > before + 14)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def test_submit_makes_everything_in_order(stub: StubCluster, job: Job, capsys: Output) -> None:
@@ -87,6 +97,160 @@ def test_submit_refuses_to_change_a_job_that_is_there(stub: StubCluster, job: Jo
     tree["status"] = {"phase": "Failed"}
     assert job("submit") == 2
     assert "has ended (Failed)" in capsys.readouterr().err
+
+
+def test_submit_refuses_a_name_that_another_namespace_has(stub: StubCluster, job: Job, capsys: Output) -> None:
+    [theirs] = manifests(JobSpec(namespace="theirs"), ("job",))
+    stub.add(theirs)
+    for words in ([], ["--dry-run=server"]):
+        assert job("submit", *words) == 2
+        assert "namespace theirs has a job elastic-gpt" in capsys.readouterr().err
+    assert not stub.get("ElasticJob", "elastic-gpt")
+    assert job("submit", "mine") == 0
+    # Who may not look is told what could be, and goes on.
+    stub.narrow = {"ElasticJob"}
+    capsys.readouterr()
+    assert job("submit") == 0
+    assert capsys.readouterr().out.startswith("note: you may not look into other namespaces")
+    assert stub.get("ElasticJob", "elastic-gpt")
+
+
+def test_delete_waits_until_the_pods_are_gone_and_submit_for_whoever_did_not(
+    stub: StubCluster, job: Job, capsys: Output
+) -> None:
+    running(stub)
+    stub.grace = 0.3
+    assert job("delete", "elastic-gpt", "--timeout", PATIENCE) == 0
+    assert "waiting until pod/elastic-gpt-edljob-worker-0" in capsys.readouterr().out
+    assert not [key for key in stub.objects if key[0] == "Pod"]
+
+    running(stub)
+    assert job("delete", "elastic-gpt", "--no-wait") == 0
+    assert [key for key in stub.objects if key[0] == "Pod"]
+    capsys.readouterr()
+    assert job("submit") == 0
+    told = capsys.readouterr().out
+    assert told.index("waiting until") < told.index("elasticjob/elastic-gpt created")
+    assert not [key for key in stub.objects if key[0] == "Pod"]
+
+
+def test_submit_finds_a_job_running_that_lost_its_master(stub: StubCluster, job: Job, capsys: Output) -> None:
+    assert job("submit") == 0
+    tree = stub.get("ElasticJob", "elastic-gpt")
+    assert tree
+    message = "The job master failover count 1 is beyond the restart count 0."
+    tree["status"] = {"phase": "Failed", "status": {"conditions": [{"type": "Failed", "message": message}]}}
+    stub.master("elastic-gpt", 1)
+    assert job("submit") == 0
+    assert "elasticjob/elastic-gpt unchanged" in capsys.readouterr().out
+    del stub.objects["Pod", "training", "elasticjob-elastic-gpt-dlrover-master-1"]
+    assert job("submit") == 2
+    assert "has ended (Failed)" in capsys.readouterr().err
+
+
+def test_who_may_not_see_pods_can_submit(stub: StubCluster, job: Job) -> None:
+    stub.forbidden = {"Pod"}
+    assert job("submit") == 0
+    assert job("submit") == 0
+
+
+def test_submit_waits_for_a_job_that_is_being_deleted(stub: StubCluster, job: Job, capsys: Output) -> None:
+    tree = running(stub)
+    tree["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:05Z"
+    later(stub, lambda: [stub.objects.pop(key) for key in list(stub.objects) if key[0] in ("ElasticJob", "Pod")])
+    assert job("submit") == 0
+    assert "waiting until elasticjob/elastic-gpt" in capsys.readouterr().out
+    made = stub.get("ElasticJob", "elastic-gpt")
+    assert made
+    assert "deletionTimestamp" not in made["metadata"]
+
+
+def test_delete_says_what_is_left_when_its_time_is_over(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    stub.grace = 60
+    assert job("delete", "elastic-gpt", "--timeout", 0.2) == 124
+    assert "pods of it are there still" in capsys.readouterr().err
+
+
+def test_a_lost_master_ends_no_wait_and_keeps_scale_and_suspend_going(
+    stub: StubCluster, job: Job, capsys: Output
+) -> None:
+    miscounted = "The job master failover count 1 is beyond the restart count 0."
+    condition = {"type": "Failed", "message": miscounted}
+    tree = running(stub, phase="Failed", status={"conditions": [condition]})
+    stub.master("elastic-gpt", 0, "Failed")
+    assert job("wait", "elastic-gpt", "--timeout", 0.2) == 124  # before the operator has made another
+    stub.master("elastic-gpt", 1)
+    assert job("wait", "elastic-gpt", "--timeout", 0.2) == 124
+    assert "but its master runs" in capsys.readouterr().out
+    assert job("scale", "elastic-gpt", "--nodes", 2) == 0
+    later(
+        stub, lambda: [stub.objects.pop(("Pod", "training", f"elastic-gpt-edljob-worker-{rank}")) for rank in range(2)]
+    )
+    assert job("suspend", "elastic-gpt", "--timeout", PATIENCE) == 0
+    assert tree["spec"]["suspend"] is True
+    assert job("status", "elastic-gpt") == 0
+    assert "Suspended" in capsys.readouterr().out
+
+
+def test_wait_ends_with_the_run_though_the_operator_says_running(stub: StubCluster, job: Job) -> None:
+    running(stub)
+    stub.master("elastic-gpt", 0, "Succeeded")
+    for rank in range(2):
+        stub.worker("elastic-gpt", rank, "Succeeded")
+    assert job("wait", "elastic-gpt", "--timeout", PATIENCE) == 0
+    assert job("watch", "elastic-gpt") == 0
+
+
+def test_progress_survives_tracebacks_and_pods_that_are_gone(stub: StubCluster, job: Job, capsys: Output) -> None:
+    tree = running(stub)
+
+    def shown() -> str:
+        assert job("status", "elastic-gpt") == 0
+        return capsys.readouterr().out
+
+    # Its worker's log goes on, with tracebacks.
+    stub.logs["elastic-gpt-edljob-worker-0"] += [entry(3, "Traceback (most recent call last):")] * 5000
+    assert "step 10/100" in shown()
+    # Its pod has ended and was replaced, by one that has not written a line.
+    stub.worker("elastic-gpt", 0, "Failed")
+    stub.pod("elastic-gpt-edljob-worker-7", stub.worker("elastic-gpt", 0, "Failed")["metadata"]["labels"])
+    assert "step 10/100" in shown()
+    # All pods are gone, as of a suspended job: the master has written it down.
+    stub.logs["elasticjob-elastic-gpt-dlrover-master-0"] = [
+        entry(2, "[INFO] a node of DLRover's"), progress(4, 2, step=20, loss=2.0), *[entry(5, "[INFO] more")] * 300
+    ]  # fmt: skip
+    for key in [key for key in stub.objects if key[0] == "Pod" and "worker" in key[2]]:
+        del stub.objects[key]
+    tree["spec"]["suspend"] = True
+    assert "step 20/100" in shown()
+    # And so has the one before it, which was lost.
+    stub.master("elastic-gpt", 0, "Failed")
+    stub.master("elastic-gpt", 1)
+    assert "step 20/100" in shown()
+
+
+@pytest.mark.parametrize("time", [0.0, 1e300, -1e300, float("nan")])
+def test_a_time_that_cannot_be_is_left_out(stub: StubCluster, job: Job, capsys: Output, time: float) -> None:
+    running(stub)
+    stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, Progress(time, 10, 100, 2.5).to_line())]
+    assert job("status", "elastic-gpt") == 0
+    assert "step 10/100 · loss 2.5000\n" in capsys.readouterr().out.replace(" \n", "\n")
+
+
+def test_logs_show_people_nothing_that_is_told_to_machines(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    stub.logs["elastic-gpt-edljob-worker-0"].append(entry(3, "step 10/100 · loss 2.5000"))
+    assert job("logs", "elastic-gpt") == 0
+    assert capsys.readouterr().out == "worker-0 | step 10/100 · loss 2.5000\n"
+
+
+def test_logs_are_those_of_replaced_pods_too(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, "error: it broke")]
+    stub.pod("elastic-gpt-edljob-worker-7", stub.worker("elastic-gpt", 0, "Failed")["metadata"]["labels"])
+    assert job("logs", "elastic-gpt") == 0
+    assert "worker-0 | error: it broke" in capsys.readouterr().out
 
 
 def test_dry_runs_keep_nothing(stub: StubCluster, job: Job, capsys: Output) -> None:
@@ -172,7 +336,7 @@ def test_in_a_pod_its_own_account_is_taken(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_server_that_does_not_answer_is_one_line(stub: StubCluster, job: Job, capsys: Output) -> None:
     stub.close()
-    assert job("list") == 2
+    assert job("list") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "does not answer" in error
@@ -209,9 +373,9 @@ def test_scale_patches_waits_for_the_world_and_says_what_it_waits_for(
     def start() -> None:
         stub.worker("elastic-gpt", 2)
         time.sleep(0.3)
-        stub.logs["elastic-gpt-edljob-worker-0"].append(entry(9, BATCH.format(workers=3)))
+        stub.logs["elastic-gpt-edljob-worker-0"].append(progress(9, 3))
 
-    later(start)
+    later(stub, start)
     assert job("scale", "elastic-gpt", "--nodes", 3, "--timeout", PATIENCE) == 0
     assert tree["spec"]["replicaSpecs"]["worker"]["replicas"] == 3
     told = capsys.readouterr().out
@@ -226,9 +390,9 @@ def test_scale_down_waits_until_the_nodes_are_gone(stub: StubCluster, job: Job, 
 
     def go() -> None:
         del stub.objects["Pod", "training", "elastic-gpt-edljob-worker-1"]
-        stub.logs["elastic-gpt-edljob-worker-0"].append(entry(9, STEP.format(step=20, workers=1)))
+        stub.logs["elastic-gpt-edljob-worker-0"].append(progress(9, 1, step=20))
 
-    later(go)
+    later(stub, go)
     assert job("scale", "elastic-gpt", "--nodes", 1, "--timeout", PATIENCE) == 0
     told = capsys.readouterr().out
     assert "elastic-gpt-edljob-worker-1: Leaving" in told
@@ -259,7 +423,9 @@ def test_scale_that_finds_no_room_ends_with_124(stub: StubCluster, job: Job, cap
 
 def test_suspend_waits_until_no_node_is_left_and_resume_goes_on(stub: StubCluster, job: Job, capsys: Output) -> None:
     tree = running(stub)
-    later(lambda: [stub.objects.pop(("Pod", "training", f"elastic-gpt-edljob-worker-{rank}")) for rank in range(2)])
+    later(
+        stub, lambda: [stub.objects.pop(("Pod", "training", f"elastic-gpt-edljob-worker-{rank}")) for rank in range(2)]
+    )
     assert job("suspend", "elastic-gpt", "--timeout", PATIENCE) == 0
     assert tree["spec"]["suspend"] is True
     assert "no node is left" in capsys.readouterr().out
@@ -269,9 +435,9 @@ def test_suspend_waits_until_no_node_is_left_and_resume_goes_on(stub: StubCluste
     def come() -> None:
         for rank in range(2):
             stub.worker("elastic-gpt", rank)
-        stub.logs["elastic-gpt-edljob-worker-0"] = [entry(30, BATCH.format(workers=2))]
+        stub.logs["elastic-gpt-edljob-worker-0"] = [progress(30, 2)]
 
-    later(come)
+    later(stub, come)
     assert job("resume", "elastic-gpt", "--timeout", PATIENCE) == 0
     assert tree["spec"]["suspend"] is False
 
@@ -306,7 +472,12 @@ def test_an_old_definition_that_drops_suspend_is_noticed(stub: StubCluster, job:
 def test_waits_exit_code_is_the_jobs(stub: StubCluster, job: Job, phase: str, code: int, capsys: Output) -> None:
     tree = running(stub)
     condition = {"type": "Failed", "message": "The job master failed with exitcode=1."}
-    later(lambda: tree.update(status={"phase": phase, "status": {"conditions": [condition]}}))
+
+    def end() -> None:
+        stub.master("elastic-gpt", 0, phase)
+        tree["status"] = {"phase": phase, "status": {"conditions": [condition]}}
+
+    later(stub, end)
     assert job("wait", "elastic-gpt", "--timeout", PATIENCE) == code
     assert ("exitcode=1" in capsys.readouterr().out) == (phase == "Failed")
     assert job("watch", "elastic-gpt") == code
@@ -321,16 +492,16 @@ def test_wait_outlives_a_server_that_is_away(
     stub: StubCluster, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
     tree = running(stub)
-    read, calls = looks.read, []
+    read, calls = polling.read, []
 
     def flaky(*args: Any) -> Any:
         calls.append(1)
-        if len(calls) < 3:
+        if 1 < len(calls) < 4:  # the first call finds it: a server that never answered is not waited for
             raise client.UnreachableError("the server does not answer.")
-        tree["status"] = {"phase": "Succeeded"}
+        tree["status"] = {"phase": "Succeeded" if len(calls) > 1 else "Running"}
         return read(*args)
 
-    monkeypatch.setattr(looks, "read", flaky)
+    monkeypatch.setattr(polling, "read", flaky)
     assert job("wait", "elastic-gpt") == 0
     assert capsys.readouterr().out.count("Trying on") == 1
 
@@ -359,7 +530,7 @@ def test_followed_logs_take_in_a_pod_that_comes_later(
             stub.worker("elastic-gpt", rank, "Succeeded")
         tree["status"] = {"phase": "Succeeded"}
 
-    later(come)
+    later(stub, come)
     assert job("logs", "elastic-gpt", "-f") == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted(lines[:-1]) == ["worker-0 | one", "worker-0 | two", "worker-1 | three"]
@@ -398,7 +569,7 @@ def test_prompt_makes_a_pod_with_the_jobs_image_volume_and_run(
         return 7
 
     monkeypatch.setattr(prompt, "attach", terminal)
-    later(lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Running"}))  # type: ignore[union-attr]
+    later(stub, lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Running"}))  # type: ignore[union-attr]
     assert job("prompt", "elastic-gpt", "--timeout", PATIENCE) == 7
     [made] = seen["spec"]["containers"]
     assert made["image"] == "registry.example.com/gpt:1"
@@ -407,10 +578,46 @@ def test_prompt_makes_a_pod_with_the_jobs_image_volume_and_run(
     assert not stub.get("Pod", "elastic-gpt-prompt")  # and it goes with the person
 
 
+def test_serve_makes_a_deployment_of_the_jobs_image_volume_and_run_and_waits_until_it_answers(
+    stub: StubCluster, job: Job, capsys: Output
+) -> None:
+    tree = running(stub)
+    container = tree["spec"]["replicaSpecs"]["worker"]["template"]["spec"]["containers"][0]
+    container["image"] = "registry.example.com/gpt:1"
+    container["args"] = [
+        "--run-dir=/workspace/elsewhere" if word.startswith("--run-dir=") else word for word in container["args"]
+    ]
+    ready = {"updatedReplicas": 1, "availableReplicas": 1}
+    later(stub, lambda: stub.get("Deployment", "elastic-gpt-serve").update(status=ready))  # type: ignore[union-attr]
+    assert job("serve", "elastic-gpt", "--timeout", PATIENCE) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("deployment/elastic-gpt-serve created\nservice/elastic-gpt-serve created\n")
+    assert "-n training port-forward service/elastic-gpt-serve 8080:80" in told
+    made = stub.get("Deployment", "elastic-gpt-serve")
+    assert made
+    [serving] = made["spec"]["template"]["spec"]["containers"]
+    assert serving["image"] == "registry.example.com/gpt:1"
+    assert serving["args"][:4] == ["elastic-gpt", "serve", "/workspace/elsewhere", "--follow"]
+
+    container["image"] = "registry.example.com/gpt:2"
+    assert job("serve", "elastic-gpt") == 0
+    assert "deployment/elastic-gpt-serve configured" in capsys.readouterr().out
+    assert made["spec"]["template"]["spec"]["containers"][0]["image"] == "registry.example.com/gpt:2"
+    assert job("delete", "elastic-gpt") == 0
+    assert not stub.get("Deployment", "elastic-gpt-serve")
+    assert not stub.get("Service", "elastic-gpt-serve")
+
+
+def test_serve_gives_up_after_its_time_and_says_what_it_waits_for(stub: StubCluster, job: Job, capsys: Output) -> None:
+    running(stub)
+    assert job("serve", "elastic-gpt", "--timeout", "0") == 124
+    assert "elastic-gpt's server is not ready" in capsys.readouterr().err
+
+
 def test_prompt_shows_why_the_pod_ended(stub: StubCluster, job: Job, capsys: Output) -> None:
     running(stub)
     stub.logs["elastic-gpt-prompt"] = [entry(1, "error: no checkpoint in /workspace/elastic-gpt/run yet")]
-    later(lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Failed"}))  # type: ignore[union-attr]
+    later(stub, lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Failed"}))  # type: ignore[union-attr]
     assert job("prompt", "elastic-gpt", "--timeout", PATIENCE) == 2
     output = capsys.readouterr()
     assert "no checkpoint" in output.out

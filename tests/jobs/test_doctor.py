@@ -43,7 +43,7 @@ def found(output: str, what: str) -> str:
     return next(part for part in output.replace("\n         ", " → ").splitlines() if part[9:].startswith(f"{what}: "))
 
 
-def test_a_cluster_that_has_everything(stub: StubCluster, job: Job, capsys: Output) -> None:
+def test_a_cluster_that_has_everything_misses_nothing(stub: StubCluster, job: Job, capsys: Output) -> None:
     healthy(stub)
     assert job("doctor") == 0
     output = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_the_old_definition_is_found(stub: StubCluster, job: Job, capsys: Output
     assert "kubectl apply -f" in found(capsys.readouterr().out, "suspend")
 
 
-def test_an_operator_that_cannot_be_pulled(stub: StubCluster, job: Job, capsys: Output) -> None:
+def test_an_operator_whose_image_cannot_be_pulled_is_told(stub: StubCluster, job: Job, capsys: Output) -> None:
     healthy(stub)
     deployment = stub.get("Deployment", "dlrover-controller-manager", "dlrover")
     assert deployment
@@ -104,7 +104,7 @@ def test_what_may_not_be_read_is_unknown_not_missing(stub: StubCluster, job: Job
         ("my.company/x", "unknown", ""),
     ],
 )
-def test_whether_the_storage_class_offers_many_writers(
+def test_the_storage_class_is_judged_by_whether_it_offers_many_writers(
     stub: StubCluster, job: Job, capsys: Output, provisioner: str, mark: str, cure: str
 ) -> None:
     healthy(stub, provisioner)
@@ -122,7 +122,9 @@ def test_another_class_that_offers_it_is_named(stub: StubCluster, job: Job, caps
 
 
 @pytest.mark.parametrize(("phase", "mark"), [("Bound", "ok"), ("Pending", "MISSING"), ("Lost", "MISSING")])
-def test_a_volume_that_is_there(stub: StubCluster, job: Job, capsys: Output, phase: str, mark: str) -> None:
+def test_a_volume_that_is_there_is_judged_by_its_phase(
+    stub: StubCluster, job: Job, capsys: Output, phase: str, mark: str
+) -> None:
     healthy(stub)
     [claim] = manifests(JobSpec(), ("volume",))
     stub.add(claim | {"status": {"phase": phase}})

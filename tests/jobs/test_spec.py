@@ -8,6 +8,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from elastic_gpt.jobs import commands
 from elastic_gpt.jobs.manifest import JOB_LABEL, PARTS, Tree, manifests
 from elastic_gpt.jobs.render import NOTES, _places, to_yaml
 from elastic_gpt.jobs.spec import JobSpec, presets, read_texts
@@ -42,8 +43,84 @@ def specs(draw: Any) -> JobSpec:
         volume=draw(names),
         access_mode=draw(st.sampled_from(["ReadWriteMany", "ReadWriteOnce"])),
         data_of=draw(st.sampled_from(["", "other"])),
-        tokenizer=draw(st.sampled_from(["gpt2", "char"])),
+        tokenizer="gpt2",
     )
+
+
+VALUES: dict[str, list[str]] = {
+    "--gpus": ["0", "1", "8"], "--cpus": ["0", "16"], "--nodes": ["1", "2", "4"], "--min-nodes": ["1", "2"],
+    "--max-nodes": ["2", "4", "900"], "--memory": ["0", "64"],
+    "--preset": ["", *(path.stem for path in presets().glob("*.yaml"))],
+    "--tokenizer": ["gpt2", "char", "word", "byte", "bpe"], "--vocab-size": ["-1", "0", "3", "4", "257", "4096"],
+    "--text": ["/workspace/a.txt", "s3://bucket/b.jsonl.zst"], "--data-of": ["", "other"], "--env": ["A=b"],
+}  # fmt: skip
+flag_lists = st.fixed_dictionaries(
+    {}, optional={flag: st.sampled_from(values) for flag, values in VALUES.items()}
+).flatmap(lambda given: st.permutations([f"{flag}={value}" for flag, value in given.items()]))
+more_flags = st.lists(st.sampled_from(["--network-check", "--spot"]), unique=True)
+trailing = st.lists(
+    st.sampled_from(["--steps=5", "--model.n-layer=2", "--optimizer.learning-rate=1e-3", "--elastic.exact"]),
+    unique=True,
+)
+
+
+@settings(max_examples=150)
+@given(flag_lists, more_flags, trailing)
+@example(["--tokenizer=bpe"], [], [])
+@example(["--tokenizer=bpe", "--vocab-size=257"], [], [])
+@example(["--tokenizer=word"], [], [])
+@example(["--tokenizer=char", "--data-of=other"], [], [])
+def test_what_the_client_takes_the_pods_take(flags: list[str], more: list[str], arguments: list[str]) -> None:
+    taken = accepted(flags, more, arguments)
+    if taken is None:
+        return
+    for tree in manifests(taken):
+        if tree["kind"] == "Job":
+            prepare_takes(tree)
+        if tree["kind"] == "ElasticJob":
+            worker_takes(tree)
+
+
+@pytest.mark.parametrize("tokenizer", VALUES["--tokenizer"])
+def test_every_tokenizer_that_is_offered_can_be_had(tokenizer: str) -> None:
+    spec = accepted([f"--tokenizer={tokenizer}", *(["--vocab-size=4096"] if tokenizer == "bpe" else [])], [], [])
+    assert spec
+    prepare_takes(next(tree for tree in manifests(spec) if tree["kind"] == "Job"))
+
+
+def accepted(flags: list[str], more: list[str], arguments: list[str]) -> JobSpec | None:
+    """What the client makes of a command line; None where it refuses it."""
+    args = commands._parser("elastic-gpt job").parse_args(["submit", *flags, *more])
+    try:
+        return commands._spec(args, tuple(arguments), "training")
+    except SettingsError:
+        return None
+
+
+def prepare_takes(tree: Tree) -> None:
+    from prepare.prepare import _parse
+
+    program, command, *words = tree["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert (program, command) == ("elastic-gpt", "prepare")
+    flags = _parse(words, "prepare")  # exits where it refuses
+    assert flags.tokenizer != "bpe" or flags.vocab_size >= 257
+
+
+def worker_takes(tree: Tree) -> None:
+    pytest.importorskip("torch")
+    from elastic_gpt.nodes import launch
+    from elastic_gpt.settings import parse
+    from model_zoo.nanogpt.config import PRESETS, TrainConfig
+
+    program, command, *words = tree["spec"]["replicaSpecs"]["worker"]["template"]["spec"]["containers"][0]["args"]
+    assert (program, command) == ("elastic-gpt", "launch")
+    seen: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "run_node", lambda command, **nodes: seen.update(nodes, command=command) or 0)
+        assert launch.main(words) == 0
+    train, *flags = seen["command"]
+    assert train == "train"
+    parse(TrainConfig, flags, presets=PRESETS, prog="elastic-gpt train", environment={})
 
 
 @settings(max_examples=40)
@@ -75,9 +152,10 @@ def test_a_job_is_the_same_each_time_and_yaml_says_what_the_dicts_say(spec: JobS
 
 
 def test_every_note_stands_somewhere() -> None:
-    spec = JobSpec(spot=True, network_check=True, upload=(("a.txt", "text"),))
+    uploading = JobSpec(spot=True, network_check=True, upload=(("a.txt", "text"),))
     found: dict[str, set[str]] = {}
-    for tree in manifests(spec, tuple(PARTS)):
+    others = [tree for known, _ in commands.FORMS.values() for part in known.values() for tree in part(JobSpec())]
+    for tree in [*manifests(uploading, tuple(PARTS)), *others]:
         node = yaml.compose(yaml.safe_dump(tree), Loader=yaml.SafeLoader)
         found.setdefault(tree["kind"], set()).update(path for path, _, _ in _places(node, ""))
     missing = [(kind, path) for kind, notes in NOTES.items() for path in notes if path not in found[kind]]
@@ -99,14 +177,19 @@ def test_lines_are_short_enough_to_read(lines: list[str]) -> None:
         ({"name": "a" * 38}, "at most 37"),
         ({"namespace": ""}, "--namespace ''"),
         ({"nodes": 5}, "--nodes 5 is outside 1 to 4"),
-        ({"nodes": 0, "min_nodes": 0}, "are no range"),
-        ({"min_nodes": 5}, "are no range"),
+        ({"nodes": 0, "min_nodes": 0}, "are not a range"),
+        ({"min_nodes": 5}, "are not a range"),
         ({"gpus": -1}, "--gpus -1: it must not be negative"),
         ({"memory": 3}, "--memory 3: the snapshots alone take 4 GiB; take 11"),
         ({"volume_size": "20GB"}, "--volume-size '20GB': write a size such as 20Gi"),
         ({"texts": ("/home/me.txt",)}, "below /workspace"),
         ({"texts": ("/workspace/a",), "data_of": "other"}, "--text and --data-of"),
         ({"gpus": 0, "network_check": True}, "--network-check: DLRover checks GPUs"),
+        ({"tokenizer": "bpe"}, "--tokenizer bpe --vocab-size 0: at least 257; 4096, say"),
+        ({"tokenizer": "word", "vocab_size": 3}, "--tokenizer word --vocab-size 3: at least 4"),
+        ({"tokenizer": "char", "vocab_size": 300}, "--vocab-size 300: it is for --tokenizer bpe and word"),
+        ({"tokenizer": "char", "data_of": "mine"}, "--tokenizer and --data-of: the data of mine have a tokenizer"),
+        ({"arguments": ("steps=5",)}, "'steps=5' after --: flags of `elastic-gpt train` look like --steps 100"),
         ({"preset": "gpt2"}, "did you mean 'gpt2_124m'?"),
         ({"preset": "mine.yaml"}, "the image has no file of yours"),
         ({"arguments": ("--model.n-layer", "many"), "memory": 9}, "--model.n-layer 'many': give a number"),
@@ -154,6 +237,14 @@ def test_a_text_that_cannot_travel_is_refused(tmp_path: Path, content: bytes | N
     with pytest.raises(SettingsError) as error:
         read_texts([str(tmp_path / name)])
     assert message in str(error.value)
+
+
+def test_two_texts_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "data.txt").write_text(folder)
+    with pytest.raises(SettingsError, match=r"another text is called data\.txt"):
+        read_texts([str(tmp_path / "a" / "data.txt"), str(tmp_path / "b" / "data.txt")])
 
 
 def test_a_text_of_ones_own_is_what_prepare_reads() -> None:

@@ -1,121 +1,33 @@
 """What the API server tells, in words."""
 
-import contextlib
-import io
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from elastic_gpt.jobs.manifest import elasticjob
 from elastic_gpt.jobs.spec import JobSpec
-from elastic_gpt.jobs.status import age, job_events, job_range, job_state, parse_progress, pod_trouble, progress, world
-from elastic_gpt.observers import ConsoleObserver
-from elastic_gpt.reports import StepReport
-
-Tree = dict[str, Any]
+from elastic_gpt.jobs.status import job_events, job_range, job_state
+from tests.jobs.test_pods import Tree, ended, pod
 
 
-def pod(name: str, rank: int, phase: str = "Running", **status: Any) -> Tree:
-    labels = {"elasticjob.dlrover/replica-type": "worker", "elasticjob.dlrover/rank-index": str(rank)}
-    labels |= {"elasticjob.dlrover/relaunch-count": name.rpartition("-")[2]}
-    return {"metadata": {"name": name, "labels": labels}, "spec": {}, "status": {"phase": phase, **status}}
-
-
-def waiting(reason: str, message: str = "", container: str = "main") -> Tree:
-    return {"name": container, "state": {"waiting": {"reason": reason, "message": message}}}
-
-
-def ended(code: int, reason: str = "Error") -> Tree:
-    return {"name": "main", "state": {"terminated": {"exitCode": code, "reason": reason}}}
-
-
-def job(**spec: Any) -> Tree:
+def job(phase: str = "", message: str = "", **spec: Any) -> Tree:
     [tree] = elasticjob(JobSpec(nodes=3))
     tree["spec"] |= spec
+    tree["metadata"]["creationTimestamp"] = "2026-11-21T10:00:00Z"
+    conditions = [{"type": phase, "message": message, "lastTransitionTime": "2026-11-21T10:01:00Z"}]
+    tree["status"] = {"phase": phase, "status": {"conditions": conditions}} if phase else {}
     return tree
 
 
-@given(
-    step=st.integers(1, 10**7), loss=st.floats(0, 100, allow_nan=False), speed=st.floats(1, 1e9), workers=st.integers(1, 4096),
-    mfu=st.none() | st.floats(0, 1), validation=st.none() | st.floats(0, 100),
-)  # fmt: skip
-def test_what_the_console_observer_writes_is_understood(
-    step: int, loss: float, speed: float, workers: int, mfu: float | None, validation: float | None
-) -> None:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        observer = ConsoleObserver(steps=10**7, start=0, interval=1)
-        if validation is not None:
-            observer.on_evaluation(step, validation)
-        observer.on_step(StepReport(step, loss, 1e-3, 0.5, 1, speed, mfu, workers, ""))
-    line = out.getvalue().splitlines()[-1]
-    found = parse_progress(f"2026-11-21T10:00:00Z {line}")
-    assert found
-    assert (found.step, found.steps, found.workers) == (step, 10**7, workers)
-    assert found.loss == pytest.approx(loss, abs=1e-4)
-    assert found.tokens_per_second == pytest.approx(speed, abs=1)
+def master(number: int = 0, phase: str = "Running", **status: Any) -> Tree:
+    labels = {"elasticjob.dlrover/replica-type": "dlrover-master"}
+    return {"metadata": {"name": f"elasticjob-gpt-dlrover-master-{number}", "labels": labels}, "spec": {},
+            "status": {"phase": phase, **status}}  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "step", "step 1: validation loss 2.0", "saved step 3/4", "T step x/y · loss z"])
-def test_other_lines_are_no_progress(text: str) -> None:
-    assert parse_progress(text) is None
-
-
-def test_a_loss_that_is_no_number_is_shown() -> None:
-    found = parse_progress("T step 1/2 · loss nan · 5 tokens/s · lr 1e-3 · norm nan · 2 workers · 0:01 left")
-    assert found
-    assert str(found) == "step 1/2 · loss nan · 5 tokens/s · 2 workers · 0:01 left"
-
-
-def test_the_newest_line_wins_though_an_older_world_was_further() -> None:
-    line = "step {}/100 · loss 1.0 · 5 tokens/s · lr 1e-3 · norm 1.0 · {} workers · 0:01 left"
-    logs = {
-        "a": [f"2026-11-21T10:00:05Z {line.format(90, 3)}"],
-        "b": [f"2026-11-21T10:00:09Z {line.format(80, 2)}"],
-        "c": [],
-    }
-    found = progress(logs)
-    assert found
-    assert found.step == 80
-    assert world(logs) == ("2026-11-21T10:00:09Z", 2)
-    assert progress({}) is None
-
-
-def test_a_worlds_size_is_known_before_its_first_step() -> None:
-    batch = "batch: 8 sequences x 32 = 256 tokens a step, in 4 micro-batches of 2, 1 or 2 on each of 3 workers"
-    assert world({"a": [f"2026-11-21T10:00:05Z {batch}"]}) == ("2026-11-21T10:00:05Z", 3)
-
-
-@pytest.mark.parametrize(
-    ("status", "said"),
-    [
-        ({"phase": "Running"}, ""),
-        ({"phase": "Succeeded"}, ""),
-        ({"phase": "Pending"}, ""),
-        (
-            {"phase": "Pending", "conditions": [
-                {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes\nare available"}]},
-            "Unschedulable: 0/3 nodes are available",
-        ),
-        ({"phase": "Pending", "containerStatuses": [waiting("ImagePullBackOff", "Back-off pulling image")]},
-         "ImagePullBackOff: Back-off pulling image"),
-        ({"phase": "Pending", "containerStatuses": [waiting("ContainerCreating")]}, ""),
-        ({"phase": "Pending", "containerStatuses": [waiting("CreateContainerConfigError", "no such user")]},
-         "CreateContainerConfigError: no such user"),
-        ({"phase": "Pending", "initContainerStatuses": [{"name": "wait-for-data", "state": {"running": {}}}],
-          "containerStatuses": [waiting("PodInitializing")]}, "waits for the data that `prepare` makes"),
-        ({"phase": "Failed", "containerStatuses": [ended(137)]}, "exit code 137"),
-        ({"phase": "Failed", "containerStatuses": [ended(137, "OOMKilled")]}, "exit code 137 (OOMKilled: more --memory)"),
-        ({"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."},
-         "Evicted The node was low on resource: memory."),
-        ({}, ""),
-    ],
-)  # fmt: skip
-def test_why_a_pod_does_not_run(status: Tree, said: str) -> None:
-    assert pod_trouble({"status": status}) == said
+def leaving(tree: Tree) -> Tree:
+    tree["metadata"]["deletionTimestamp"] = "2026-11-21T10:02:00Z"
+    return tree
 
 
 def test_a_replacement_takes_its_predecessors_place() -> None:
@@ -131,7 +43,120 @@ def test_a_replacement_takes_its_predecessors_place() -> None:
     assert state.troubles() == []
 
 
-def test_a_node_that_leaves_is_no_running_one() -> None:
+# What the operator writes when it has replaced a master and takes restartCount for 0, which 100 is in our manifests.
+MISCOUNTED = "The job master failover count 1 is beyond the restart count 0."
+BEYOND = "The job master failover count 101 is beyond the restart count 100."
+KILLED = {"containerStatuses": [ended(137)]}
+
+
+@pytest.mark.parametrize(
+    ("phase", "message", "pods", "judged"),
+    [
+        # A lost master: the operator fails the job; then comes another master.
+        ("Failed", MISCOUNTED, [master(0, "Failed", **KILLED), pod("w-0", 0)], "Running"),
+        ("Failed", MISCOUNTED, [master(0, "Failed", **KILLED), master(1, "Pending"), pod("w-0", 0)], "Running"),
+        ("Failed", MISCOUNTED, [master(0, "Failed", **KILLED), master(1), pod("w-0", 0)], "Running"),
+        ("Failed", MISCOUNTED, [master(1)], "Running"),
+        ("Failed", MISCOUNTED, [master(0, "Failed", **KILLED)], "Failed"),  # and nothing runs any more
+        ("Failed", MISCOUNTED, [leaving(master(0)), pod("w-0", 0, "Failed", **KILLED)], "Failed"),
+        # A job that has really failed.
+        ("Failed", "The job master m failed with exitcode=1.", [master(0, "Failed"), pod("w-0", 0)], "Failed"),
+        ("Failed", BEYOND, [master(100, "Failed", **KILLED), pod("w-0", 0)], "Failed"),
+        ("Failed", "", [], "Failed"),
+        # The end, whatever the operator says of it.
+        *[(phase, "", [master(0), pod("w-0", 0, "Succeeded"), pod("w-1", 1, "Succeeded")], "Succeeded")
+          for phase in ("", "Created", "Pending", "Running", "Failed", "Succeeded")],
+        ("Running", "", [pod("w-0", 0, "Failed", **KILLED), pod("w-1", 0, "Succeeded")], "Succeeded"),
+        ("Running", "", [pod("w-0", 0, "Succeeded"), pod("w-1", 1)], "Running"),
+        ("Running", "", [pod("w-0", 0, "Succeeded"), pod("w-1", 1, "Failed", **KILLED)], "Running"),
+        ("Running", "", [master(0), leaving(pod("w-0", 0, "Succeeded"))], "Running"),  # just resumed
+        # The operator was away when the master ended.
+        ("Running", "", [master(0, "Succeeded")], "Succeeded"),
+        ("Running", "", [master(0, "Failed", containerStatuses=[ended(1)]), pod("w-0", 0)], "Failed"),
+        ("Running", "", [master(0, "Failed", containerStatuses=[ended(1)]), master(1), pod("w-0", 0)], "Running"),
+        ("Running", "", [master(0, "Failed", **KILLED), pod("w-0", 0)], "Running"),
+        ("Running", "", [master(0, "Failed"), pod("w-0", 0)], "Running"),  # lost with its machine: it says nothing more
+    ],
+)  # fmt: skip
+def test_a_job_is_judged_by_what_is_there(phase: str, message: str, pods: list[Tree], judged: str) -> None:
+    state = job_state(job(phase, message), pods)
+    assert state.phase == judged
+    assert state.ended == (judged in ("Succeeded", "Failed"))
+    assert bool(state.reason) or judged == phase or (judged, phase) == ("Succeeded", "Running")
+
+
+@pytest.mark.parametrize("masters", [[], [master(0, "Failed", **KILLED)], [master(0, "Failed", **KILLED), master(1)]])
+def test_a_suspended_job_that_lost_its_master_is_suspended(masters: list[Tree]) -> None:
+    assert job_state(job("Failed", MISCOUNTED, suspend=True), masters).phase == "Suspended"
+    assert job_state(job("Failed", MISCOUNTED, suspend=True), [*masters, leaving(pod("w-0", 0))]).phase == "Suspending"
+
+
+def test_what_the_operator_says_wrongly_is_told_with_what_is_right() -> None:
+    state = job_state(job("Failed", MISCOUNTED), [master(0, "Failed", **KILLED), master(1), pod("w-0", 0)])
+    assert "Running (DLRover's operator says Failed: The job master failover count 1 is beyond" in state.headline()
+    assert "but its master runs), 1 of 3 nodes" in state.headline()
+
+
+@pytest.mark.parametrize(
+    ("phase", "pods", "spec", "since"),
+    [
+        ("Running", [master(0)], {}, ""),
+        ("Running", [master(0, "Pending")], {}, ""),
+        ("Created", [], {}, "2026-11-21T10:01:00Z"),  # as its condition tells
+        ("", [], {}, "2026-11-21T10:00:00Z"),
+        ("Running", [leaving(master(0))], {}, "2026-11-21T10:01:00Z"),
+        (
+            "Running",
+            [master(0, "Failed", containerStatuses=[
+                {"name": "main", "state": {"terminated": {"exitCode": 137, "finishedAt": "2026-11-21T11:00:00Z"}}}])],
+            {}, "2026-11-21T11:00:00Z",
+        ),
+        ("Running", [], {"suspend": True}, ""),
+        ("Succeeded", [master(0, "Succeeded")], {}, ""),
+        ("Failed", [], {}, ""),
+    ],
+)  # fmt: skip
+def test_a_job_lacks_a_master_since_its_last_change(phase: str, pods: list[Tree], spec: Tree, since: str) -> None:
+    assert job_state(job(phase, **spec), pods).masterless_since == since
+
+
+def test_troubles_of_pods_that_were_replaced_are_history() -> None:
+    def prepare(name: str, created: str, phase: str) -> Tree:
+        return {"metadata": {"name": f"gpt-prepare-{name}", "creationTimestamp": created}, "spec": {},
+                "status": {"phase": phase, "containerStatuses": [ended(1)]}}  # fmt: skip
+
+    state = job_state(
+        job("Running"),
+        [
+            *(master(number, "Failed", **KILLED) for number in (0, 1, 9)),
+            master(10),
+            prepare("zz", "2026-11-21T10:00:00Z", "Failed"),
+            prepare("aa", "2026-11-21T10:00:09Z", "Succeeded"),
+            pod("w-1", 1, "Failed", **KILLED),
+            pod("w-3", 1, "Failed", **KILLED),
+            pod("w-9", 1),
+        ],
+    )
+    assert state.troubles() == []
+    assert [node.name for node in state.others] == ["elasticjob-gpt-dlrover-master-10", "gpt-prepare-aa"]
+    assert state.others[0].restarts == 10
+    assert {node.name for node in state.history} == {
+        "elasticjob-gpt-dlrover-master-0", "elasticjob-gpt-dlrover-master-1", "elasticjob-gpt-dlrover-master-9",
+        "gpt-prepare-zz", "w-1", "w-3",
+    }  # fmt: skip
+
+
+def test_want_of_memory_is_told_with_the_cure_though_the_pod_was_replaced() -> None:
+    starved = {"containerStatuses": [ended(137, "OOMKilled")]}
+    replaced = job_state(job("Running"), [master(), pod("w-0", 0), pod("w-1", 1, "Failed", **starved), pod("w-3", 1)])
+    [line] = replaced.troubles()
+    assert line.startswith("out of memory: w-1 had 11Gi each")
+    assert "with a larger --memory" in line
+    gone = job_state(job("Running"), [master(), pod("w-0", 0), pod("w-1", 1, "Failed", **starved)])
+    assert gone.troubles() == ["w-1: Failed: exit code 137 (OOMKilled: more --memory)", line]
+
+
+def test_a_node_that_leaves_does_not_count_as_running() -> None:
     leaving = pod("w-1", 1)
     leaving["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:00Z"
     state = job_state(job(), [pod("w-0", 0), leaving])
@@ -195,9 +220,3 @@ def test_a_jobs_events_are_those_of_its_pods_and_no_other_jobs() -> None:
         for place, name in enumerate(about)
     ]
     assert [event.about for event in job_events("gpt", "data", events)] == about[4::-1]
-
-
-def test_ages_are_short() -> None:
-    now = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
-    ages = [age(since, now) for since in ("2026-11-21T11:59:30Z", "2026-11-21T11:00:00Z", "2026-11-11T12:00:00Z", "")]
-    assert ages == ["30s", "1h", "10d", ""]

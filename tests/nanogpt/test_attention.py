@@ -167,3 +167,15 @@ def test_the_output_bias_can_be_chosen_apart() -> None:
 def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="embed_dim 24 is not a multiple of num_heads 5"):
         MultiheadAttention(24, 5)
+
+
+def test_rotary_positions_are_refused_in_cross_attention() -> None:
+    module = MultiheadAttention(8, 2, rotary=True)
+    with pytest.raises(ValueError, match="in self-attention only"):
+        module(torch.randn(1, 3, 8), torch.randn(1, 4, 8))
+
+
+@pytest.mark.parametrize(("options", "message"), [({"num_kv_heads": 3}, "not a multiple of num_kv_heads 3")])
+def test_heads_that_do_not_fit_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultiheadAttention(8, 4, **options)

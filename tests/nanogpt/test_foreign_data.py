@@ -8,7 +8,7 @@ from tests.conftest import TINY, elastic_gpt, metrics
 from tests.prepare.test_interop import TEXT, characters_as_dlrover
 
 
-def test_dlrovers_folder_cannot_be_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dlrovers_folder_can_be_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = characters_as_dlrover(tmp_path / "theirs", TEXT * 20)
     (tmp_path / "text.txt").write_text(TEXT * 20)

@@ -12,20 +12,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import yaml
 
 from elastic_gpt.checkpoint import Checkpoints
-from model_zoo.nanogpt.generate import _print_stream, load_model, main, text_stream
+from model_zoo.nanogpt.generate import _print_stream, main
 from model_zoo.nanogpt.model import GPT, GPTConfig
-from prepare.tokenizer import Bytes, Characters, Tokenizer, train_bpe
+from prepare.tokenizer import Bytes, Characters, Tokenizer
 from prepare.tokens import Meta, SplitRule
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, trained_bpe
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz\n"
 ACCENTS = "naïve €😀\n"
@@ -69,40 +70,6 @@ def accents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("accents") / "run", Bytes(), reciter(list(ACCENTS.encode()), 256))
 
 
-def streamed(data: bytes, stops: Iterable[str] = ()) -> list[str]:
-    return list(text_stream(data, Bytes(), stops))
-
-
-def test_a_character_spread_over_ids_comes_whole_and_ordinary_text_at_once() -> None:
-    assert streamed("a€😀b".encode())[:4] == ["a", "€", "😀", "b"]
-
-
-def test_bytes_that_are_no_text_become_replacement_characters_and_hold_nothing_up() -> None:
-    assert "".join(streamed(b"a\xffb\xe2\x82")) == "a\ufffdb\ufffd"
-
-
-@pytest.mark.parametrize("stops", [["STOP"], ["STOP", "never"], ["OP", "STOP"], ["STOP two", "STOP"], ["", "STOP"]])
-def test_a_stop_spread_over_ids_is_found_and_left_out(stops: list[str]) -> None:
-    assert "".join(streamed(b"one STO SSTOP two", stops)) == "one STO S"
-
-
-def test_a_stop_of_characters_of_many_bytes_is_found() -> None:
-    assert "".join(streamed("so €😀 it ends".encode(), ["€😀"])) == "so "
-
-
-def test_the_earliest_of_two_stops_in_one_id_ends_the_text() -> None:
-    tokenizer = train_bpe(["hello world hello world hello world"], 300)
-    ids = tokenizer.encode("hello world").tolist()
-    assert len(ids) <= 2
-    assert "".join(text_stream(ids, tokenizer, ["wor", "ell"])) == "h"
-
-
-def test_text_that_only_begins_like_a_stop_is_not_lost_at_the_end() -> None:
-    pieces = streamed(b"abcST", ["STOP"])
-    assert pieces[:3] == ["a", "b", "c"]  # not held back: no stop begins like this
-    assert "".join(pieces) == "abcST"
-
-
 def test_each_piece_is_out_before_the_next_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(terminal))
@@ -117,16 +84,6 @@ def test_each_piece_is_out_before_the_next_is_drawn(monkeypatch: pytest.MonkeyPa
     assert seen == [b"a", b"ab", b"abc"]
 
 
-def test_load_model_gives_back_the_trained_model_and_its_step(accents: Path) -> None:
-    model, step = load_model(accents, torch.device("cpu"))
-    expected = reciter(list(ACCENTS.encode()), 256).state_dict()
-    assert step == 7
-    assert not model.training
-    assert {name: tensor.tolist() for name, tensor in model.state_dict().items() if "lm_head" in name} == {
-        "lm_head.weight": expected["lm_head.weight"].tolist()
-    }
-
-
 def test_a_prompt_is_answered_with_what_follows_it(alphabet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(alphabet), "--prompt", "abc", "--max-new-tokens", "30", "--temperature", "0"]) == 0
     captured = capsys.readouterr()
@@ -139,6 +96,14 @@ def test_max_new_tokens_may_cut_a_character_without_harm(accents: Path, capsys: 
     assert capsys.readouterr().out == "e \ufffd\n"
 
 
+@pytest.mark.usefixtures("s3_server")
+def test_a_run_on_an_object_store_answers_by_its_url(alphabet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fsspec.filesystem("s3", skip_instance_cache=True).put(str(alphabet), "bucket/generate", recursive=True)
+    greedy = ["--prompt", "x", "--max-new-tokens", "2", "--temperature", "0"]
+    assert main(["s3://bucket/generate", *greedy]) == 0
+    assert capsys.readouterr().out == "yz\n"
+
+
 def test_stop_ends_the_reply_and_is_not_printed(accents: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(accents), "--prompt", "n", "--temperature", "0", "--stop", "zzz", "--stop", "€😀"]) == 0
     assert capsys.readouterr().out == "aïve \n"
@@ -149,7 +114,7 @@ def test_an_empty_prompt_starts_a_text(alphabet: Path, tmp_path: Path, capsys: p
     assert main([str(alphabet), *greedy]) == 0  # no end-of-text id: from a newline
     assert capsys.readouterr().out == "abc\n"
 
-    tokenizer = train_bpe(["abc"], 257)
+    tokenizer = trained_bpe(["abc"], 257)
     assert tokenizer.eot_id == 256
     run = write_run(tmp_path / "run", tokenizer, reciter([256, *tokenizer.encode("xyz").tolist()], 257))
     assert main([str(run), "--prompt", "", "--temperature", "0"]) == 0  # ends where the next text would begin
@@ -200,8 +165,8 @@ def test_mistakes_get_one_line_with_the_cure(
         ([tmp_path / "nowhere"], ["no run directory", "nowhere", "elastic-gpt train"]),
         ([tmp_path / "empty"], ["no checkpoint in", "yet"]),
         ([no_model], ["config.yaml describes no model", "restore"]),
-        ([other_model], ["checkpoint of step 7: not the model in"]),
-        ([no_tokenizer], ["no tokenizer folder", "--tokenizer DIR"]),
+        ([other_model], ["checkpoint of step 7: not the model in its configuration"]),
+        ([no_tokenizer], ["no tokenizer in", "--tokenizer DIR"]),
         ([alphabet, "--tokenizer", accents / "tokenizer"], ["256 ids, the model 27", "--tokenizer DIR"]),
         ([alphabet, "--tokenizer", tmp_path / "empty"], ["meta.json"]),
         ([alphabet, "--prompt", "aß"], ["'ß'"]),
@@ -211,7 +176,7 @@ def test_mistakes_get_one_line_with_the_cure(
         ([alphabet, "--device", "gpu"], ["--device gpu", "cpu or cuda"]),
     ]
     for arguments, words in cases:
-        assert main([*map(str, arguments), *([] if "--prompt" in arguments else ["--prompt", "a"])]) == 1
+        assert main([*map(str, arguments), *([] if "--prompt" in arguments else ["--prompt", "a"])]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
         last = captured.err.splitlines()[-1]
@@ -224,52 +189,84 @@ CTRL_C, CTRL_D = b"\x03", b"\x04"
 COMMAND = "import sys; from model_zoo.nanogpt.generate import main; sys.exit(main())"
 
 
-@pytest.mark.parametrize("leave", [CTRL_C, CTRL_D], ids=["ctrl-c", "ctrl-d"])
-def test_a_terminal_session_streams_and_survives_ctrl_c_in_a_reply_and_leaves_at_the_prompt(
-    leave: bytes, alphabet: Path
-) -> None:
-    terminal, inner = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", COMMAND, str(alphabet), "--max-new-tokens", "100000000"],
-        preexec_fn=lambda: os.login_tty(inner),  # its controlling terminal, so that the keys become signals
-        env={**os.environ, "TERM": "dumb"},
-    )
-    os.close(inner)
-    said = ""
+class Terminal:
+    """`elastic-gpt generate` in a terminal of its own, typed into as a person does."""
 
-    def wait_for(text: str) -> None:
+    def __init__(self, run: Path, home: Path, *words: str) -> None:
+        self.end, inner = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", COMMAND, str(run), *words],
+            preexec_fn=lambda: os.login_tty(inner),  # its controlling terminal, so that the keys become signals
+            env={**os.environ, "TERM": "dumb", "HOME": str(home), "XDG_STATE_HOME": ""},
+        )
+        os.close(inner)
+        self.said = ""
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.end)
+
+    def wait_for(self, text: str) -> None:
         """Read until `text` comes; forget all up to its end."""
-        nonlocal said
         end = time.monotonic() + PATIENCE
-        while text not in said:
-            assert select.select([terminal], [], [], end - time.monotonic())[0], said[-500:]
-            said += os.read(terminal, 65536).decode()
-        said = said[said.index(text) + len(text) :]
+        while text not in self.said:
+            assert select.select([self.end], [], [], end - time.monotonic())[0], self.said[-500:]
+            self.said += os.read(self.end, 65536).decode()
+        self.said = self.said[self.said.index(text) + len(text) :]
 
-    try:
-        wait_for("GPT prompt > ")
-        os.write(terminal, b"ab\n")
-        wait_for("cdefghijklmnopqrstuvwxyz\r\nabc")  # while the reply is far from its end
-        os.write(terminal, CTRL_C)
-        wait_for("GPT prompt > ")
-        os.write(terminal, b"xy\n")
-        wait_for("z\r\nabcdef")
-        os.write(terminal, CTRL_C)
-        wait_for("GPT prompt > ")
+    def type(self, keys: bytes) -> None:
+        os.write(self.end, keys)
+
+    def leave(self, key: bytes) -> None:
         # A Ctrl-C in the instant between readline's printing of the prompt and its wait for keys is seen only with the
         # next key (CPython's readline.c); a person presses again, and so do we.
         for _ in range(6):
-            os.write(terminal, leave)
+            self.type(key)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
+                self.process.wait(timeout=10)
                 break
-        assert process.returncode == 0
-        said += os.read(terminal, 65536).decode()
-        assert "Traceback" not in said
-    finally:
-        process.kill()
-        process.wait()
-        os.close(terminal)
+        assert self.process.returncode == 0
+        self.said += os.read(self.end, 65536).decode()
+        assert "Traceback" not in self.said
+
+
+@pytest.mark.parametrize("leave", [CTRL_C, CTRL_D], ids=["ctrl-c", "ctrl-d"])
+def test_a_terminal_session_streams_and_survives_ctrl_c_in_a_reply_and_leaves_at_the_prompt(
+    leave: bytes, alphabet: Path, tmp_path: Path
+) -> None:
+    with Terminal(alphabet, tmp_path, "--max-new-tokens", "100000000") as terminal:
+        terminal.wait_for("GPT prompt > ")
+        terminal.type(b"ab\n")
+        terminal.wait_for("cdefghijklmnopqrstuvwxyz\r\nabc")  # while the reply is far from its end
+        terminal.type(CTRL_C)
+        terminal.wait_for("GPT prompt > ")
+        terminal.type(b"xy\n")
+        terminal.wait_for("z\r\nabcdef")
+        terminal.type(CTRL_C)
+        terminal.wait_for("GPT prompt > ")
+        terminal.leave(leave)
+
+
+def test_a_prompt_of_an_earlier_session_comes_back_with_the_arrow_key(alphabet: Path, tmp_path: Path) -> None:
+    few = ["--max-new-tokens", "2", "--temperature", "0"]
+    with Terminal(alphabet, tmp_path, *few) as terminal:
+        terminal.wait_for("GPT prompt > ")
+        terminal.type(b"lmn\n")
+        terminal.wait_for("op\r\n")
+        terminal.wait_for("GPT prompt > ")
+        terminal.leave(CTRL_D)
+    with Terminal(alphabet, tmp_path, *few) as terminal:
+        terminal.wait_for("GPT prompt > ")
+        terminal.type(b"\x1b[A\n")
+        terminal.wait_for("lmn\r\nop\r\n")
+        terminal.wait_for("GPT prompt > ")
+        terminal.leave(CTRL_D)
+    [kept] = tmp_path.rglob("prompts")
+    assert kept.stat().st_mode & 0o077 == 0
 
 
 def test_ctrl_c_in_the_only_reply_leaves_without_a_traceback(

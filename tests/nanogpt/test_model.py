@@ -262,3 +262,106 @@ def test_a_block_is_torchs_encoder_layer() -> None:
 def test_a_shape_that_makes_no_model_is_refused_with_its_value(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**{field: value})
+
+
+MODERN: dict[str, Any] = {"positions": "rotary", "norm": "rms", "qk_norm": True, "activation": "relu2", "n_kv_head": 2}
+VARIANTS = [
+    MODERN,
+    *({name: value} for name, value in MODERN.items()),
+    {**MODERN, "activation": "swiglu", "bias": False},
+]
+
+
+def modern(state: dict[str, Tensor], tokens: Tensor, config: GPTConfig) -> Tensor:
+    """The logits of MODERN with squared ReLU or SwiGLU, slowly, from the formulas of the papers; position by position."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ state[f"{name}weight"].T + state.get(f"{name}bias", 0)
+
+    def norm(x: Tensor, eps: float) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    width = config.n_embd // config.n_head
+
+    def turned(x: Tensor) -> Tensor:  # (B,T,D): pairs as complex numbers, times e^(ip/10000^(2i/D))
+        speed = 10000.0 ** (-torch.arange(0, width, 2) / width)
+        angles = torch.arange(x.size(1))[:, None] * speed
+        y = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((y.real, y.imag), dim=-1)
+
+    x = state["wte.weight"][tokens]
+    for i in range(config.n_layer):
+        inside = norm(x, 1e-5) * state[f"h.{i}.ln_1.weight"]
+        kv = config.n_kv_head * width
+        q, k, v = linear(inside, f"h.{i}.attn.in_proj_").split((config.n_embd, kv, kv), dim=-1)
+        parts = []
+        for head in range(config.n_head):
+            group = head * config.n_kv_head // config.n_head
+            qh, kh, vh = (y.split(width, dim=-1)[n] for y, n in ((q, head), (k, group), (v, group)))
+            qh, kh = turned(norm(qh, torch.finfo(torch.float32).eps)), turned(norm(kh, torch.finfo(torch.float32).eps))
+            scores = qh @ kh.mT / math.sqrt(width)
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+            parts.append(scores.softmax(-1) @ vh)
+        x = x + linear(torch.cat(parts, dim=-1), f"h.{i}.attn.out_proj.")
+        inside = linear(norm(x, 1e-5) * state[f"h.{i}.ln_2.weight"], f"h.{i}.mlp.c_fc.")
+        if config.activation == "relu2":
+            inside = inside.clamp(min=0) ** 2
+        else:
+            gate, inside = inside.chunk(2, dim=-1)
+            inside = gate * gate.sigmoid() * inside
+        x = x + linear(inside, f"h.{i}.mlp.c_proj.")
+    return norm(x, 1e-5) * state["ln_f.weight"] @ state["wte.weight"].T
+
+
+@pytest.mark.parametrize(
+    "changes", [MODERN, {**MODERN, "activation": "swiglu", "bias": False}, {**MODERN, "n_kv_head": 1}]
+)
+def test_the_modern_variants_logits_are_those_of_the_formulas(changes: dict[str, Any]) -> None:
+    model = tiny(**changes)
+    tokens = some_tokens(model, 16)
+    torch.testing.assert_close(model(tokens), modern(model.state_dict(), tokens, model.config), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_each_variant_generates_with_a_cache_trains_and_sees_no_later_token(changes: dict[str, Any]) -> None:
+    model = tiny(**changes)
+    tokens = some_tokens(model, 16)
+    expected = model.eval()(tokens)
+    cache = model.new_cache()
+    parts = [model(part, cache=cache) for part in tokens.split([7, 1, 1, 7], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model(tokens[:, :9]), expected[:, :9], rtol=1e-3, atol=1e-4)
+    model(tokens, tokens).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_rotary_positions_know_distances_only() -> None:
+    attention = tiny(**MODERN).h[0].attn
+    x = torch.randn(2, 5, 32)
+    for start in (0, 3, 700):
+        q, k, v = attention._project(x, x, x, slice(start, start + 5))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        here = attention.out_proj(y.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(here, attention(x, is_causal=True), rtol=1e-3, atol=1e-3)
+
+
+def test_a_config_without_the_variants_fields_is_gpt2() -> None:
+    with torch.device("meta"):
+        old = GPT(TINY).state_dict()
+        named = GPT(replace(TINY, positions="learned", norm="layer", activation="gelu", n_kv_head=TINY.n_head))
+    assert {name: tensor.shape for name, tensor in old.items()} == {
+        name: tensor.shape for name, tensor in named.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_kv_head": 3}, "model.n_kv_head 3 does not divide model.n_head 4"),
+        ({"n_kv_head": -1}, "model.n_kv_head -1"),
+        ({"positions": "rotary", "n_embd": 36}, "a head is 9 wide"),
+    ],
+)
+def test_a_variant_that_makes_no_model_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)

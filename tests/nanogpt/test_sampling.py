@@ -1,4 +1,4 @@
-"""The laws of sampling, and cached generation against generation without a cache."""
+"""The laws of sampling."""
 
 from typing import Any
 
@@ -6,23 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from model_zoo.nanogpt.model import GPT, GPTConfig
-from model_zoo.nanogpt.sampling import generate, next_token, window_start
-
-
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=37, block_size=12, n_layer=2, n_head=2, n_embd=16)).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return model
-
-
-def prompt(length: int, batch: int = 1) -> Tensor:
-    return torch.randint(37, (batch, length), generator=torch.Generator().manual_seed(length))
+from model_zoo.nanogpt.sampling import check_sampling, next_token, window_start
 
 
 def draws(logits: Tensor, n: int = 4000, **options: Any) -> Tensor:
@@ -91,62 +77,16 @@ def test_the_window_jumps_only_when_full_and_keeps_half_a_block(block_size: int)
         assert length <= block_size or kept <= length - start <= block_size
 
 
-@pytest.mark.parametrize("length", [1, 5, 12, 13, 40])
-def test_cached_generation_is_generation_without_a_cache_also_beyond_the_block(model: GPT, length: int) -> None:
-    """The definition: the likeliest token after the window, all of it computed anew for each token."""
-    tokens = prompt(length, batch=2)
-    expected = tokens
-    with torch.no_grad():
-        for _ in range(40):
-            window = expected[:, window_start(expected.size(1), 12) :]
-            expected = torch.cat((expected, model(window)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    found = torch.cat([tokens, *generate(model, tokens, 40, temperature=0)], dim=1)
-    assert found.tolist() == expected.tolist()
-
-
-def test_a_reply_taken_up_again_goes_on_as_if_never_interrupted(model: GPT) -> None:
-    whole = torch.cat(list(generate(model, prompt(5), 40, temperature=0)), dim=1)
-    first = torch.cat([prompt(5), whole[:, :22]], dim=1)
-    assert torch.cat(list(generate(model, first, 18, temperature=0)), dim=1).tolist() == whole[:, 22:].tolist()
-
-
-def test_the_same_seed_gives_the_same_tokens(model: GPT) -> None:
-    def run(seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return [int(token) for token in generate(model, prompt(3), 30, top_p=0.95, generator=generator)]
-
-    assert run(1) == run(1)
-    assert run(1) != run(2)
-
-
-def test_generation_ends_with_the_stop_id_or_with_the_last_row_that_finds_one(model: GPT) -> None:
-    rows = torch.cat(list(generate(model, prompt(4, batch=2), 40, temperature=0)), dim=1).tolist()
-    stop = next(i for i in rows[0] if i in rows[1] and rows[0].index(i) != rows[1].index(i))
-    both = list(generate(model, prompt(4, batch=2), 40, temperature=0, stop_ids=[stop]))
-    assert len(both) == max(row.index(stop) for row in rows) + 1
-    one = list(generate(model, prompt(4, batch=2)[:1], 40, temperature=0, stop_ids=[stop, 99]))
-    assert [int(token) for token in one] == rows[0][: rows[0].index(stop) + 1]
-
-
-def test_ids_that_the_tokenizer_lacks_are_never_drawn(model: GPT) -> None:
-    drawn = torch.cat(list(generate(model, prompt(2, batch=50), 20, temperature=5.0, vocab_size=3)))
-    assert set(drawn.flatten().tolist()) == {0, 1, 2}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1}, "temperature is -1"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
+        ((-1, None, None), "temperature is -1"),
+        ((float("nan"), None, None), "temperature is nan"),
+        ((1, 0, None), "top_k is 0"),
+        ((1, None, 0.0), "top_p is 0.0"),
+        ((1, None, 1.5), "top_p is 1.5"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_before_the_first_token(
-    model: GPT, options: dict[str, Any], message: str
-) -> None:
+def test_settings_that_make_no_sense_are_refused(options: tuple[float, int | None, float | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        generate(model, prompt(2), 5, **options)
-    with pytest.raises(ValueError, match="no token to start from"):
-        generate(model, prompt(2)[:, :0], 5)
+        check_sampling(*options)

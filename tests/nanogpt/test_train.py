@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import json
+import math
 import os
 import shutil
 import signal
@@ -17,18 +20,24 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from elastic_gpt import rundir as folders_of_runs
 from elastic_gpt.checkpoint import Checkpoints
+from elastic_gpt.contract import shared_memory
+from elastic_gpt.gradients import Gradients, StepSums
+from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger
+from elastic_gpt.run import _on_its_way
 from elastic_gpt.settings import SettingsError, parse
-from elastic_gpt.snapshot import Snapshots, shared_memory
+from elastic_gpt.snapshot import Snapshots
 from elastic_gpt.storage import Unreachable
-from elastic_gpt.world import PeerLost, World
+from elastic_gpt.world import PeerLost, World, join, leave
 from model_zoo.nanogpt import rundir, train
 from model_zoo.nanogpt.config import PRESETS, OptimizerConfig, TrainConfig
-from model_zoo.nanogpt.train import on_its_way
-from prepare.tokens import read_meta
-from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, events, metrics, until
+from model_zoo.nanogpt.startup import loss_function
+from prepare.data import read_meta
+from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, errors, events, metrics, until
 from tests.elastic.worlds import run_world
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +123,7 @@ def test_an_asked_stop_loses_no_step(data: Path, undisturbed: Path, tmp_path: Pa
     assert (restored["step"], restored["dropped"]) == (stopped_at, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a small volume")
 def test_a_volume_that_is_full_for_a_while_costs_nothing(data: Path, tmp_path: Path) -> None:
     volume, run, flags = tmp_path / "volume", tmp_path / "volume" / "run", ["--steps=700", "--checkpoint.interval=100"]
@@ -154,6 +164,7 @@ def test_a_volume_that_is_full_for_a_while_costs_nothing(data: Path, tmp_path: P
         subprocess.run(["umount", volume], check=True)
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_workers_is_the_same_run(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [
@@ -209,8 +220,8 @@ def test_checkpoints_that_are_not_where_they_were_saved_are_missed_and_nothing_i
     shutil.copytree(undisturbed, run)
     before = (run / "metrics.jsonl").read_bytes()
     done = elastic_gpt("train", *arguments(data, run, f"--checkpoint.dir={tmp_path / 'unmounted'}"), code=2)
-    assert done.stderr.startswith(f"error: step {STEPS} of this run was saved in {undisturbed / 'checkpoints'}, but")
-    assert done.stderr.count("\n") == 1
+    assert errors(done).startswith(f"error: step {STEPS} of this run was saved in {undisturbed / 'checkpoints'}, but")
+    assert errors(done).count("\n") == 1
     assert (run / "metrics.jsonl").read_bytes() == before
     elastic_gpt("train", *arguments(data, run, f"--steps={STEPS + 1}"))  # set back, it goes on
     assert len(metrics(run)) == STEPS + 1
@@ -222,7 +233,7 @@ def test_another_runs_checkpoints_are_left_alone(data: Path, undisturbed: Path, 
     flags = ["--seed=2", "--steps=400", "--checkpoint.keep=1", f"--checkpoint.dir={place}"]
     done = elastic_gpt("train", *arguments(data, tmp_path / "run", *flags), code=2)
     assert "holds checkpoints of another run" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert errors(done).count("\n") == 1
     assert sorted(path.name for path in place.iterdir()) == [f"step_{step:08d}" for step in (100, 200, 300)]
 
 
@@ -243,10 +254,12 @@ def test_a_torn_config_is_one_line(data: Path, undisturbed: Path, tmp_path: Path
         rundir.open_run(config, read_meta(data), ALONE)
 
 
-@pytest.mark.parametrize(("lives", "code"), [(0, 1), (1, 3)])
+@pytest.mark.parametrize(("lives", "agent", "code"), [(0, True, 1), (1, True, 3), (1, False, 1)])
 def test_an_outage_is_waited_for_and_a_store_that_never_answered_is_a_crash(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: int, code: int
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: int, agent: bool, code: int
 ) -> None:
+    if agent:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     for _ in range(lives):
         Ledger(tmp_path).begin_life(["node"], 1, 0, "start", 0)
 
@@ -265,16 +278,43 @@ def test_an_outage_is_waited_for_and_a_store_that_never_answered_is_a_crash(
         train.main(arguments(data, tmp_path))
 
 
+@pytest.mark.parametrize(("agent", "code"), [(True, 3), (False, 1)])
+def test_another_world_in_the_run_directory_ends_this_one_with_a_code_that_somebody_knows(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    agent: bool,
+    code: int,
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    def superseded(*_: object) -> None:
+        raise PeerLost("another world trains here")
+
+    if agent:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(train, "train", superseded)
+    with pytest.raises(Ended, match=str(code)):
+        train.main(arguments(data, tmp_path))
+    assert ("its agent" in capsys.readouterr().err) == agent
+
+
 ALONE = World(0, 1, 0, "node", torch.device("cpu"), False)
 
 
 def opens(world: World, data: Path, folders: list[Path]) -> str:
-    rundir.LOOKS, rundir.LOOK_SECONDS = 4, 0.05
+    folders_of_runs.LOOKS, folders_of_runs.LOOK_SECONDS = 4, 0.05
     flags = arguments(data, folders[world.rank])
     config = parse(TrainConfig, flags, presets=PRESETS, prog="x", environment={})
     world = dataclasses.replace(world, local_rank=0, node=f"node-{world.rank}")
     try:
-        return rundir.open_run(config, read_meta(data), world).run_id
+        return rundir.open_run(config, read_meta(data), world)[0].run_id
     except SettingsError as error:
         return str(error)
 
@@ -311,6 +351,7 @@ def test_a_failed_checkpoint_is_told_once_and_made_up_for_at_the_next_snapshot(d
     assert len(events(run, "save_failed")) == 1
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_an_evaluation_and_the_next_life_does_it(data: Path, tmp_path: Path) -> None:
     run, flags = tmp_path / "run", ["--steps=100", "--evaluate.interval=1", "--evaluate.sequences=8"]
     interrupt(data, run, signal.SIGTERM, 50, *flags)
@@ -387,8 +428,27 @@ def test_a_users_mistake_is_one_line(data: Path, tmp_path: Path, flags: list[str
         pytest.skip("there is a GPU here")
     done = elastic_gpt("train", *arguments(data, tmp_path / "run", *flags), code=2)
     assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    assert errors(done).startswith("error: ")
+    assert errors(done).count("\n") == 1
+
+
+@pytest.mark.parametrize("agent", [False, True])
+def test_an_error_that_nobody_foresaw_is_one_line_and_its_traceback_is_in_a_nodes_log_alone(
+    agent: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> int:
+        return 1 // 0
+
+    ended: list[int] = []
+    monkeypatch.setattr(train, "train", broken)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    if agent:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    train.main(arguments(data, tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert ended == [1]
+    assert said.splitlines()[-1].startswith("error: ZeroDivisionError at ")
+    assert ("Traceback" in said) == agent
 
 
 def test_bfloat16_and_float16_train_too(data: Path, tmp_path: Path) -> None:
@@ -412,7 +472,7 @@ def test_what_is_being_saved_when_a_peer_is_lost_is_saved_to_its_end(
 
     monkeypatch.setattr(zlib, "crc32", slow)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    with pytest.raises(PeerLost), on_its_way(snapshots, checkpoints, Ledger(tmp_path)):  # noqa: PT012 - the loss comes after the saves
+    with pytest.raises(PeerLost), _on_its_way(snapshots, checkpoints, Ledger(tmp_path)):  # noqa: PT012 - the loss comes after the saves
         snapshots.save(10, 0, tensors, [])
         checkpoints.save(10, tensors, [])
         raise PeerLost("in the next step")
@@ -439,3 +499,169 @@ def test_the_presets_have_the_sizes_they_are_named_for() -> None:
     with torch.device("meta"):
         assert GPT(config.model).parameter_count() == 124_439_808
     assert config.tokens_per_step == 491_520
+
+
+def bad_loss(at: set[int]) -> Any:
+    """`loss_function`, but with a loss that is not a number in the steps `at`, in one of their micro-batches."""
+    calls = itertools.count()
+
+    def make(*words: Any) -> Any:
+        loss_sum = loss_function(*words)
+
+        def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            step, micro_batch = divmod(next(calls), 4)
+            return loss_sum(tokens, targets) * (math.nan if step + 1 in at and micro_batch == 2 else 1.0)
+
+        return loss
+
+    return make
+
+
+def strict(path: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "flags", [[], *(["--elastic.exact=false", f"--dtype={name}"] for name in ("float32", "bfloat16", "float16"))]
+)
+def test_an_update_that_is_not_finite_is_skipped_and_the_run_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    monkeypatch.setattr(train, "loss_function", bad_loss({5, 6, 9}))
+    run = tmp_path / "run"
+    flags = ["--steps=20", "--checkpoint.interval=5", "--checkpoint.keep=9", "--observe.tensorboard=true", *flags]
+    assert train.main(arguments(data, run, *flags)) == 0
+    lines = strict(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    skipped = {line["step"] for line in lines if line.get("skipped")}
+    assert skipped == {5, 6, 9}
+    assert all((line["loss"] is None) == (line["step"] in skipped) for line in lines)
+    assert [event["step"] for event in strict(run / "ledger.jsonl") if event["event"] == "skipped"] == [5, 6, 9]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        f"step_{step:08d}" for step in (10, 15, 20)
+    ]
+    newest = load_file(run / "checkpoints/step_00000020/optimizer.safetensors")
+    assert newest["step.wte.weight"] == 17  # of 20, three were left out
+
+
+def ended(words: list[str]) -> int | str | None:
+    """The exit code of a training in this process."""
+    try:
+        return train.main(words)
+    except SystemExit as end:
+        return end.code
+
+
+def test_too_many_in_a_row_stop_the_run_and_a_smaller_rate_goes_on_from_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, flags = tmp_path / "run", ["--steps=40", "--checkpoint.interval=5", "--optimizer.max-skipped=4"]
+    monkeypatch.setattr(train, "loss_function", bad_loss(set(range(13, 40))))
+    assert ended(arguments(data, run, *flags)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert line == (
+        "error: loss or gradient not finite in 4 updates in a row, up to step 16 (optimizer.max_skipped): the last good"
+        " checkpoint is step_00000010; the same command with a smaller --optimizer.learning-rate goes on"
+    )
+    assert events(run, "diverged")[0]["good"] == 12
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000005", "step_00000010"]
+    monkeypatch.setattr(train, "loss_function", loss_function)
+    assert ended(arguments(data, run, *flags, "--optimizer.learning-rate=1e-4")) == 0
+    assert events(run, "restored")[-1]["step"] == 10
+    assert [one["step"] for one in strict(run / "metrics.jsonl") if "skipped" not in one] == list(range(1, 41))
+
+
+@pytest.mark.parametrize(("interval", "rate"), [(1, 1e300), (50, 1e38)])
+def test_a_rate_that_blows_the_parameters_up_leaves_the_good_checkpoints(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], interval: int, rate: float
+) -> None:
+    run, flags = (
+        tmp_path / "run",
+        [f"--elastic.snapshot-interval={interval}", "--checkpoint.interval=10", "--checkpoint.keep=2"],
+    )
+    assert ended(arguments(data, run, *flags, "--steps=20")) == 0
+    capsys.readouterr()
+    rates = [f"--optimizer.learning-rate={rate}", f"--optimizer.min-learning-rate={rate}", "--optimizer.clip=0"]
+    assert ended(arguments(data, run, *flags, *rates)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert (
+        "the last good checkpoint is step_00000020; the same command with a smaller --optimizer.learning-rate" in line
+    )
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000010", "step_00000020"]
+    strict(run / "metrics.jsonl")
+    strict(run / "ledger.jsonl")
+    assert ended(arguments(data, run, *flags, "--steps=30")) == 0
+    assert events(run, "restored")[-1]["step"] <= 21
+
+
+def test_a_broken_checkpoint_of_an_older_version_is_named_by_training_and_by_generating(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    checkpoints = Checkpoints(run / "checkpoints", keep=9, run=Run(Ledger(run).run_id(), 0, []))
+    tensors = checkpoints.read(300, "model") | checkpoints.read(300, "optimizer")
+    tensors["model.wte.weight"][3, 3] = math.nan
+    checkpoints.save(310, tensors, [])
+    checkpoints.finished(wait=True)
+    for words in (["train", *arguments(data, run, "--steps=320")], ["generate", run, "--prompt=a", "--temperature=0"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "elastic_gpt.cli", *map(str, words)],
+            capture_output=True, text=True, env=environment(), timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        assert done.returncode in (1, 2)
+        (line,) = errors(done).splitlines()
+        assert "wte.weight" in line
+        assert "not finite" in line
+
+
+def in_two_worlds(world: World, arguments: list[str]) -> list[int]:
+    """Train in a world of two, then, as one whose peer has gone, alone; the number of compiled graphs at each step."""
+    import torch._dynamo
+
+    config, meta = train.check(arguments)
+    config = dataclasses.replace(config, compile=True)
+    compiler = torch.compile
+    torch.compile = functools.partial(compiler, backend="aot_eager")  # traces as the real one does, without its minute
+    training = train.Training(config, meta)
+
+    def steps(world: World) -> None:
+        for step in training.in_world(world):
+            for tokens, targets in step:
+                step.backward(training.loss_sum(tokens, targets))
+            step.update(1e-3)
+
+    places = [tensor.data_ptr() for tensor in training.tensors.values()]
+    reduce, graphs = Gradients.reduce, []
+
+    def until_a_peer_dies(self: Gradients, stop: bool, leave: bool) -> StepSums:
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        if len(graphs) == 5:
+            if world.rank == 1:
+                os._exit(0)
+            time.sleep(0.1)
+        return reduce(self, stop, leave)
+
+    Gradients.reduce = until_a_peer_dies  # type: ignore[method-assign]
+    with pytest.raises(PeerLost):
+        steps(world)
+    assert training.held.step == 4
+    assert leave()
+    assert training.keep()
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+    steps(join("cpu", 60.0))
+    assert [tensor.data_ptr() for tensor in training.tensors.values()] == places
+    return graphs
+
+
+def test_a_survivor_keeps_its_tensors_and_its_compiled_graph_and_does_the_dropped_step_again(
+    data: Path, tmp_path: Path
+) -> None:
+    flags = arguments(data, tmp_path / "run", "--steps=8", "--evaluate.interval=0")
+    (graphs,) = run_world(2, in_two_worlds, flags, dies=[1])
+    assert graphs == [1] * (8 + 1)  # the step that was dropped has been done again, and no other
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
+    assert [event["dropped"] for event in events(tmp_path / "run", "restored")] == [0, 0]

@@ -1,5 +1,8 @@
 """What a running job is made to be: pure decisions. The real master is in tests/cluster."""
 
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +11,7 @@ import pytest
 
 from elastic_gpt.jobs.status import wanted_nodes
 from elastic_gpt.nodes.master import Scaling, decide
+from tests.conftest import PATIENCE, environment
 
 
 @dataclass
@@ -125,3 +129,42 @@ def test_the_master_of_a_job_that_ended_while_it_was_suspended_ends_when_it_is_r
     spec["spec"]["suspend"] = False
     scaling.reconcile()
     assert not manager.pend_without_workers()
+
+
+def test_a_master_puts_the_status_of_its_job_right_with_the_one_right_it_has() -> None:
+    told = "The job master failover count 1 is beyond the restart count 0."
+    status = {"conditions": [{"type": "Failed", "status": "True", "message": told}], "replicaStatuses": {}}
+    spec = {**job(1), "metadata": {"namespace": "training"}, "status": {"phase": "Failed", "status": status}}
+    spec["spec"]["replicaSpecs"]["dlrover-master"] = {"restartCount": 100}
+    manager, patched = manager_of({0: Record(0, 0)}, spec), []
+    manager._k8s_client.api_instance = SimpleNamespace(
+        patch_namespaced_custom_object_status=lambda **words: patched.append(words)
+    )
+    Scaling(manager, "gpt").heal()
+    Scaling(manager, "gpt").reconcile()
+    spec["status"]["phase"] = "Running"
+    Scaling(manager, "gpt").reconcile()
+    assert [words["body"]["status"]["phase"] for words in patched] == ["Running", "Running"]
+    assert (patched[0]["name"], patched[0]["namespace"], patched[0]["plural"]) == ("gpt", "training", "elasticjobs")
+
+
+DLROVERS_LOOP = """
+import os, signal, time
+from elastic_gpt.nodes import master
+
+def run(*arguments):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        return 0
+
+master._run_dlrover = run
+raise SystemExit(master.main(["--namespace=training", "--job-name=gpt"]))
+"""
+
+
+def test_a_master_whose_pod_is_deleted_does_not_end_well() -> None:
+    command = [sys.executable, "-c", DLROVERS_LOOP]
+    done = subprocess.run(command, env=environment(KUBECONFIG="/nowhere"), timeout=PATIENCE, check=False)
+    assert done.returncode == -signal.SIGTERM  # with 0 the job would have Succeeded

@@ -2,15 +2,19 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from elastic_gpt.nodes.rendezvous import KEY, LEASE_SECONDS, Lease, Leases
+import pytest
+
+from elastic_gpt.contract import Progress
+from elastic_gpt.nodes.rendezvous import KEY, LEASE_SECONDS, PROGRESS_KEY, PROGRESS_SECONDS, Lease, Leases
 from tests.conftest import PATIENCE, until
 
 # What replaces methods of DLRover's classes has a process of its own.
 MASTER = """
 import sys, time
-from elastic_gpt.nodes.rendezvous import KEY, Leases, wait_for_members
+from elastic_gpt.nodes.rendezvous import KEY, RECONNECT_SECONDS, Leases, wait_for_members
 now = [0.0]
 leases = Leases(clock=lambda: now[0])
 wait_for_members(leases, restarted=False)
@@ -46,6 +50,15 @@ def test_a_new_node_waits_for_the_one_that_trains() -> None:
     assert shown("joins(0); show(world()); joins(1); show(world())") == ["[]", "[0, 1]"]
 
 
+def test_a_round_closes_at_once_when_all_who_hold_a_lease_have_come() -> None:
+    slow = "manager._rdzv_params.waiting_timeout = 60; "
+    assert shown(slow + "joins(0); show(world()); joins(1); show(world())") == ["[]", "[0, 1]"]
+    # A start: who else comes is not known, though one waits already.
+    assert shown(slow + "store.set(KEY + '1', b''); joins(0); store.set(KEY + '0', b'waits'); show(world())") == ["[]"]
+    # A member that asks for the next world, and says so, is one still.
+    assert shown(slow + "joins(1); store.set(KEY + '1', b'waits'); joins(0); show(world())") == ["[0, 1]"]
+
+
 def test_nobody_waits_for_a_node_that_leaves() -> None:
     assert shown("joins(0); show(world()); store.set(KEY + '1', b''); show(world())") == ["[]", "[0]"]
 
@@ -59,9 +72,23 @@ def test_a_node_that_fell_silent_is_waited_for_as_long_as_its_lease_lasts() -> N
     assert shown(f"joins(0); now[0] = {before}; show(world()); now[0] = {after}; show(world())") == ["[]", "[0]"]
 
 
+@pytest.mark.parametrize(
+    "end", ["leases.gone(2)", "store.set(KEY + '2', b'')", f"now[0] = {LEASE_SECONDS + 0.1}; holds(1)"]
+)
+def test_a_node_that_was_lost_while_it_waited_is_in_no_world(end: str) -> None:
+    assert shown(f"holds(2); joins(2); {end}; show(world()); joins(1); show(world())") == ["[]", "[1]"]
+
+
+def test_a_machine_that_stood_still_while_it_waited_is_waiting_when_it_comes_back() -> None:
+    stands_still = f"holds(2); joins(2); now[0] = {LEASE_SECONDS + 0.1}; holds(1); joins(1); show(world())"
+    comes_back = "show(manager.num_nodes_waiting()); holds(2); show(manager.num_nodes_waiting())"
+    assert shown(f"{stands_still}; {comes_back}; joins(1); show(world())") == ["[1]", "0", "1", "[1, 2]"]
+
+
 def test_a_master_that_was_started_anew_gives_the_nodes_time_to_find_it() -> None:
     anew = "wait_for_members(leases, restarted=True); leases.gone(1); joins(0); time.sleep(0.2); show(world())"
-    assert shown(anew) == ["[]"]
+    assert shown("leases.since = time.monotonic(); " + anew) == ["[]"]
+    assert shown("leases.since = time.monotonic() - RECONNECT_SECONDS; " + anew) == ["[0]"]  # they have found it
 
 
 def test_other_keys_of_the_store_are_kept() -> None:
@@ -71,15 +98,34 @@ def test_other_keys_of_the_store_are_kept() -> None:
 def test_an_agent_renews_its_lease_until_it_leaves() -> None:
     told: list[tuple[str, bytes]] = []
     lease = Lease(lambda key, value: told.append((key, value)), 7)
+    lease.ask()
     lease.hold()
-    lease.hold()  # in its next world
     until(lambda: len(told) >= 3)
     lease.release()
     lease._thread.join(PATIENCE)
     assert not lease._thread.is_alive()
-    assert set(told[:-1]) == {(f"{KEY}7", b"held")}
+    assert set(told[:-1]) == {(f"{KEY}7", b"waits"), (f"{KEY}7", b"held")}
     assert told[-1] == (f"{KEY}7", b"")
     assert Leases().told("torch.rendezvous/1", b"x") is False
+
+
+def test_a_node_whose_workers_start_is_not_waited_for_until_it_is_in_a_world_again() -> None:
+    leases = Leases()
+    lease = Lease(leases.told, 7)
+    lease.hold()
+    assert leases.members() == leases.held() == {7}
+    lease.ask()
+    assert leases.members() == leases.held() == {7}
+    lease.pause()
+    assert leases.held() == set()
+    lease.ask()
+    assert (leases.members(), leases.held()) == (set(), {7})
+    lease.hold()
+    assert leases.held() == {7}
+    lease.release()
+    lease._thread.join(PATIENCE)
+    lease.hold()  # it leaves, whatever its rendezvous still comes to
+    assert leases.held() == set()
 
 
 def test_two_worlds_of_one_run_the_earlier_ends(tmp_path: Path) -> None:
@@ -93,3 +139,46 @@ def test_two_worlds_of_one_run_the_earlier_ends(tmp_path: Path) -> None:
     other.begin_life(["b"], 1, 0, "start", 0)
     assert one.superseded()
     assert not other.superseded()
+
+
+def test_progress_comes_with_the_leases_into_the_masters_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, told = [0.0], {}
+    leases = Leases(clock=lambda: now[0])
+
+    def written() -> list[tuple[int, int]]:
+        found = map(Progress.from_line, capsys.readouterr().out.splitlines())
+        return [(one.step, one.workers) for one in found if one]
+
+    def report(key: str, value: bytes) -> None:
+        told[key] = value
+        leases.told(key, value)
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("POD_NAME", "gpt-edljob-worker-0")
+    monkeypatch.setenv("ELASTIC_JOB_NAME", "gpt")
+    monkeypatch.delenv("ELASTIC_GPT_LOCAL", raising=False)
+    last_words: list[Callable[[], None]] = []
+    monkeypatch.setattr("atexit.register", last_words.append)
+    file = tmp_path / "elastic-gpt-progress-gpt-edljob-worker-0"
+    lease = Lease(report, 0)
+    lease.hold()
+    assert told == {f"{KEY}0": b"held"}  # before training has begun
+    file.write_text(Progress(1.0, 0, 9, workers=2).to_line())
+    until(lambda: PROGRESS_KEY in told)
+    assert written() == [(0, 2)]
+    assert leases.held() == {0}
+    lease.release()
+    until(lambda: leases.held() == set())
+    # The step in flight is finished after that, and told when the agent ends; nobody waits for this node again.
+    file.write_text(Progress(2.0, 1, 9, workers=3).to_line())
+    last_words[0]()
+    assert written() == [(1, 3)]
+    assert leases.held() == set()
+
+    # Steps now and then, an older word of another node never, a new world and the end at once.
+    for step, workers, after in [(2, 3, 0), (3, 3, PROGRESS_SECONDS), (4, 2, 0), (1, 3, 99), (9, 2, 0), (9, 2, 99)]:
+        now[0] += after
+        leases.told(PROGRESS_KEY, Progress(1.0 + step, step, 9, workers=workers).to_line().encode())
+    assert written() == [(3, 3), (4, 2), (9, 2)]

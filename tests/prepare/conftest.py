@@ -12,7 +12,7 @@ ENGLISH = "The quick brown fox doesn't jump over 12 lazy dogs. " * 40 + "\n"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of test data that is no part of the project."""
+    """The folder of test data that is not part of the project."""
     folder = SHARED / "data"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: it holds Tiny Shakespeare and the reference ranks of GPT-2")

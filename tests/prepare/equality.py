@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare.pipeline import Settings, prepare
-from prepare.tokenizer import BytePairs, load
-from prepare.tokens import open_split, read_meta
+from prepare.data import load_tokenizer, open_split, read_meta
+from prepare.pipeline import prepare
+from prepare.plan import Settings
+from prepare.tokenizer import BytePairs
 
 SEPARATOR = "\n<|document|>\n"
 DOCUMENT = 4 << 20
@@ -122,7 +123,7 @@ def differences(
     file.write_text(SEPARATOR.join(documents), encoding="utf-8", newline="")
     settings = Settings(tokenizer=tokenizer, separator=SEPARATOR, split="hash", val_fraction=0.5)
     prepare([str(file)], folder, settings, engine_name=engine, workers=workers)
-    reference = load(folder)
+    reference = load_tokenizer(folder)
     assert isinstance(reference, BytePairs)
     eot = read_meta(folder).eot_id
     sides = []

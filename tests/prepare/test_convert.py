@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from prepare.convert import llmc_header, main, meta_pkl, write_llmc, write_nanogpt
+from prepare.data import open_split, read_meta
 from prepare.prepare import main as prepare
-from prepare.tokens import DataError, fingerprint, open_split, read_meta
+from prepare.tokens import DataError, fingerprint
 from tests.prepare.conftest import ENGLISH
 from tests.prepare.test_interop import characters_as_dlrover, write
 
@@ -27,7 +28,7 @@ def prepared(folder: Path, tokenizer: str, text: str = ENGLISH) -> Path:
     return folder
 
 
-def test_meta_pkl_differs_from_dlrovers(tmp_path: Path) -> None:
+def test_meta_pkl_is_the_one_that_dlrover_writes(tmp_path: Path) -> None:
     theirs = characters_as_dlrover(tmp_path / "theirs", ENGLISH)
     write_nanogpt(prepared(tmp_path / "ours", "char"), tmp_path / "out")
     for name in ("train.bin", "val.bin"):
@@ -39,13 +40,13 @@ def test_meta_pkl_differs_from_dlrovers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tokenizer", "size"), [("gpt2", None), ("byte", 256)])
-def test_nanogpt_is_not_told_a_vocabulary_that_is_not_gpt2s(tmp_path: Path, tokenizer: str, size: int | None) -> None:
+def test_nanogpt_is_told_every_vocabulary_that_is_not_gpt2s(tmp_path: Path, tokenizer: str, size: int | None) -> None:
     write_nanogpt(prepared(tmp_path / "ours", tokenizer), tmp_path / "out")
     path = tmp_path / "out" / "meta.pkl"
     assert (pickle.loads(path.read_bytes())["vocab_size"] if path.exists() else None) == size
 
 
-def test_header_is_not_what_llmc_checks(tmp_path: Path) -> None:
+def test_the_header_passes_llmcs_checks(tmp_path: Path) -> None:
     folder = prepared(tmp_path / "ours", "gpt2")
     write_llmc(folder, tmp_path / "out")
     ids = open_split(folder, "train")
@@ -56,7 +57,7 @@ def test_header_is_not_what_llmc_checks(tmp_path: Path) -> None:
     assert fingerprint(read_meta(tmp_path / "out")) == fingerprint(read_meta(folder))
 
 
-def test_shards_do_not_add_up(tmp_path: Path) -> None:
+def test_shards_hold_all_tokens_in_order(tmp_path: Path) -> None:
     folder = prepared(tmp_path / "ours", "gpt2")
     ids = open_split(folder, "train")
     names = [path.name for path in write_llmc(folder, tmp_path / "shards", shard_tokens=100)]
@@ -69,7 +70,9 @@ def test_shards_do_not_add_up(tmp_path: Path) -> None:
         np.testing.assert_array_equal(open_split(tmp_path / "joined", split), open_split(folder, split))
 
 
-def test_ids_are_cut_off_or_data_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ids_that_do_not_fit_and_folders_that_hold_data_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for split in ("train", "val"):
         write(tmp_path / "llama" / f"{split}.bin", [70_000], (20240801, 7), "<u4")
     assert main([str(tmp_path / "llama"), str(tmp_path / "out"), "--format", "nanogpt"]) == 2
@@ -85,7 +88,9 @@ def test_ids_are_cut_off_or_data_is_overwritten(tmp_path: Path, capsys: pytest.C
     assert "prepare the data first" in capsys.readouterr().err
 
 
-def test_a_stopped_run_leaves_what_passes_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_conversion_leaves_nothing_that_passes_for_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stops at each write and each rename; then the same command goes through, over what a kill left."""
     folder = prepared(tmp_path / "ours", "char")
     real = {name: getattr(os, name) for name in ("fsync", "replace")}

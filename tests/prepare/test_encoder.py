@@ -14,12 +14,13 @@ from prepare.corpus import Piece
 from prepare.encoder import BadText, Chunk, Chunker, Coder, Part, decoded
 from prepare.engine import Fast, Plain
 from prepare.ranks import PATTERNS
-from prepare.tokenizer import BytePairs, Bytes, Characters, Words, gpt2, train_bpe
+from prepare.tokenizer import BytePairs, Bytes, Characters, Words, gpt2
 from prepare.tokens import DataError
+from tests.conftest import trained_bpe
 
 GPT2 = gpt2()
 # Unlike GPT-2's, its tokens may hold several spaces.
-TRAINED = train_bpe(["The ships' hulls,\n            the shops, the   chips.\n\n I'll say: it's 1600! "] * 3, 300)
+TRAINED = trained_bpe(["The ships' hulls,\n            the shops, the   chips.\n\n I'll say: it's 1600! "] * 3, 300)
 # GPT-2's tokens, and more where a wrong cut would show: any two or three of these, with a newline in many.
 _MEETING = ["".join(some) for n in (2, 3) for some in product("!/.\n\r\t a", repeat=n)]
 _MORE = [token.encode() for token in _MEETING if token.encode() not in GPT2.merges]
@@ -81,7 +82,7 @@ def joined(parts: Iterator[Part]) -> str:
 @example(text="a" + " " * 12 + "b", size=6)  # nor within a run of them
 @example(text="漢字\n漢字。\n\n語\n /語\u3000\n語!\n/x", size=9)
 @example(text="x!\n/usr", size=4)
-def test_chunked_ids_differ_from_the_ids_of_the_whole(name: str, text: str, size: int) -> None:
+def test_chunked_ids_are_the_ids_of_the_whole(name: str, text: str, size: int) -> None:
     tokenizer = ENCODINGS[name]
     cut = chunks(text, size)
     assert joined(part for chunk in cut for part in chunk.parts) == text
@@ -91,7 +92,7 @@ def test_chunked_ids_differ_from_the_ids_of_the_whole(name: str, text: str, size
 
 @settings(max_examples=200)
 @given(text=ADVERSARIAL | st.text(max_size=80), size=st.integers(1, 40))
-def test_words_are_cut(text: str, size: int) -> None:
+def test_no_cut_is_within_a_word(text: str, size: int) -> None:
     cut = [word for chunk in chunks(text, size) for part in chunk.parts for word in Words.split(part.data.decode())]
     assert cut == Words.split(text)
     assert "".join(cut) == text
@@ -99,7 +100,7 @@ def test_words_are_cut(text: str, size: int) -> None:
 
 @settings(max_examples=200)
 @given(text=ADVERSARIAL | st.text(max_size=80), size=st.integers(1, 40))
-def test_a_character_is_cut(text: str, size: int) -> None:
+def test_no_cut_is_within_a_character(text: str, size: int) -> None:
     cut = chunks(text, size, cuts_anywhere=True)
     assert "".join(part.data.decode() for chunk in cut for part in chunk.parts) == text
 
@@ -110,7 +111,7 @@ def test_a_character_is_cut(text: str, size: int) -> None:
     size=st.integers(1, 40),
     chunk=st.integers(0, 60),
 )
-def test_documents_are_not_parted_or_lost(documents: list[tuple[int, str]], size: int, chunk: int) -> None:
+def test_documents_are_parted_and_none_is_lost(documents: list[tuple[int, str]], size: int, chunk: int) -> None:
     stream = (
         (side, piece._replace(source=number))
         for number, (side, text) in enumerate(documents)
@@ -139,19 +140,19 @@ def test_documents_are_not_parted_or_lost(documents: list[tuple[int, str]], size
 @pytest.mark.parametrize(
     "text", ["One word, then another. " * 4000, "没有空格的一行中文。\n" * 4000], ids=["english", "chinese"]
 )
-def test_plain_text_is_held_whole_instead_of_cut(text: str) -> None:
+def test_plain_text_is_cut_instead_of_held_whole(text: str) -> None:
     sizes = [chunk.size for chunk in chunks(text, 1000)]
     assert len(sizes) >= 90
     assert max(sizes) < 2100
 
 
-def test_short_documents_make_a_chunk_each() -> None:
+def test_short_documents_share_a_chunk() -> None:
     documents = ((0, Piece(0, row, 0, True, b"A document of thirty bytes ...")) for row in range(200_000))
     sizes = [chunk.size for chunk in Chunker(cuts_anywhere=False).chunks(documents)]
     assert all(abs(encoder.CHUNK - size) < 30 for size in sizes[:-1])
 
 
-def test_text_without_a_cut_grows_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_without_a_cut_is_refused_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "MAX_CHUNK", 15_000)
     held = "漢字" * 2500
     [chunk] = chunks(held, 300)
@@ -166,7 +167,7 @@ def test_text_without_a_cut_grows_for_ever(monkeypatch: pytest.MonkeyPatch) -> N
 
 @settings(max_examples=200)
 @given(data=st.binary(max_size=30))
-def test_repaired_text_is_not_pythons(data: bytes) -> None:
+def test_repaired_text_is_what_python_makes_of_it(data: bytes) -> None:
     assert decoded(data, "replace")[0] == data.decode("utf-8", "replace")
     assert decoded(data, "skip")[0] == data.decode("utf-8", "ignore")
     places = data.decode("utf-8", "replace").count("\ufffd") - data.decode("utf-8", "ignore").count("\ufffd")
@@ -177,7 +178,7 @@ def chunk_of(*documents: bytes) -> Chunk:
     return Chunk([Part(i % 2, i > 1, i, 0, 100, data) for i, data in enumerate(documents)])
 
 
-def test_chunk_becomes_other_ids_than_its_documents() -> None:
+def test_a_chunk_becomes_the_ids_of_its_documents() -> None:
     coded = Coder(GPT2, Plain(GPT2), "uint16", "skip")(chunk_of(b"one", b"caf\xe9", b"\xfftwo <|endoftext|>\xfe"))
     train, val = (np.frombuffer(ids, dtype="<u2").tolist() for ids in coded.ids)
     assert train == [*GPT2.encode("one"), 50256, *GPT2.encode("two <|endoftext|>")]
@@ -185,13 +186,13 @@ def test_chunk_becomes_other_ids_than_its_documents() -> None:
     assert coded.repaired == {1: 1, 2: 2}
 
 
-def test_bad_byte_is_named_at_the_wrong_place() -> None:
+def test_a_bad_byte_is_named_at_its_place() -> None:
     with pytest.raises(BadText) as caught:
         Coder(GPT2, Plain(GPT2), "uint16", "strict")(chunk_of(b"one", b"caf\xe9"))
     assert caught.value.args == (1, 0, 103, 0xE9)
 
 
-def test_unknown_words_vanish() -> None:
+def test_unknown_words_are_counted() -> None:
     words = Words(["one", " two"])
     coded = Coder(words, Plain(words), "uint16", "strict")(chunk_of(b"one six two"))
     assert np.frombuffer(coded.ids[0], dtype="<u2").tolist() == [1, 0, 2]
@@ -210,7 +211,7 @@ class Wrong(Fast):
         return ids
 
 
-def test_wrong_id_of_the_fast_engine_passes() -> None:
+def test_a_wrong_id_of_the_fast_engine_stops_the_run() -> None:
     coder = Coder(GPT2, Wrong(13), "uint16", "strict")
     with pytest.raises(
         DataError, match=r"fastokens does not give tiktoken's ids for 'one two'\.\.\.: use --engine tiktoken"
@@ -227,7 +228,7 @@ def test_wrong_id_of_the_fast_engine_passes() -> None:
     "tokenizer", [GPT2, TRAINED, Bytes(), Characters(map(chr, range(1, 256)))], ids=lambda t: t.name
 )
 @pytest.mark.parametrize("engine", ["plain", "fast"])
-def test_workers_change_the_order(tokenizer: BytePairs, engine: str, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_order(tokenizer: BytePairs, engine: str, tmp_path: Path) -> None:
     section = tokenizer.save(tmp_path)
     if engine == "fast":
         if not isinstance(tokenizer, BytePairs):
@@ -241,7 +242,7 @@ def test_workers_change_the_order(tokenizer: BytePairs, engine: str, tmp_path: P
     assert [chunk for chunk, _ in one] == [chunk for _, chunk in numbered]
 
 
-def test_window_holds_the_whole_text(tmp_path: Path) -> None:
+def test_the_window_holds_a_bounded_number_of_chunks(tmp_path: Path) -> None:
     section = GPT2.save(tmp_path)
     coder = Coder(GPT2, Fast(GPT2, tmp_path), "uint16", "strict")
     drawn = done = 0

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from prepare import engine
 from prepare.engine import Fast, Plain, Unfit, choose
 from prepare.ranks import PATTERNS
-from prepare.tokenizer import BytePairs, Bytes, gpt2, known, train_bpe
+from prepare.tokenizer import BytePairs, Bytes, gpt2, known
 from prepare.tokens import DataError
+from tests.conftest import trained_bpe
 from tests.prepare.equality import differences
 from tests.prepare.test_encoder import ADVERSARIAL, ENCODINGS
 
@@ -36,7 +37,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @settings(max_examples=500)
 @given(texts=st.lists(ADVERSARIAL | st.text(max_size=200), max_size=5))
-def test_fast_ids_differ(pair: tuple[Fast, BytePairs], texts: list[str]) -> None:
+def test_fast_ids_equal_tiktokens(pair: tuple[Fast, BytePairs], texts: list[str]) -> None:
     fast, reference = pair
     found = fast(texts)
     assert len(found) == len(texts)
@@ -46,7 +47,7 @@ def test_fast_ids_differ(pair: tuple[Fast, BytePairs], texts: list[str]) -> None
 
 
 @pytest.mark.parametrize("blank", [" ", "\n", "\t ", "\u3000"])
-def test_long_runs_of_blanks_differ_or_end_it(pair: tuple[Fast, BytePairs], blank: str) -> None:
+def test_long_runs_of_blanks_get_the_right_ids(pair: tuple[Fast, BytePairs], blank: str) -> None:
     fast, reference = pair
     text = "a" + blank * 100_000 + "b"
     assert fast([text])[0].tolist() == reference._encoding.encode_ordinary(text)
@@ -55,7 +56,7 @@ def test_long_runs_of_blanks_differ_or_end_it(pair: tuple[Fast, BytePairs], blan
 
 
 @pytest.mark.parametrize("fast", ["fast", "tiktoken"])
-def test_mixed_text_differs(tmp_path: Path, fast: str) -> None:
+def test_mixed_text_gets_tiktokens_ids(tmp_path: Path, fast: str) -> None:
     size, tokens, wrong = differences(tmp_path, 4, "gpt2", fast, workers=2)
     assert size > 3_900_000
     assert tokens > 1_000_000
@@ -63,7 +64,7 @@ def test_mixed_text_differs(tmp_path: Path, fast: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
-def test_mixed_text_differs_in_larger_vocabularies(tmp_path: Path, name: str) -> None:
+def test_mixed_text_gets_tiktokens_ids_in_larger_vocabularies(tmp_path: Path, name: str) -> None:
     try:
         if not os.environ.get("TIKTOKEN_CACHE_DIR"):
             raise DataError("no cache")
@@ -73,7 +74,7 @@ def test_mixed_text_differs_in_larger_vocabularies(tmp_path: Path, name: str) ->
     assert differences(tmp_path, 2, name, "fast", workers=1)[2] == 0
 
 
-def test_engine_is_not_the_one_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_is_the_one_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     GPT2.save(tmp_path)
     assert isinstance(choose("auto", GPT2, tmp_path), Fast)
     assert isinstance(choose("tiktoken", GPT2, tmp_path), Plain)
@@ -88,7 +89,7 @@ def test_engine_is_not_the_one_asked_for(tmp_path: Path, monkeypatch: pytest.Mon
         choose("fast", GPT2, tmp_path)
 
 
-def test_engine_with_other_ids_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_with_other_ids_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     GPT2.save(tmp_path)
     real = engine._merges
     monkeypatch.setattr(engine, "_merges", lambda ranks: real(ranks)[:-30_000])
@@ -110,7 +111,7 @@ def last_two(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, ...]:
 
 @settings(max_examples=2000)
 @given(letters=st.integers(1, 3), joins=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=10))
-def test_halves_are_not_what_merging_leaves(letters: int, joins: list[tuple[int, int]]) -> None:
+def test_halves_are_what_merging_leaves(letters: int, joins: list[tuple[int, int]]) -> None:
     tokens = [bytes([ord("a") + i]) for i in range(letters)]
     for left, right in joins:
         token = tokens[left % len(tokens)] + tokens[right % len(tokens)]
@@ -125,14 +126,14 @@ def test_halves_are_not_what_merging_leaves(letters: int, joins: list[tuple[int,
             engine._merges(ranks)
 
 
-def test_halves_of_gpt2_are_not_what_merging_leaves() -> None:
+def test_halves_of_gpt2_are_what_merging_leaves() -> None:
     by_rank = sorted(GPT2.merges, key=lambda token: GPT2.merges[token])
     assert engine._merges(GPT2.merges) == [last_two(token, GPT2.merges) for token in by_rank if len(token) > 1]
 
 
-def test_vocabulary_that_no_merging_makes_is_misread(tmp_path: Path) -> None:
+def test_a_vocabulary_that_no_merging_makes_is_read_as_it_is(tmp_path: Path) -> None:
     """A token whose halves are missing can only be met as a whole word, which merging never finds."""
-    lines = train_bpe(["ab " * 9], 258).data + b"eHl6 257\n"  # xyz
+    lines = trained_bpe(["ab " * 9], 258).data + b"eHl6 257\n"  # xyz
     odd = BytePairs("odd", lines)
     odd.save(tmp_path)
     assert odd.encode("xyz").tolist() == [257]

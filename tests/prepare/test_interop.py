@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from prepare import interop, tokens
-from prepare.interop import load_tokenizer, read_meta_pkl, save_tokenizer
+from prepare.data import find_tokenizer, load_tokenizer, open_split, read_meta, save_tokenizer
+from prepare.interop import read_meta_pkl
 from prepare.prepare import main
-from prepare.tokenizer import gpt2, load
-from prepare.tokens import DataError, fingerprint, open_split, read_meta
+from prepare.tokenizer import gpt2
+from prepare.tokens import DataError, fingerprint
 
 TEXT = "To be, or not to be: that is the question. " * 30
 
@@ -60,7 +61,7 @@ def test_dlrovers_characters_are_read_and_decoded_as_ours(tmp_path: Path) -> Non
     for split in ("train", "val"):
         np.testing.assert_array_equal(open_split(folder, split), open_split(same, split))
         assert meta.splits[split].tokens == read_meta(same).splits[split].tokens
-    tokenizer = load_tokenizer(folder)
+    tokenizer = find_tokenizer(folder)
     assert tokenizer
     assert tokenizer.decode(open_split(folder, "train")) == TEXT[: int(len(TEXT) * 0.9)]
 
@@ -77,13 +78,13 @@ def test_nanogpts_headerless_files_are_taken_for_gpt2_and_that_is_said(
     assert said.count("\n") == 1
     assert "taken for nanoGPT's files with GPT-2's 50,257 ids" in said
     assert (meta.vocab_size, meta.eot_id, meta.splits["val"].documents) == (50257, 50256, 2)
-    tokenizer = load_tokenizer(tmp_path / "data")
+    tokenizer = find_tokenizer(tmp_path / "data")
     assert tokenizer
     assert tokenizer.decode(open_split(tmp_path / "data", "val")[: len(ids)]) == TEXT
 
 
 @pytest.mark.parametrize("names", ["{}", "tiny_shakespeare_{}", "fineweb_{}_000001"])
-def test_llmcs_header_is_read_as_ids(tmp_path: Path, names: str) -> None:
+def test_llmcs_header_is_not_read_as_ids(tmp_path: Path, names: str) -> None:
     same = ours(tmp_path / "ours", "gpt2")
     for split in ("train", "val"):
         path = tmp_path / "llmc" / f"{names.format(split)}.bin"
@@ -94,16 +95,16 @@ def test_llmcs_header_is_read_as_ids(tmp_path: Path, names: str) -> None:
     assert fingerprint(read_meta(tmp_path / "llmc")) == fingerprint(read_meta(same))
 
 
-def test_llama_ids_of_llmc_overflow_uint16(tmp_path: Path) -> None:
+def test_llama_ids_of_llmc_are_uint32(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write(tmp_path / f"{split}.bin", [128_000, 1, 70_000], (20240801, 7), "<u4")
     meta = read_meta(tmp_path)
     assert (meta.dtype, meta.vocab_size, meta.eot_id, meta.tokenizer.kind) == ("uint32", 128_256, 128_000, "unknown")
     assert open_split(tmp_path, "val").tolist() == [128_000, 1, 70_000]
-    assert load_tokenizer(tmp_path) is None
+    assert find_tokenizer(tmp_path) is None
 
 
-def test_damaged_or_mixed_files_of_others_are_opened(tmp_path: Path) -> None:
+def test_damaged_or_mixed_files_of_others_are_refused(tmp_path: Path) -> None:
     def refused(message: str) -> None:
         with pytest.raises(DataError, match=message):
             open_split(tmp_path, "train")
@@ -115,7 +116,7 @@ def test_damaged_or_mixed_files_of_others_are_opened(tmp_path: Path) -> None:
     write(tmp_path / "val.bin", [1, 50_257])
     refused(r"val.bin has the id 50257, and the vocabulary of gpt2 ends at 50256")
     (tmp_path / "val.bin").write_bytes(b"odd")
-    refused("3 bytes, which is no number of uint16 ids")
+    refused("3 bytes, not a whole number of uint16 ids")
     (tmp_path / "val.bin").write_bytes(b"")
     refused("0 bytes")
     write(tmp_path / "val.bin", [1, 2, 3], (20240520, 2))
@@ -129,7 +130,7 @@ def test_damaged_or_mixed_files_of_others_are_opened(tmp_path: Path) -> None:
     refused(r"2 files for val: join them, elastic-gpt convert .* --format nanogpt")
 
 
-def test_our_own_folder_that_lost_its_meta_passes_for_nanogpts(tmp_path: Path) -> None:
+def test_our_own_folder_that_lost_its_meta_is_not_taken_for_nanogpts(tmp_path: Path) -> None:
     folder = ours(tmp_path / "ours", "gpt2")
     (folder / "meta.json").unlink()
     with pytest.raises(DataError, match=r"no meta.json"):
@@ -145,7 +146,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_runs_its_program(tmp_path: Path, protocol: int) -> None:
+def test_a_pickle_runs_no_program(tmp_path: Path, protocol: int) -> None:
     folder = characters_as_dlrover(tmp_path / "data")
     fields = {"vocab_size": 26, "itos": {}, "stoi": {}, "more": Evil(tmp_path / "owned")}
     (folder / "meta.pkl").write_bytes(pickle.dumps(fields, protocol))
@@ -159,9 +160,9 @@ def test_a_pickle_runs_its_program(tmp_path: Path, protocol: int) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is no pickle"),
-        (b"garbage", "is no pickle"),
-        (pickle.dumps({"vocab_size": 65})[:-3], "is no pickle"),
+        (b"", "is not a pickle"),
+        (b"garbage", "is not a pickle"),
+        (pickle.dumps({"vocab_size": 65})[:-3], "is not a pickle"),
         (pickle.dumps([65]), "has no vocab_size"),
         (pickle.dumps({"vocab_size": "65"}), "has no vocab_size .* but '65'"),
         (pickle.dumps({"vocab_size": True}), "but True"),
@@ -169,23 +170,23 @@ def test_a_pickle_runs_its_program(tmp_path: Path, protocol: int) -> None:
         (pickle.dumps({"vocab_size": np.int64(65)}), r"asks for numpy"),
     ],
 )
-def test_a_meta_pkl_that_is_none_ends_in_a_traceback(tmp_path: Path, data: bytes, message: str) -> None:
+def test_a_meta_pkl_that_is_something_else_is_an_error_in_one_line(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "meta.pkl").write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_meta_pkl(tmp_path / "meta.pkl")
 
 
 @pytest.mark.parametrize("itos", [None, {}, {0: "b", 1: "a"}, {0: "a", 1: "a"}, {0: "a", 1: "word"}, {0: 1, 1: 2}, [3]])
-def test_a_vocabulary_that_is_not_of_sorted_characters_is_decoded_wrongly(tmp_path: Path, itos: object) -> None:
+def test_a_vocabulary_that_is_not_of_sorted_characters_is_not_decoded(tmp_path: Path, itos: object) -> None:
     for split in ("train", "val"):
         write(tmp_path / f"{split}.bin", [0, 1])
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "itos": itos}))
     assert read_meta(tmp_path).tokenizer.kind == "unknown"
-    assert load_tokenizer(tmp_path) is None
+    assert find_tokenizer(tmp_path) is None
     assert open_split(tmp_path, "train").tolist() == [0, 1]
 
 
-def test_a_foreign_folder_is_written_to_or_read_again_each_time(
+def test_a_foreign_folder_is_read_once_and_never_written_to(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = characters_as_dlrover(tmp_path / "data")
@@ -210,7 +211,7 @@ def test_a_foreign_folder_is_written_to_or_read_again_each_time(
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"sha256": 1}', "[]"])
-def test_a_damaged_cache_is_believed(tmp_path: Path, cache: Path, content: str) -> None:
+def test_a_damaged_cache_is_not_believed(tmp_path: Path, cache: Path, content: str) -> None:
     folder = characters_as_dlrover(tmp_path / "data")
     first = read_meta(folder)
     for path in cache.iterdir():
@@ -219,7 +220,7 @@ def test_a_damaged_cache_is_believed(tmp_path: Path, cache: Path, content: str) 
     assert read_meta(folder) == first
 
 
-def test_no_home_to_remember_in_stops_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_needs_no_home_to_remember_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     folder = characters_as_dlrover(tmp_path / "data")
@@ -227,7 +228,7 @@ def test_no_home_to_remember_in_stops_the_reading(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("kind", ["dlrover", "nanogpt", "gpt2", "char", "byte"])
-def test_the_tokenizer_does_not_travel_with_the_model(tmp_path: Path, kind: str) -> None:
+def test_the_tokenizer_travels_with_the_model(tmp_path: Path, kind: str) -> None:
     if kind == "dlrover":
         folder = characters_as_dlrover(tmp_path / "data")
     else:
@@ -240,5 +241,5 @@ def test_the_tokenizer_does_not_travel_with_the_model(tmp_path: Path, kind: str)
     save_tokenizer(folder, target)
     start = open_split(folder, "train")[:100]
     shutil.move(folder, tmp_path / "gone")
-    assert load(target).decode(start) == TEXT[: len(load(target).decode(start))]
+    assert load_tokenizer(target).decode(start) == TEXT[: len(load_tokenizer(target).decode(start))]
     assert json.loads((target / "meta.json").read_text())["format_version"] == tokens.FORMAT_VERSION

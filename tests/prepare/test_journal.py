@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,10 +19,12 @@ import pytest
 
 from prepare import journal
 from prepare import prepare as room
+from prepare.data import open_split, read_meta
 from prepare.encoder import Chunk, Coded, Part
 from prepare.journal import STAGE, Changed, Journal
-from prepare.tokens import DataError, open_split, read_meta
+from prepare.tokens import DataError
 from tests.conftest import PATIENCE, until
+from tests.prepare.test_formats import PACK
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "prepare" / "prepare.py"
@@ -74,7 +77,7 @@ def killed_after(writes: int, monkeypatch: pytest.MonkeyPatch, *, torn: bool = F
     "flags", [[], ["--tokenizer", "char"], ["--separator", r"\n"], ["--tokenizer", "word", "--vocab-size", "900"]]
 )
 @pytest.mark.parametrize("torn", [False, True])
-def test_killed_run_is_not_gone_on_with(
+def test_killed_run_goes_on_to_the_same_files(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], torn: bool
 ) -> None:
     assert room.main([str(source), "--output_dir", str(tmp_path / "whole"), *flags]) == 0
@@ -98,8 +101,57 @@ def test_killed_run_is_not_gone_on_with(
         assert not (out / STAGE).exists()
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("name", ["a.json", "a.csv.gz", "a.jsonl.bz2", "a.txt.xz", "-"])
+def test_killed_run_goes_on_in_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    texts = [f"Record {number} of many, which goes on and on." for number in range(3000)]
+    data = json.dumps([{"text": text} for text in texts])
+    if ".csv" in name:
+        data = "text\n" + "".join(f'"{text}"\n' for text in texts)
+    elif ".jsonl" in name:
+        data = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    packed = PACK.get(Path(name).suffix, bytes)(data.encode())
+    (tmp_path / name).write_bytes(packed)
+    encoded = []
+    monkeypatch.setattr(
+        Journal, "add", lambda self, chunk, coded, add=Journal.add: (encoded.append(chunk), add(self, chunk, coded))
+    )
+
+    def run(out: str) -> int:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(packed)))
+        return room.main([name if name == "-" else str(tmp_path / name), "--output_dir", str(tmp_path / out)])
+
+    assert run("whole") == 0
+    chunks = len(encoded)
+    revive = killed_after(chunks * 2, monkeypatch)
+    with pytest.raises(Killed):
+        run("out")
+    revive()
+    encoded.clear()
+    assert run("out") == 0
+    assert len(encoded) < chunks
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert read_meta(tmp_path / "out") == read_meta(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_work_on_another_format_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("".join(json.dumps({"text": f"line {number} of it"}) + "\n" for number in range(3000)))
+    command = [str(path), "--output_dir", str(tmp_path / "out")]
+    revive = killed_after(20, monkeypatch)
+    with pytest.raises(Killed):
+        room.main([*command, "--format", "text"])
+    revive()
+    assert room.main(command) == 0
+    assert "other settings (format was 'text', now it is 'auto'): starting afresh" in capsys.readouterr().err
+    assert read_meta(tmp_path / "out").inputs[0].documents == 3000
+
+
 @pytest.mark.parametrize("engine", ["fast", "tiktoken"])
-def test_two_kills_change_the_files(tmp_path: Path, engine: str) -> None:
+def test_two_kills_do_not_change_the_files(tmp_path: Path, engine: str) -> None:
     """Real ones, kill -9 at two moments, with two workers."""
     source = tmp_path / "a.txt"
     with source.open("w") as file:
@@ -124,7 +176,7 @@ def test_two_kills_change_the_files(tmp_path: Path, engine: str) -> None:
     assert read_meta(out) == read_meta(tmp_path / "whole")
 
 
-def test_workers_outlive_their_parent(tmp_path: Path) -> None:
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_text("Some words to encode again and again. " * 600_000)
     command = [sys.executable, str(SCRIPT), str(source), "--engine", "tiktoken", "--workers", "2"]
@@ -151,7 +203,7 @@ def test_workers_outlive_their_parent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_signal_harms_the_old_data_or_is_not_explained(
+def test_signal_leaves_the_old_data_and_is_explained(
     tmp_path: Path, sent: signal.Signals, status: int, workers: str
 ) -> None:
     old, big = tmp_path / "old.txt", tmp_path / "big.txt"
@@ -177,7 +229,7 @@ def test_signal_harms_the_old_data_or_is_not_explained(
     assert read_meta(tmp_path).inputs[0].bytes == len(big_text)
 
 
-def test_ctrl_c_while_the_workers_start_prints_their_tracebacks(tmp_path: Path) -> None:
+def test_ctrl_c_while_the_workers_start_prints_no_traceback(tmp_path: Path) -> None:
     source = tmp_path / "a.txt"
     source.write_text("Some words to encode again and again. " * 600_000)
     command = [sys.executable, str(SCRIPT), str(source), "--engine", "tiktoken", "--workers", "2"]
@@ -212,7 +264,7 @@ def unfinished(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags:
         (["--separator", "x"], "separator was '', now it is 'x'"),
     ],
 )
-def test_other_settings_go_on_with_old_work(
+def test_other_settings_start_afresh(
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -231,7 +283,7 @@ def test_other_settings_go_on_with_old_work(
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("how", ["grown", "edited", "renamed", "edited in secret"])
-def test_changed_input_goes_on_with_old_work(
+def test_changed_input_starts_afresh(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     unfinished(source, tmp_path / "out", monkeypatch)
@@ -254,7 +306,9 @@ def test_changed_input_goes_on_with_old_work(
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_bad_byte_far_in_costs_what_was_done(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_byte_far_in_does_not_cost_what_was_done(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = source.read_bytes()
     source.write_bytes(data.replace(b"Line 3000", b"Line\xff3000"))
     at = data.index(b"Line 3000") + 4
@@ -272,7 +326,9 @@ def test_bad_byte_far_in_costs_what_was_done(source: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     "damage", ["train.bin", "journal.jsonl", "tokenizer/ranks.tiktoken", "plan.json", "train.bin gone"]
 )
-def test_damaged_stage_is_published(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+def test_damaged_stage_is_not_published(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
     unfinished(source, tmp_path / "out", monkeypatch)
     path = tmp_path / "out" / STAGE / damage.removesuffix(" gone")
     data = bytearray(path.read_bytes())
@@ -286,7 +342,7 @@ def test_damaged_stage_is_published(source: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_full_disk_harms_the_old_data_or_loses_what_was_done(
+def test_full_disk_costs_neither_old_data_nor_work(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -304,7 +360,7 @@ def test_full_disk_harms_the_old_data_or_loses_what_was_done(
         real(file, data)
 
     monkeypatch.setattr(journal, "_write", full)
-    assert room.main([str(source), "--output_dir", str(out)]) == 2
+    assert room.main([str(source), "--output_dir", str(out)]) == 1
     assert re.search(
         r"error: no room left in .* free\): make room and run the same command again", capsys.readouterr().err
     )
@@ -316,7 +372,7 @@ def test_full_disk_harms_the_old_data_or_loses_what_was_done(
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_really_full_disk_ends_in_a_traceback(tmp_path: Path) -> None:
+def test_really_full_disk_is_one_line(tmp_path: Path) -> None:
     """On a file system of 1 MB, where one may be made."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -335,7 +391,7 @@ def test_really_full_disk_ends_in_a_traceback(tmp_path: Path) -> None:
             str(disk),
         ]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert run.returncode == 2
+        assert run.returncode == 1
         assert re.search(
             r"^error: no room left in .*make room and run the same command again", run.stderr, re.MULTILINE
         )
@@ -347,7 +403,7 @@ def test_really_full_disk_ends_in_a_traceback(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=False)
 
 
-def test_two_runs_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("text " * 99)
     with journal.stage(tmp_path):
         assert room.main([str(tmp_path / "a.txt")]) == 2
@@ -355,7 +411,7 @@ def test_two_runs_write_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert room.main([str(tmp_path / "a.txt")]) == 0
 
 
-def test_journal_forgets_or_makes_up_chunks(tmp_path: Path) -> None:
+def test_journal_knows_its_chunks(tmp_path: Path) -> None:
     chunks = [Chunk([Part(number % 2, number > 1, 0, 0, 0, b"text %d" % number)]) for number in range(4)]
     first = Journal(tmp_path)
     for number, chunk in enumerate(chunks[:3]):
@@ -371,7 +427,7 @@ def test_journal_forgets_or_makes_up_chunks(tmp_path: Path) -> None:
     second.close()
 
 
-def test_line_without_its_end_counts(tmp_path: Path) -> None:
+def test_line_without_its_end_does_not_count(tmp_path: Path) -> None:
     """The next line would be written behind it."""
     chunk = Chunk([Part(0, False, 0, 0, 0, b"text")])
     first = Journal(tmp_path)
@@ -385,13 +441,13 @@ def test_line_without_its_end_counts(tmp_path: Path) -> None:
     second.close()
 
 
-def test_stage_cannot_be_made(tmp_path: Path) -> None:
+def test_stage_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match=r"cannot write to .*file"), journal.stage(tmp_path / "file"):
         pass
 
 
-def test_plan_of_another_version_ends_in_a_traceback(source: Path, tmp_path: Path) -> None:
+def test_plan_of_another_version_is_not_used(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / STAGE).mkdir(parents=True)
     (out / STAGE / "plan.json").write_text(json.dumps({"unheard": "of"}))

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from prepare import look
+from prepare.data import open_split
 from prepare.look import main
 from prepare.prepare import main as prepare
-from prepare.tokens import META, open_split
+from prepare.tokens import META
 from tests.prepare.conftest import ENGLISH
 from tests.prepare.test_interop import characters_as_dlrover, write
 
@@ -40,7 +41,7 @@ def cells(out: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_the_table_differs_from_the_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_of_the_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main([str(folder)]) == 0
     out = capsys.readouterr().out
@@ -67,7 +68,7 @@ def test_the_table_differs_from_the_data(folder: Path, capsys: pytest.CaptureFix
         assert fact in out
 
 
-def test_bytes_per_token_of_a_foreign_folder_are_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bytes_per_token_of_a_foreign_folder_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. " * 20
     assert main([str(characters_as_dlrover(tmp_path / "data", text))]) == 0
     table = cells(capsys.readouterr().out)
@@ -78,7 +79,7 @@ def test_bytes_per_token_of_a_foreign_folder_are_not_known(tmp_path: Path, capsy
     assert "documents" not in table
 
 
-def test_ids_that_nobody_knows_or_stray_ones_end_in_a_traceback(
+def test_unknown_and_stray_ids_are_shown_as_ids(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("train", "val"):
@@ -97,7 +98,7 @@ def test_ids_that_nobody_knows_or_stray_ones_end_in_a_traceback(
     assert f"{folder} is not what it says it is" in out
 
 
-def test_verify_ends_well_on_bad_data_or_badly_on_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_ends_well_on_good_data_and_badly_on_bad(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(folder), "--verify"]) == 0
     assert f"{folder} is in order" in capsys.readouterr().out
     for wrong in ({}, {"splits": 3}):
@@ -106,7 +107,9 @@ def test_verify_ends_well_on_bad_data_or_badly_on_good(folder: Path, capsys: pyt
         assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_terminal_obeys_what_the_text_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_of_the_text_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text.txt").write_text("\x1b]0;owned\x07 [red]a[/red] [/] \x1b[2J" + ENGLISH)
     assert prepare([str(tmp_path / "text.txt"), "--tokenizer", "byte"]) == 0
     capsys.readouterr()
@@ -116,7 +119,7 @@ def test_terminal_obeys_what_the_text_says(tmp_path: Path, capsys: pytest.Captur
     assert "[red]a[/red] [/]" in out
 
 
-def test_histogram_loses_documents(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_histogram_counts_every_document(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     counts = look.count(open_split(folder, "train"), 50257, 50256, lambda _: None)
     assert counts.lengths.sum() == counts.documents == 10
@@ -134,7 +137,23 @@ def test_histogram_loses_documents(folder: Path, tmp_path: Path, capsys: pytest.
     )
 
 
-def test_histogram_without_documents_or_without_matplotlib_ends_in_a_traceback(
+@pytest.mark.parametrize(("name", "told"), [("nowhere/x.png", "would lie in a folder"), ("folder.png", "is a folder")])
+def test_a_picture_that_cannot_be_written_is_told_before_the_data_are_read(
+    name: str,
+    told: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(look, "count", None)
+    assert main([str(folder), "--histogram", str(tmp_path / name)]) == 2
+    assert f"--histogram {tmp_path / name} {told}" in capsys.readouterr().err
+
+
+def test_a_histogram_without_documents_or_matplotlib_is_an_error_in_one_line(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     characters = characters_as_dlrover(tmp_path / "characters")
@@ -144,7 +163,7 @@ def test_histogram_without_documents_or_without_matplotlib_ends_in_a_traceback(
 
     def without(name: str, *args: object) -> object:
         if name.startswith("matplotlib"):
-            raise ImportError(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", without)
@@ -152,8 +171,9 @@ def test_histogram_without_documents_or_without_matplotlib_ends_in_a_traceback(
     assert "pip install 'elastic-gpt[plot]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("inspect",), ("inspect", "--verify")])
-def test_memory_grows_with_the_data(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_memory_does_not_grow_with_the_data(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Peak memory for 2 MB and for 200 MB of ids."""
     measured = []
     for size in (1_000_000, 100_000_000):

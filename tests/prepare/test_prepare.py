@@ -18,11 +18,11 @@ import pytest
 
 from prepare import pipeline
 from prepare import prepare as room
+from prepare.data import load_tokenizer, open_split, read_meta
 from prepare.encoder import Coder
-from prepare.pipeline import Settings
+from prepare.plan import Settings
 from prepare.sources import sample_texts
-from prepare.tokenizer import gpt2, load
-from prepare.tokens import open_split, read_meta
+from prepare.tokenizer import gpt2
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "prepare" / "prepare.py"
@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- the way that should work
 
 
-def test_tiny_shakespeare_has_other_counts(shared_data: Path, tmp_path: Path) -> None:
+def test_tiny_shakespeare_has_the_known_counts(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "tinyshakespeare.txt"
     assert room.main(["--src_data_path", str(source), "--output_dir", str(tmp_path)]) == 0
     splits = read_meta(tmp_path).splits
@@ -47,7 +47,7 @@ def test_tiny_shakespeare_has_other_counts(shared_data: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("cwd", ["elsewhere", "prepare"])
-def test_guides_command_fails_from_another_folder(tmp_path: Path, text: Path, cwd: str) -> None:
+def test_guides_command_works_from_another_folder(tmp_path: Path, text: Path, cwd: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     run = subprocess.run(
         [sys.executable, str(SCRIPT), "--src_data_path", str(text)],
@@ -64,13 +64,13 @@ def test_guides_command_fails_from_another_folder(tmp_path: Path, text: Path, cw
 
 
 @pytest.mark.parametrize("flags", [["FILE"], ["--src-data-path", "FILE"], ["--src_data_path=FILE"]])
-def test_input_can_be_named_in_one_way_only(text: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_input_can_be_named_in_several_ways(text: Path, tmp_path: Path, flags: list[str]) -> None:
     flags = [flag.replace("FILE", str(text)) for flag in flags]
     assert room.main([*flags, "--output-dir", str(tmp_path / "a" / "b"), "--tokenizer", "byte"]) == 0
-    assert load(tmp_path / "a" / "b").decode(open_split(tmp_path / "a" / "b", "train")) in text.read_text()
+    assert load_tokenizer(tmp_path / "a" / "b").decode(open_split(tmp_path / "a" / "b", "train")) in text.read_text()
 
 
-def test_sample_needs_a_file_or_a_network(
+def test_sample_needs_neither_file_nor_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_network: None
 ) -> None:
     assert no_network is None
@@ -80,11 +80,11 @@ def test_sample_needs_a_file_or_a_network(
     meta = read_meta(folder)
     ids = open_split(folder, "train")
     assert np.count_nonzero(ids == meta.eot_id) == meta.splits["train"].documents - 1 > 50
-    assert "assert" in load(folder).decode(ids[:200])
+    assert "assert" in load_tokenizer(folder).decode(ids[:200])
     assert f"{meta.splits['val'].tokens:,}" in capsys.readouterr().out
 
 
-def test_second_run_differs_from_the_first(text: Path) -> None:
+def test_second_run_is_equal_to_the_first(text: Path) -> None:
     flags = [str(text), "--tokenizer", "bpe", "--vocab-size", "300"]
     assert room.main(flags) == 0
     first = contents(text.parent)
@@ -92,7 +92,7 @@ def test_second_run_differs_from_the_first(text: Path) -> None:
     assert contents(text.parent) == first
 
 
-def test_shorter_vocabulary_than_asked_for_is_not_said(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shorter_vocabulary_than_asked_for_is_said(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert room.main([str(text), "--tokenizer", "bpe", "--vocab-size", "9000"]) == 0
     learned = read_meta(text.parent).vocab_size
     assert 257 < learned < 9000
@@ -100,7 +100,7 @@ def test_shorter_vocabulary_than_asked_for_is_not_said(text: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("name", ["char", "byte", "gpt2"])
-def test_memory_grows_with_the_text(tmp_path: Path, name: str) -> None:
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, name: str) -> None:
     """In what Python counts; benchmarks/prepare.py watches the process."""
     text = tmp_path / "a.txt"
     text.write_text("Sixty-four characters that come again and again, to be counted.\n" * (8192 * 64))
@@ -117,7 +117,9 @@ def test_memory_grows_with_the_text(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["fast", "tiktoken"])
-def test_workers_or_engine_change_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+def test_workers_and_engine_do_not_change_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
     monkeypatch.setattr("prepare.encoder.CHUNK", 5000)
     texts = sample_texts()
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 2))
@@ -131,7 +133,7 @@ def test_workers_or_engine_change_the_files(tmp_path: Path, monkeypatch: pytest.
     assert read_meta(tmp_path / "one").splits == read_meta(tmp_path / "two").splits
 
 
-def test_standard_input_is_not_text(
+def test_standard_input_is_read_like_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Stdin:
@@ -145,15 +147,8 @@ def test_standard_input_is_not_text(
     assert "choose where to write" in fails(capsys, "-")
 
 
-@pytest.mark.parametrize(
-    ("typed", "separator"), [(r"\n\n", b"\n\n"), ("<|endoftext|>", b"<|endoftext|>"), (r"\\n", rb"\n")]
-)
-def test_typed_separator_is_taken_literally(typed: str, separator: bytes) -> None:
-    assert pipeline._unescaped(typed) == separator
-
-
 @pytest.mark.parametrize("errors", ["replace", "skip"])
-def test_repaired_text_is_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], errors: str) -> None:
+def test_repaired_text_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], errors: str) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait " * 40)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "half a \\ud800 character"}\n{"text": "and \xff"}\n')
     files = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
@@ -162,11 +157,11 @@ def test_repaired_text_is_not_counted(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "note: 44 places were no UTF-8" in capsys.readouterr().out
         meta = read_meta(tmp_path)
         assert [source.repaired for source in meta.inputs] == [40, 4]
-        text = load(tmp_path).decode(open_split(tmp_path, "train"))
+        text = load_tokenizer(tmp_path).decode(open_split(tmp_path, "train"))
         assert text.startswith("caf\ufffd au lait caf" if errors == "replace" else "caf au lait caf")
 
 
-def test_preparing_text_loads_torch() -> None:
+def test_preparing_text_loads_no_torch() -> None:
     code = "import sys, prepare.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
@@ -188,7 +183,7 @@ def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ("missing.txt", None, "no such file"),
         ("empty.txt", b"", "is empty"),
         ("latin.txt", b"caf\xe9 " * 50, "is not UTF-8"),
-        ("zipped.bin", b"\x1f\x8b\x08\x00", "unpack it"),
+        ("zipped.bin", b"\x1f\x8b\x08\x00", "cannot be unpacked"),
         ("half.gz", gzip.compress(b"text " * 99, mtime=0)[:-5], "cannot be unpacked"),
         ("bad.jsonl", b'{"text": "caf\xe9"}', "line 1 has 0xe9"),
         ("one.jsonl", b'{"body": "caf"}', "has no field 'text'"),
@@ -197,7 +192,7 @@ def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ("blanks.txt", b" " * 1_000_000 + b"text", "blanks or newlines in a row"),
     ],
 )
-def test_unusable_file_leaves_something_behind(
+def test_unusable_file_leaves_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes | None, message: str
 ) -> None:
     if data is not None:
@@ -211,12 +206,12 @@ def test_unusable_file_leaves_something_behind(
 
 
 @pytest.mark.parametrize("fraction", ["0.0001", "0.9999"])
-def test_one_side_gets_no_tokens(text: Path, capsys: pytest.CaptureFixture[str], fraction: str) -> None:
+def test_side_without_tokens_is_refused(text: Path, capsys: pytest.CaptureFixture[str], fraction: str) -> None:
     assert "too little text" in fails(capsys, str(text), "--val-fraction", fraction)
     assert list(text.parent.iterdir()) == [text]
 
 
-def test_output_where_nothing_can_be_written_ends_in_a_traceback(
+def test_output_where_nothing_can_be_written_is_refused(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = fails(capsys, str(text), "--output_dir", str(text))
@@ -243,7 +238,7 @@ def test_output_where_nothing_can_be_written_ends_in_a_traceback(
         ),
         (["a.txt", "--pattern", "gpt2"], "go together"),
         (["a.txt", "--workers", "-1"], "--workers -1"),
-        (["a.txt", "--sample-size", "lots"], "'lots' is no size"),
+        (["a.txt", "--sample-size", "lots"], "'lots' is not a size"),
         (["-", "-"], "can be read once"),
         (["a.txt", "--errors", "ignore"], "'ignore'"),
         (["a.txt", "--tokenizer", "char", "--tokenizer-file", "x"], "not for char"),
@@ -251,7 +246,9 @@ def test_output_where_nothing_can_be_written_ends_in_a_traceback(
         (["a.txt", "--val-fraction", "nan"], "above 0 and below 1"),
     ],
 )
-def test_wrong_flag_is_not_explained(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+def test_wrong_flag_is_explained_in_one_line(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
         room.main(flags)
     assert caught.value.code == 2
@@ -261,7 +258,9 @@ def test_wrong_flag_is_not_explained(capsys: pytest.CaptureFixture[str], flags: 
 
 
 @pytest.mark.parametrize(("engine", "status"), [("tiktoken", 2), ("fast", 0)])
-def test_million_blanks_kill_the_run(text: Path, capsys: pytest.CaptureFixture[str], engine: str, status: int) -> None:
+def test_million_blanks_do_not_kill_the_run(
+    text: Path, capsys: pytest.CaptureFixture[str], engine: str, status: int
+) -> None:
     text.write_text("word " + " " * 1_000_000 + "\n" * 1_000_000 + "and words " * 999)
     assert room.main([str(text), "--engine", engine]) == status
     error = capsys.readouterr().err
@@ -269,7 +268,7 @@ def test_million_blanks_kill_the_run(text: Path, capsys: pytest.CaptureFixture[s
     assert "panicked" not in error
 
 
-def test_document_without_a_space_is_cut_or_breaks_the_bound(
+def test_document_without_a_space_is_whole_or_refused(
     text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prepare.encoder.MAX_CHUNK", 2 << 20)
@@ -284,7 +283,7 @@ def test_document_without_a_space_is_cut_or_breaks_the_bound(
     assert room.main([str(text), "--tokenizer", "char"]) == 0
 
 
-def test_engine_that_errs_leaves_its_work(
+def test_engine_that_errs_leaves_nothing(
     text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Coder.__call__
@@ -304,7 +303,7 @@ def test_engine_that_errs_leaves_its_work(
     assert list(text.parent.iterdir()) == [text]
 
 
-def test_write_that_the_system_refuses_ends_in_a_traceback(text: Path) -> None:
+def test_write_that_the_system_refuses_is_one_line(text: Path) -> None:
     """A real refusal, in a process of its own: files may not grow beyond 64 kB."""
     text.write_text(text.read_text() * 200)
     run = subprocess.run(
@@ -320,7 +319,7 @@ def test_write_that_the_system_refuses_ends_in_a_traceback(text: Path) -> None:
     assert list(text.parent.iterdir()) == [text]
 
 
-def test_help_teaches_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_of_help_are_parsed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         room.main(["--help"])
     assert caught.value.code == 0

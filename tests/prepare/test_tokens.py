@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prepare import tokens
+from prepare.data import load_tokenizer, open_split, read_meta
 from prepare.prepare import main
-from prepare.tokens import DataError, blocks, document_lengths, fingerprint, open_split, read_meta
+from prepare.tokens import DataError, blocks, document_lengths, fingerprint, own_version
+from prepare.verify import verify
 
 OLD = "old " * 100
 NEW = "new " * 100  # as long as the old: sizes cannot tell a mixed folder
@@ -34,7 +36,7 @@ def is_whole(folder: Path) -> bool:
     return all(hashlib.sha256((folder / file).read_bytes()).hexdigest() == sha256 for file, sha256 in named)
 
 
-def test_files_break_the_contract(tmp_path: Path) -> None:
+def test_files_keep_the_contract(tmp_path: Path) -> None:
     assert prepared(tmp_path, OLD) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "train.bin", "val.bin", "meta.json", "tokenizer"}
     fields = json.loads((tmp_path / "meta.json").read_text())
@@ -54,7 +56,7 @@ def test_files_break_the_contract(tmp_path: Path) -> None:
     assert raw[:4].tolist() == [3, 2, 1, 0]  # "old " in sorted code points
 
 
-def test_opened_ids_can_be_written(tmp_path: Path) -> None:
+def test_opened_ids_cannot_be_written(tmp_path: Path) -> None:
     prepared(tmp_path, OLD)
     ids = open_split(tmp_path, "val")
     assert isinstance(ids, np.memmap)
@@ -63,13 +65,13 @@ def test_opened_ids_can_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(256, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
-def test_ids_overflow_their_type(size: int, dtype: str) -> None:
+def test_ids_fit_their_type(size: int, dtype: str) -> None:
     assert tokens.dtype_for(size) == dtype
     assert np.iinfo(dtype).max >= size - 1
 
 
 @pytest.mark.parametrize("change", [-2, -1, 2])
-def test_file_of_another_size_is_opened(tmp_path: Path, change: int) -> None:
+def test_file_of_another_size_is_refused(tmp_path: Path, change: int) -> None:
     prepared(tmp_path, OLD)
     os.truncate(tmp_path / "train.bin", 720 + change)
     with pytest.raises(DataError, match=rf"train\.bin has {720 + change} bytes, meta\.json says 720"):
@@ -87,18 +89,41 @@ def test_file_of_another_size_is_opened(tmp_path: Path, change: int) -> None:
         (None, "prepare the data first"),
         ("{half", "is not JSON"),
         ("[]", "format_version None"),
-        ('{"format_version": 99}', "format_version 99, this program reads 1"),
+        (
+            '{"format_version": 99}',
+            "format_version 99, this elastic-gpt .* reads 1 and older: install a newer elastic-gpt",
+        ),
+        (
+            '{"format_version": 2, "tools": {"elastic-gpt": "0.9.1"}}',
+            r"format_version 2, this elastic-gpt .*: pip install 'elastic-gpt>=0\.9\.1'",
+        ),
+        ('{"format_version": 2, "tools": 5}', "install a newer elastic-gpt"),
+        ('{"format_version": 0}', "prepare again"),
+        ("[" * 100_000, "is not JSON"),
         ('{"format_version": 1, "dtype": "uint16"}', "is not as prepare writes it"),
     ],
 )
-def test_folder_without_a_readable_meta_ends_in_a_traceback(tmp_path: Path, content: str | None, message: str) -> None:
+def test_folder_without_a_readable_meta_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "meta.json").write_text(content)
     with pytest.raises(DataError, match=message):
         open_split(tmp_path, "train")
 
 
-def test_fingerprint_sees_the_folder_or_misses_the_ids(tmp_path: Path) -> None:
+def test_folder_of_version_0_1_0_opens() -> None:
+    folder = Path(__file__).parent / "made_by_0_1_0"
+    text = "To be, or not to be: that is the question.\n" * 8
+    assert load_tokenizer(folder).decode(open_split(folder, "train")) == text[: int(0.9 * len(text))]
+    assert [finding.text for finding in verify(folder) if finding.good is False] == []
+    assert "elastic-gpt" not in read_meta(folder).tools
+
+
+def test_new_folder_says_which_version_reads_it(tmp_path: Path) -> None:
+    prepared(tmp_path, OLD)
+    assert read_meta(tmp_path).tools["elastic-gpt"] == own_version()
+
+
+def test_fingerprint_is_that_of_the_ids_alone(tmp_path: Path) -> None:
     for name, text in (("one", OLD), ("same", OLD), ("other", NEW)):
         prepared(tmp_path / name, text)
     one, same, other = (read_meta(tmp_path / name) for name in ("one", "same", "other"))
@@ -110,7 +135,7 @@ def test_fingerprint_sees_the_folder_or_misses_the_ids(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])  # byte: no folder that tells ours from nanoGPT's
 @pytest.mark.parametrize("over_old_data", [True, False])
-def test_stop_while_publishing_leaves_a_mixed_folder(
+def test_stop_while_publishing_leaves_old_new_or_unfinished(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -161,7 +186,7 @@ def test_stop_while_publishing_leaves_a_mixed_folder(
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
-def test_blocks_lose_or_repeat_ids(tmp_path: Path, size: int) -> None:
+def test_blocks_hold_each_id_once(tmp_path: Path, size: int) -> None:
     prepared(tmp_path, OLD)
     ids = open_split(tmp_path, "train")
     for start, stop in ((0, None), (5, 17), (0, 0), (350, 360)):
@@ -169,7 +194,7 @@ def test_blocks_lose_or_repeat_ids(tmp_path: Path, size: int) -> None:
 
 
 @given(st.lists(st.integers(0, 2), max_size=30), st.integers(1, 7))
-def test_documents_are_cut_where_blocks_are(ids: list[int], size: int) -> None:
+def test_documents_are_not_cut_where_blocks_are(ids: list[int], size: int) -> None:
     parts = [np.array(ids[at : at + size]) for at in range(0, len(ids), size)]
     lengths = [int(n) for part in document_lengths(parts, 2) for n in part]
     texts = "".join(map(str, ids)).split("2")

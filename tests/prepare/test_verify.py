@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from prepare import verify as module
+from prepare.data import load_tokenizer, open_split
 from prepare.prepare import main
-from prepare.tokenizer import gpt2, load
-from prepare.tokens import META, open_split
+from prepare.tokenizer import gpt2
+from prepare.tokens import META
 from prepare.verify import Vocabulary, encoded_again, verify
 from tests.prepare.conftest import ENGLISH
 from tests.prepare.test_interop import write
@@ -68,7 +69,7 @@ def change_ids(folder: Path, change: Callable[[np.ndarray], object], *, forge: b
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bpe", "char", "byte"])
 @pytest.mark.parametrize("samples", [(64, 8192), (9, 40)])
-def test_good_data_is_called_wrong(
+def test_good_data_is_called_good(
     prepared: Callable[..., Path], tokenizer: str, samples: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SAMPLES", samples[0])
@@ -80,7 +81,7 @@ def test_good_data_is_called_wrong(
     assert findings[-1].text.startswith("the text is that of the inputs, byte for byte")
 
 
-def test_words_that_are_not_in_the_vocabulary_are_called_wrong(prepared: Callable[..., Path]) -> None:
+def test_words_that_are_not_in_the_vocabulary_are_not_called_wrong(prepared: Callable[..., Path]) -> None:
     findings = list(verify(prepared("word", MIXED, ENGLISH)))
     assert [finding.text for finding in findings if finding.good is False] == []
     assert any("words are <unk>, so its text cannot be compared" in finding.text for finding in findings)
@@ -88,7 +89,7 @@ def test_words_that_are_not_in_the_vocabulary_are_called_wrong(prepared: Callabl
 
 
 @pytest.mark.parametrize("flags", [["--split", "hash", "--val-fraction", "0.4"], ["--errors", "replace"]])
-def test_text_in_another_order_or_repaired_is_called_wrong(tmp_path: Path, flags: list[str]) -> None:
+def test_text_in_another_order_or_repaired_is_called_good(tmp_path: Path, flags: list[str]) -> None:
     for number in range(9):
         (tmp_path / f"{number}.txt").write_bytes(
             b"\xff" + MIXED[number:].encode() if "replace" in flags else b"a b " * number + b"c"
@@ -98,14 +99,14 @@ def test_text_in_another_order_or_repaired_is_called_wrong(tmp_path: Path, flags
     assert any("was repaired, or does not lie in their order" in finding.text for finding in verify(tmp_path / "data"))
 
 
-def test_blanks_that_tiktoken_cannot_bear_are_called_wrong(tmp_path: Path) -> None:
+def test_blanks_that_tiktoken_cannot_bear_are_called_good(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(" " * 450_000 + ENGLISH)
     assert main([str(tmp_path / "text.txt"), "--engine", "fast"]) == 0
     assert wrong(tmp_path) == []
 
 
 @pytest.mark.parametrize("at", [0, 1, 700, -1])
-def test_a_flipped_byte_is_not_found(prepared: Callable[..., Path], at: int) -> None:
+def test_a_flipped_byte_is_found(prepared: Callable[..., Path], at: int) -> None:
     folder = prepared("char")
     data = bytearray((folder / "val.bin").read_bytes())
     data[at] ^= 1
@@ -114,13 +115,13 @@ def test_a_flipped_byte_is_not_found(prepared: Callable[..., Path], at: int) -> 
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "char", "byte"])
-def test_changed_text_with_a_forged_sha256_is_not_found(prepared: Callable[..., Path], tokenizer: str) -> None:
+def test_changed_text_with_a_forged_sha256_is_found(prepared: Callable[..., Path], tokenizer: str) -> None:
     folder = prepared(tokenizer)
     change_ids(folder, lambda ids: ids.__setitem__(slice(3, 5), ids[[4, 3]]))
     assert wrong(folder)[-1].startswith("the text is not that of ")
 
 
-def test_a_truncated_file_is_not_found(prepared: Callable[..., Path]) -> None:
+def test_a_truncated_file_is_found(prepared: Callable[..., Path]) -> None:
     folder = prepared()
     os.truncate(folder / "train.bin", 100)
     assert len(wrong(folder)) == 1
@@ -129,19 +130,19 @@ def test_a_truncated_file_is_not_found(prepared: Callable[..., Path]) -> None:
     assert "val.bin is missing" in wrong(folder)[1]
 
 
-def test_an_id_out_of_range_is_not_found(prepared: Callable[..., Path]) -> None:
+def test_an_id_out_of_range_is_found(prepared: Callable[..., Path]) -> None:
     folder = prepared()
     change_ids(folder, lambda ids: ids.__setitem__(300, 50_257))
     assert wrong(folder) == ["train.bin: token 300 is 50257, and ids go from 0 to 50256; prepare the data again"]
 
 
-def test_another_tokenizers_file_is_not_found(prepared: Callable[..., Path]) -> None:
+def test_another_tokenizers_file_is_found(prepared: Callable[..., Path]) -> None:
     folder = prepared("char")
     (folder / "tokenizer" / "characters.json").write_text(json.dumps("".join(sorted(set(MIXED)))[::-1]))
     assert "is not the file that the data was made with (sha256 differs)" in wrong(folder)[0]
 
 
-def test_ids_of_another_tokenizer_are_not_found(prepared: Callable[..., Path]) -> None:
+def test_ids_of_another_tokenizer_are_found(prepared: Callable[..., Path]) -> None:
     """The same size, all ids in range, hashes in order; but two merges changed places."""
     folder = prepared("bpe")
     path = folder / "tokenizer" / "ranks.tiktoken"
@@ -152,7 +153,7 @@ def test_ids_of_another_tokenizer_are_not_found(prepared: Callable[..., Path]) -
     path.write_bytes(b"".join(b"%s %d\n" % (token, i) for i, token in enumerate(tokens)))
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     change_meta(folder, lambda fields: fields["tokenizer"].update(sha256=sha256))
-    assert any("the text is not that of" in text or "the text is no UTF-8" in text for text in wrong(folder))
+    assert any("the text is not that of" in text or "the text is not UTF-8" in text for text in wrong(folder))
 
     change_meta(folder, lambda fields: fields["tokenizer"].update(name="gpt2"))
     assert any("is called gpt2, and is not what the world calls so" in finding.text for finding in verify(folder))
@@ -160,7 +161,7 @@ def test_ids_of_another_tokenizer_are_not_found(prepared: Callable[..., Path]) -
     assert re.search(r"the gpt2 tokenizer has 3\d\d ids, meta.json says 500", wrong(folder)[0])
 
 
-def test_ids_that_decode_right_and_are_not_the_tokenizers_are_not_found(prepared: Callable[..., Path]) -> None:
+def test_ids_that_decode_right_and_are_not_the_tokenizers_are_found(prepared: Callable[..., Path]) -> None:
     """As of a fast engine that errs: hashes and text are in order, and only encoding again can tell."""
     folder = prepared("gpt2", ENGLISH * 5)
     tokenizer = gpt2()
@@ -178,13 +179,13 @@ def test_ids_that_decode_right_and_are_not_the_tokenizers_are_not_found(prepared
     )
 
 
-def test_half_a_character_is_not_found(prepared: Callable[..., Path]) -> None:
+def test_half_a_character_is_found(prepared: Callable[..., Path]) -> None:
     folder = prepared("byte", "aé" * 200)
 
     change_ids(folder, lambda ids: ids.__setitem__(slice(-2, None), [ord("a"), 0xC3]))
     assert "train.bin: the text ends within a character; prepare the data again" in wrong(folder)
     change_ids(folder, lambda ids: ids.__setitem__(100, 0xFF))
-    assert any("the text is no UTF-8" in text for text in wrong(folder))
+    assert any("the text is not UTF-8" in text for text in wrong(folder))
 
 
 def test_characters_across_documents_are_whole(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_characters_across_documents_are_whole(tmp_path: Path) -> None:
     assert "the document at token 3 begins within a character" in wrong(tmp_path / "data")[0]
 
 
-def test_too_large_a_vocabulary_for_its_type_is_not_found(prepared: Callable[..., Path]) -> None:
+def test_too_large_a_vocabulary_for_its_type_is_found(prepared: Callable[..., Path]) -> None:
     folder = prepared("char")
     change_meta(folder, lambda fields: fields.update(vocab_size=70_000))
     assert "a vocabulary of 70,000 does not fit the ids, which are uint16" in wrong(folder)
@@ -204,7 +205,7 @@ def test_too_large_a_vocabulary_for_its_type_is_not_found(prepared: Callable[...
     assert "is not JSON" in wrong(folder)[0]
 
 
-def test_foreign_files_are_called_wrong_where_they_begin_or_end_within_words(tmp_path: Path) -> None:
+def test_foreign_files_may_begin_and_end_within_words(tmp_path: Path) -> None:
     ids = gpt2().encode(MIXED * 3).tolist()
     for start in range(40):
         write(tmp_path / "data" / "train.bin", ids[600 + start : -start - 1])
@@ -223,7 +224,7 @@ def vocabulary() -> Vocabulary:
 @given(st.text(st.sampled_from("aA1é漢' .\n\tslt(\r🙂\u00a0\u3000"), max_size=60))
 @example(" .'s")  # a contraction, but only where nothing stands before it
 @settings(max_examples=500)
-def test_text_cut_at_a_border_has_other_ids(vocabulary: Vocabulary, text: str) -> None:
+def test_text_cut_at_a_border_has_the_same_ids(vocabulary: Vocabulary, text: str) -> None:
     tokenizer = vocabulary.tokenizer
     ids = tokenizer.encode(text)
     for border in vocabulary.borders(ids).tolist():
@@ -233,9 +234,7 @@ def test_text_cut_at_a_border_has_other_ids(vocabulary: Vocabulary, text: str) -
 
 @given(text=st.text(max_size=60), data=st.data())
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_sample_that_begins_anywhere_is_called_wrong(
-    tmp_path: Path, vocabulary: Vocabulary, text: str, data: st.DataObject
-) -> None:
+def test_a_sample_may_begin_anywhere(tmp_path: Path, vocabulary: Vocabulary, text: str, data: st.DataObject) -> None:
     ids = vocabulary.tokenizer.encode(text + " the end")
     ids.astype("<u2").tofile(tmp_path / "ids.bin")
     opened = np.memmap(tmp_path / "ids.bin", dtype="<u2", mode="r")
@@ -245,9 +244,9 @@ def test_a_sample_that_begins_anywhere_is_called_wrong(
     assert encoded_again(part, "ids.bin", vocabulary, edges_are_borders=False).good is not False
 
 
-def test_the_folder_alone_is_not_enough(prepared: Callable[..., Path]) -> None:
+def test_the_folder_alone_is_enough(prepared: Callable[..., Path]) -> None:
     folder = prepared("gpt2", ENGLISH, MIXED)
     for number in range(2):
         (folder / f"{number}.txt").unlink()
     assert wrong(folder) == []
-    assert load(folder).decode(open_split(folder, "train")[:4]) == ENGLISH[:19]
+    assert load_tokenizer(folder).decode(open_split(folder, "train")[:4]) == ENGLISH[:19]

@@ -1,0 +1,125 @@
+"""What devices can do and cannot: the only room that decides by the kind of one.
+
+A kind that is new here (XPU, say) is a line in each of these functions, and in `Device` in settings.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from elastic_gpt.settings import Device, SettingsError
+
+# Dense matrix-product peaks without sparsity, operations a second at 16 bits, from the makers' data sheets.
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def pick(device: Device, local_rank: int = 0) -> torch.device:
+    """The device of a worker; auto: a CUDA GPU, else an Apple GPU, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device that a person named; None: CUDA where there is one, else the CPU. Raises ValueError where it is not here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device: give cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here: give --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: torch sees no Apple GPU here: give --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name} is no device that a model can be used on: give cpu or cuda")
+    return device
+
+
+def refuse(device: Device, *, exact: bool) -> None:
+    """Raise SettingsError where training cannot use `device` here, or not in exact mode."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device is cuda, but torch finds no GPU here: leave --device out, or take --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise SettingsError(
+            "device is mps, but torch finds no Apple GPU here: leave --device out, or take --device cpu"
+        )
+    if exact and pick(device).type == "mps":
+        raise SettingsError(
+            "elastic.exact sums in float64, which Apple GPUs do not have: leave it out, or take --device cpu"
+        )
+
+
+def backend(device: torch.device) -> str:
+    """Of torch.distributed, for tensors on `device`; makes it this process's own."""
+    if device.type != "cuda":
+        return "gloo"
+    torch.cuda.set_device(device)
+    return "nccl"
+
+
+def for_collectives(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`values` from the host where collectives of that device's backend can have them; itself where that is the host."""
+    return values.to(device) if device.type == "cuda" else values
+
+
+def works_on(device: torch.device) -> bool:
+    """Whether the device works while the host goes on, so that asking it for a number is waiting for it."""
+    return device.type == "cuda"
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether it is the CPU."""
+    return device.type == "cpu"
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether AdamW there is one kernel, which heeds `found_inf`."""
+    return device.type in ("cuda", "cpu")
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """Of matrix products: bfloat16 on the GPUs that have it. For a CPU that is decided by measuring (precision.py)."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's known peak for products in `dtype`, operations a second; None where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((peak for name, peak in PEAKS.items() if name in words), None)
+
+
+def pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`values` in host memory from which the device can copy by itself."""
+    return values.pin_memory() if device.type == "cuda" else values
+
+
+def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Start copying a small tensor to the host; the returned function waits for that copy alone, not for what follows."""
+    if values.device.type != "cuda":
+        numbers: list[float] = values.tolist()
+        return lambda: numbers
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied: Any = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return list(np.asarray(host).tolist())
+
+    return read

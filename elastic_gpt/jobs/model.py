@@ -1,0 +1,34 @@
+"""What uses a job's model: objects made from the ElasticJob that is there, with its image, volume and run."""
+
+from collections.abc import Callable
+
+from elastic_gpt.jobs.actions import claim_of
+from elastic_gpt.jobs.client import ClusterError
+from elastic_gpt.jobs.manifest import Tree
+from elastic_gpt.jobs.spec import JobSpec
+
+
+def using(job: Tree, make: Callable[[JobSpec], list[Tree]]) -> list[Tree]:
+    """The objects that `make` makes for an ElasticJob. Raises ClusterError for one that trains no model of ours."""
+    pod = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]
+    main = pod["containers"][0]
+    words = main.get("args", [])
+    if "train" not in words:
+        raise ClusterError(f"{job['metadata']['name']} does not run `elastic-gpt train`: there is no model to talk to")
+    preset, *arguments = words[words.index("train") + 1 :]
+    spec = JobSpec(
+        name=job["metadata"]["name"],
+        namespace=job["metadata"]["namespace"],
+        image=main["image"],
+        preset=preset,
+        arguments=tuple(arguments),
+        volume=claim_of(job),
+        pull_secret=next((one["name"] for one in pod.get("imagePullSecrets", [])), ""),
+    )
+    run = next((word.partition("=")[2] for word in arguments if word.startswith("--run-dir=")), spec.run_dir)
+    trees = make(spec)
+    for tree in trees:
+        pod = tree["spec"].get("template", tree).get("spec", {})
+        for container in pod.get("containers", []):
+            container["args"] = [run if word == spec.run_dir else word for word in container["args"]]
+    return trees

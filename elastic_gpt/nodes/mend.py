@@ -1,0 +1,486 @@
+"""What hurts in DLRover 0.6.1, mended in the process that calls these: one function a fault.
+
+`agent` mends a node's agent, `master` and `local_master` a job's master (rendezvous.py holds the one mend that they share).
+They reach into what is DLRover's own, so `check_version` refuses any other version; tests/nodes/test_mend.py fails where one
+of them is no longer needed.
+"""
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+from elastic_gpt.contract import FAILED, NO_WORLD, USERS_MISTAKE
+from elastic_gpt.nodes.rendezvous import Lease
+from elastic_gpt.nodes.workers import Workers
+from elastic_gpt.settings import SettingsError
+
+VERSION = "0.6.1"
+# Exit code of a node's workers: this many in so many seconds end the node. An exception is 1; a world that cannot be formed
+# is 4, which may also be a peer's death in that moment. A lost peer and a storage that is away (3) are never too many.
+CRASHES = {FAILED: (3, 180.0), NO_WORLD: (10, 1800.0)}
+ADDRESS_SECONDS = 10.0  # for rank 0 of a new world to tell its address, which takes it a fraction of one
+STEP_SECONDS = 30.0  # for a worker to finish the step in flight when the members change; torchelastic gives it as long
+LOOK_SECONDS = 0.01
+MISTAKE = "UsersMistake: "  # how an exit reason begins that DLRover does not know
+
+
+class NoAddress(Exception):
+    """Rank 0 of a world has not told its address."""
+
+
+class Leaving(BaseException):
+    """This node was asked to leave. No Exception, so that nothing on the way swallows it."""
+
+
+def check_version() -> None:
+    """Raises SettingsError where another DLRover is installed.
+
+    Of 0.7.0.dev0 it is known that it fails a job that is suspended with its least number of nodes (#1712), and that it
+    deletes the pods of workers, and their logs with them, when a job ends (#1711).
+    """
+    import dlrover  # noqa: F401 - if it is not installed, that is told here, not in the log of each process
+
+    found = importlib.metadata.version("dlrover")
+    if found != VERSION:
+        raise SettingsError(
+            f"DLRover {found} is installed, and what is mended here is {VERSION}: pip install dlrover=={VERSION}"
+        )
+
+
+# --- in an agent --------------------------------------------------------------------------------------------------------
+
+
+def agent(workers: Workers | None) -> None:
+    """All that an agent needs.
+
+    Args:
+        workers: of this node, which live on through changes of the members; None where they cannot.
+    """
+    poll_the_rendezvous()
+    poll_the_store()
+    find_a_new_master_soon()
+    tell_every_master_the_range()
+    lease = hold_a_lease()
+    ask_again_when_rank_0_has_gone()
+    leave_other_jobs_alone()
+    have_no_flash_checkpoint()
+    leave_when_asked(lease)
+    say_the_last_word_once()
+    finish_without_a_master()
+    end_what_would_fail_again()
+    if workers:
+        keep_the_living(workers, lease)
+
+
+def poll_the_rendezvous() -> None:
+    """0.6.1: the agents poll the rendezvous every 5 s, and a membership change waits for that."""
+    from dlrover.python.common.constants import JobConstant
+
+    JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.05
+
+
+def poll_the_store() -> None:
+    """0.6.1: the agents wait for rank 0's address in the master's store by looking every 2 s."""
+    from dlrover.python.elastic_agent.torch import master_kv_store
+
+    master_kv_store.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 0.02)))
+
+
+def find_a_new_master_soon() -> None:
+    """0.6.1: it leaves gRPC as it comes, which waits ever longer, up to two minutes, before it looks for a master again."""
+    import grpc
+
+    channel = grpc.insecure_channel
+    soon = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
+    grpc.insecure_channel = lambda address, options=(): channel(address, [*options, *soon])
+
+
+def tell_every_master_the_range() -> None:
+    """0.6.1: agents tell --nnodes and --rdzv_conf only once, and a master that was started anew knows nothing of them."""
+    from dlrover.python.elastic_agent.torch.training import MasterRendezvousHandler
+
+    join = MasterRendezvousHandler._join_rendezvous
+
+    def join_rendezvous(self: Any) -> Any:
+        wait = int(self._rdzv_params.get("lastcall_timeout", 60))
+        self._client.report_rdzv_params(
+            self._rdzv_params.min_nodes, self._rdzv_params.max_nodes, wait, 1, self.join_timeout
+        )
+        return join(self)
+
+    MasterRendezvousHandler._join_rendezvous = join_rendezvous
+
+
+def hold_a_lease() -> list[Lease]:
+    """0.6.1: it forms a world without nodes that have not noticed yet, and with dead ones (rendezvous.py).
+
+    Returns the lease, once held.
+    """
+    from dlrover.python.common import comm, env_utils
+    from dlrover.python.common.constants import KeyValueOps
+    from dlrover.python.elastic_agent.torch.training import MasterRendezvousHandler
+
+    next_rendezvous = MasterRendezvousHandler.next_rendezvous
+    lease: list[Lease] = []
+
+    def report(client: Any, key: str, value: bytes) -> None:
+        message = comm.KeyValuePair(key, value)
+        message.op = KeyValueOps.SET
+        type(client)._report.__wrapped__(client, message)  # not the retries, which sleep 5 s
+
+    def next_and_hold(self: Any) -> Any:
+        if not lease:
+            lease.append(Lease(functools.partial(report, self._client), env_utils.get_node_id()))
+        lease[0].ask()
+        found = next_rendezvous(self)
+        lease[0].hold()
+        return found
+
+    MasterRendezvousHandler.next_rendezvous = next_and_hold
+    return lease
+
+
+def ask_again_when_rank_0_has_gone() -> None:
+    """0.6.1: where rank 0's node dies before it has told its address, the others wait for that for six minutes, and fail."""
+    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+
+    rendezvous = ElasticTrainingAgent._rendezvous
+
+    def address(self: Any, store: Any) -> Any:
+        try:
+            return self._get_master_addr_port(store)
+        except LookupError as error:
+            raise NoAddress from error
+
+    def rendezvous_again(self: Any, group: Any) -> None:
+        group.spec.rdzv_handler._store.set_timeout(datetime.timedelta(seconds=ADDRESS_SECONDS))
+        while True:
+            try:
+                return rendezvous(self, group)
+            except NoAddress:
+                print(
+                    f"warning: no word of rank 0 in {ADDRESS_SECONDS:.0f} s: this node asks for another world",
+                    flush=True,
+                )
+
+    ElasticTrainingAgent._safe_get_master_addr_port = address
+    ElasticTrainingAgent._rendezvous = rendezvous_again
+
+
+def leave_other_jobs_alone() -> None:
+    """0.6.1: it kills every process whose parent is 1 and whose environment is torchelastic's, other jobs' too.
+
+    Ours die with their agent (processes.py), so there is nothing to kill.
+    """
+    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+
+    ElasticTrainingAgent._stop_orphan_workers = lambda *_: None
+
+
+def have_no_flash_checkpoint() -> None:
+    """0.6.1: it has a thread, sockets and files under /tmp/dlrover for Flash Checkpoint; we keep our own snapshots."""
+    from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
+
+    AsyncCheckpointSaver.start_async_saving_ckpt = classmethod(lambda _: None)
+
+
+def leave_when_asked(lease: list[Lease]) -> None:
+    """0.6.1 with torch 2.13: SIGTERM is swallowed.
+
+    The handler that torchelastic sets at each start of the workers raises an Exception, upon which DLRover tries that start,
+    or its call to the master, again. Ours tells the workers that this node leaves for good; on its way out the agent then
+    sends them SIGTERM and waits.
+    """
+    from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
+    from torch.distributed.elastic.multiprocessing import api as multiprocessing
+
+    def leave(signum: int, frame: types.FrameType | None) -> None:  # noqa: ARG001 - a handler has these
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)  # once is enough
+        for held in lease:
+            held.release()
+        for worker in _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGUSR1)
+        raise Leaving
+
+    multiprocessing._terminate_process_handler = leave
+    AsyncCheckpointSaver.register_signal_handler = classmethod(lambda _: None)
+
+
+def _children() -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process().children()]
+
+
+def _tried_once(report: Callable[..., Any]) -> Callable[[Any], None]:
+    """A report to the master that is not repeated, and may fail: there may be no master any more."""
+
+    def once(self: Any) -> None:
+        self._report = functools.partial(type(self)._report.__wrapped__, self)
+        with contextlib.suppress(Exception):
+            report(self)
+
+    return once
+
+
+def say_the_last_word_once() -> None:
+    """0.6.1: an agent says its last word ten times, 5 s apart, where the master has gone as well (a deleted job)."""
+    from dlrover.python.elastic_agent.master_client import MasterClient
+
+    MasterClient.report_failed_exited = _tried_once(MasterClient.report_failed_exited)
+    MasterClient.report_succeeded_exited = _tried_once(MasterClient.report_succeeded_exited)
+
+
+def finish_without_a_master() -> None:
+    """0.6.1: an agent whose run has finished while there is no master tries for two minutes to reach it, and fails.
+
+    It does so when it asks whether others wait to join, meanwhile deaf to its workers' end, and when it waits, by way of the
+    master's store, for the other agents. Ours end together, for the last step is one of all of them.
+    """
+    from dlrover.python.common import comm
+    from dlrover.python.elastic_agent.master_client import MasterClient
+    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+
+    def num_nodes_waiting(self: Any, rdzv_name: str) -> int:
+        with contextlib.suppress(Exception):  # the master is away: nobody can wait there
+            request = comm.WaitingNodeNumRequest(rdzv_name=rdzv_name)
+            return int(type(self)._get.__wrapped__(self, request).waiting_num)
+        return 0
+
+    MasterClient.num_nodes_waiting = num_nodes_waiting
+    ElasticTrainingAgent._exit_barrier = lambda _: None
+
+
+def end_what_would_fail_again() -> None:
+    """0.6.1: it restarts whatever fails.
+
+    A worker that ends with a user's mistake would make it again, and so would one that crashes of itself soon after each start.
+    """
+    from dlrover.python.diagnosis.common.constants import DiagnosisActionType
+    from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
+
+    diagnose = DiagnosisAgent.diagnose_training_failure
+    crashes = Crashes()
+
+    def diagnose_training_failure(self: Any) -> Any:
+        action = diagnose(self)
+        codes = {failure.exitcode for failure in self._agent_context.run_result.failures.values()}
+        if crashes.too_many(codes) or USERS_MISTAKE in codes:
+            action._action_type = DiagnosisActionType.RELAUNCH_WORKER  # which ends this agent
+        return action
+
+    DiagnosisAgent.diagnose_training_failure = diagnose_training_failure
+
+
+def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
+    """0.6.1 and torchelastic: each change of members ends all workers, and then others are started for the new world.
+
+    Here a worker is started before there is a world, makes its model, and waits; after a change those that live are given
+    their place in the next world, and only dead ones are started: meanwhile the other nodes train on without this one. The
+    workers of one node live and die together.
+    """
+    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerState
+
+    changed = ElasticTrainingAgent._membership_changed
+    restart = ElasticTrainingAgent._restart_workers
+    initialize = SimpleElasticAgent._initialize_workers
+
+    def processes(agent: Any) -> list[Any]:
+        return [handler.proc for handler in agent._pcontext.subprocess_handlers.values()] if agent._pcontext else []
+
+    def all_live(agent: Any) -> bool:
+        found = processes(agent)
+        return bool(found) and all(process.poll() is None for process in found)
+
+    def all_wait(agent: Any, seconds: float) -> bool:
+        """Wait until all workers of this node wait for a world; False if one ends before, or after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while len(workers.waiting()) < agent._worker_group.spec.local_world_size:
+            end_hung(agent, workers.hung())
+            if not all_live(agent) or time.monotonic() > deadline:
+                return False
+            time.sleep(LOOK_SECONDS)
+        return all_live(agent)
+
+    def end_hung(agent: Any, hung: dict[int, str]) -> None:
+        for rank, why in hung.items():
+            print(f"warning: a worker is killed: {why}", flush=True)
+            # The client; its worker goes with it, even if stopped.
+            agent._pcontext.subprocess_handlers[rank].proc.kill()
+
+    def start(agent: Any, group: Any) -> None:
+        if not all_live(agent):
+            workers.forget()
+            for held in lease:
+                held.pause()
+            group.store, group.master_addr, group.master_port = group.store or workers, "", 0  # of no meaning yet
+            agent._start_workers(group)
+        for rank, process in enumerate(processes(agent)):
+            group.workers[rank].id = process.pid
+
+    def membership_changed(self: Any, role: str, handler: Any) -> bool:
+        end_hung(self, workers.hung())
+        return bool(workers.waiting()) or bool(changed(self, role, handler))
+
+    def restart_workers(self: Any, group: Any) -> None:
+        if all_live(self):
+            workers.call()
+            if all_wait(self, STEP_SECONDS):
+                self._initialize_workers(group)
+                return
+            if not all_live(self):
+                return  # it has finished or failed meanwhile, which is seen at the next look
+            why = dict.fromkeys(range(len(processes(self))), f"its step did not end in {STEP_SECONDS:.0f} s")
+            workers.started_because(why)
+            end_hung(self, why)
+        restart(self, group)
+
+    def initialize_workers(self: Any, group: Any) -> None:
+        if type(self) is not ElasticTrainingAgent:  # the network check's workers
+            initialize(self, group)
+            return
+        start(self, group)
+        if all_wait(self, float("inf")):  # what it ends with before there is a world is nobody else's business
+            self._rendezvous(group)
+            start(self, group)  # what has ended meanwhile
+            places = {
+                "RANK": "global_rank",
+                "WORLD_SIZE": "world_size",
+                "ROLE_RANK": "role_rank",
+                "ROLE_WORLD_SIZE": "role_world_size",
+            }
+            common = {
+                "MASTER_ADDR": group.master_addr,
+                "MASTER_PORT": group.master_port,
+                "GROUP_RANK": group.group_rank,
+                "GROUP_WORLD_SIZE": group.group_world_size,
+            }
+            worlds = {}
+            for worker in group.workers:
+                mine = common | {name: getattr(worker, attribute) for name, attribute in places.items()}
+                worlds[worker.local_rank] = {name: str(value) for name, value in mine.items()}
+            if all_wait(self, STEP_SECONDS):
+                workers.give(worlds)
+        group.state = WorkerState.HEALTHY
+
+    ElasticTrainingAgent._membership_changed = membership_changed
+    ElasticTrainingAgent._restart_workers = restart_workers
+    SimpleElasticAgent._initialize_workers = initialize_workers  # type: ignore[method-assign]
+
+
+class Crashes:
+    """What this node's workers ended with, and when."""
+
+    def __init__(self) -> None:
+        self.ends: dict[int, list[float]] = {code: [] for code in CRASHES}  # exit code to times of a monotonic clock
+
+    def too_many(self, codes: set[int]) -> bool:
+        """Whether the workers that have just ended with `codes` should not be started again."""
+        now = time.monotonic()
+        for code in codes & CRASHES.keys():
+            self.ends[code].append(now)
+        recent = {code: sum(now - end < CRASHES[code][1] for end in ends) for code, ends in self.ends.items()}
+        return any(recent[code] >= CRASHES[code][0] for code in recent)
+
+
+# --- in a master --------------------------------------------------------------------------------------------------------
+
+
+def master() -> None:
+    """All that a master on Kubernetes needs, but for `judge_ended_nodes`."""
+    count_no_lost_pods()
+    look_for_the_end_often()
+    tell_users_mistakes_apart()
+
+
+def count_no_lost_pods() -> None:
+    """0.6.1: it ends the job at the fifth pod that failed, killed ones included, whatever the job's restartCount says."""
+    from dlrover.python.master.node import dist_job_manager
+
+    dist_job_manager._MAX_POD_RELAUNCH_COUNT = sys.maxsize
+
+
+def look_for_the_end_often() -> None:
+    """0.6.1: it looks every 30 s whether the job is over."""
+    from dlrover.python.master import dist_master
+
+    dist_master.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 2.0)))
+
+
+def tell_users_mistakes_apart() -> None:
+    """0.6.1: a pod that ended with exit code 2 is an unknown error to it. Here its exit reason is MISTAKE and its last word."""
+    from dlrover.python.master.watcher import k8s_watcher
+
+    exit_reason = k8s_watcher._get_pod_exit_reason
+
+    def reason(pod: Any) -> str:
+        (ended, *_) = [one.state.terminated for one in pod.status.container_statuses or []] or [None]
+        if ended and ended.exit_code == USERS_MISTAKE:
+            return MISTAKE + " ".join((ended.message or "").split())
+        return str(exit_reason(pod))
+
+    k8s_watcher._get_pod_exit_reason = reason
+
+
+def judge_ended_nodes(manager: Any, *, oom_restarts: int, end: Callable[[str], None]) -> None:
+    """0.6.1: it makes a pod again that ended with a user's mistake, up to restartCount times, and never one out of memory.
+
+    Args:
+        manager: DLRover's DistributedJobManager.
+        oom_restarts: how often each rank may run out of memory and be replaced.
+        end: called with the reason why the job is to end.
+    """
+    from dlrover.python.common.constants import NodeExitReason
+
+    should_relaunch = manager._should_relaunch
+
+    def judge(node: Any, change: Any) -> bool:
+        reason = str(node.exit_reason or "")
+        if reason.startswith(MISTAKE):
+            end(reason.removeprefix(MISTAKE) or f"{node.name}: exit code {USERS_MISTAKE}: see its log")
+            return False
+        if reason != NodeExitReason.OOM:
+            return bool(should_relaunch(node, change))
+        nodes = list(manager.get_job_nodes()["worker"].values())
+        times = sum((other.rank_index, other.exit_reason) == (node.rank_index, reason) for other in nodes)
+        if times > oom_restarts:
+            print(
+                f"memory: {node.name} ran out of memory and is not replaced, rank {node.rank_index} having done so {times}"
+                " times: the job goes on with fewer nodes; submit it again with more --memory",
+                flush=True,
+            )
+            return False
+        print(f"memory: {node.name} ran out of memory: replacement {times} of {oom_restarts}", flush=True)
+        node.exit_reason = NodeExitReason.KILLED  # as it judges a pod that was killed for any other reason
+        try:
+            return bool(should_relaunch(node, change))
+        finally:
+            node.exit_reason = reason
+
+    manager._should_relaunch = judge
+
+
+def listen_on_loopback() -> None:
+    """0.6.1: a master on one machine listens on all of its interfaces."""
+    import grpc
+
+    server = grpc.server
+
+    def loopback_server(*args: Any, **kwargs: Any) -> Any:
+        made = server(*args, **kwargs)
+        listen = made.add_insecure_port
+        made.add_insecure_port = lambda address: listen(address.replace("[::]", "127.0.0.1"))
+        return made
+
+    grpc.server = loopback_server

@@ -1,0 +1,658 @@
+"""An elastic run of anybody's model: a loop over steps that goes on through the loss and the coming of nodes.
+
+    for step in run:                        # a step that a lost peer interrupted comes again
+        for inputs, targets in step:        # this worker's share of the global batch
+            step.backward(loss(inputs, targets))
+        step.update()
+
+`Elastic` takes a model, an optimizer and an indexable data set. Underneath, `Worlds` has what every elastic run needs and no
+more; nanoGPT's training (model_zoo/nanogpt/train.py) is another user of it.
+"""
+
+import abc
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+from elastic_gpt import devices
+from elastic_gpt.agent import Agent
+from elastic_gpt.batches import Batches, Examples
+from elastic_gpt.checkpoint import CheckpointError, Checkpoints, checkpoints_place, refuse_newer, writer
+from elastic_gpt.claim import Claim, InUse
+from elastic_gpt.contract import (
+    CONFIG,
+    DONE,
+    FAILED,
+    METRICS,
+    NO_WORLD,
+    RESTART_ME,
+    RUN_FORMAT_VERSION,
+    TENSORBOARD,
+    progress_file,
+    shared_memory,
+)
+from elastic_gpt.gradients import Gradients, LossScale, StepSums, not_finite, update
+from elastic_gpt.identity import Run
+from elastic_gpt.ledger import Ledger
+from elastic_gpt.mirror import here, mirror_of, shown
+from elastic_gpt.observers import (
+    ConsoleObserver,
+    LedgerObserver,
+    MetricsObserver,
+    ProgressObserver,
+    TensorBoardObserver,
+)
+from elastic_gpt.order import Order, micro_batch_seed
+from elastic_gpt.reports import Observer, Reporter
+from elastic_gpt.rundir import open_together, settings_before
+from elastic_gpt.settings import SettingsError, flatten
+from elastic_gpt.snapshot import SnapshotError, Snapshots
+from elastic_gpt.state import Held, NotFinite, Restored, Resume, broken, restore, training_state
+from elastic_gpt.storage import LocalStorage, Unreachable
+from elastic_gpt.world import Device, NotJoined, PeerLost, Signals, World, join, leave, place
+from prepare.frontdoor import fail
+from prepare.tokens import DataError
+
+LAST_CALL_SECONDS = 0.25
+NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
+HALVINGS = 16  # skipped updates in which a float16 run's loss scale may find its size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an elastic run is to do, whatever its model."""
+
+    run_dir: Path
+    steps: int
+    """Updates in the whole run."""
+    global_batch: int
+    """Sequences or examples a step, whatever the number of workers."""
+    micro_batch: int
+    """Of them, in one forward pass; divides it."""
+    seed: int = 0
+    targets: int = 1
+    """In one of them; the gradient is that of the mean over all targets of the global batch."""
+    device: Device = "auto"
+    resume: Resume = "auto"
+    clip: float = 0.0
+    """Largest norm of the gradient; 0: any."""
+    max_skipped: int = 10
+    """Updates in a row that are not finite, after which the run ends."""
+    exact: bool = False
+    """Parameters equal bit for bit at every world size on the same kind of device."""
+    snapshot_interval: int = 10
+    checkpoint_interval: int = 100
+    checkpoint_keep: int = 2
+    checkpoint_dir: str | None = None
+    evaluate_interval: int = 0
+    """Steps between evaluations; 0: at the end alone. Of a run that evaluates."""
+    grace_seconds: float = 25.0
+    timeout_seconds: float = 120.0
+    observe_interval: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "snapshot_interval", "checkpoint_interval"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.global_batch % self.micro_batch:
+            raise SettingsError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
+        devices.refuse(self.device, exact=self.exact)
+
+
+class Step:
+    """One step on this worker.
+
+    Attributes:
+        number: updates done before it.
+    """
+
+    def __init__(self, worlds: "Worlds", world: World, number: int, batches: Batches) -> None:
+        self.number = number
+        self._worlds, self._world, self._batches = worlds, world, batches
+        self._now: tuple[int, torch.Tensor] | None = None
+        self.lost: PeerLost | None = None
+        self.did: tuple[float, StepSums, torch.Tensor] | None = None
+        """Learning rate, what the ranks found together, and the gradient's norm, once it is done."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The micro-batches of this worker's share, on the device; it may be empty."""
+        for index, ids, *tensors in self._batches.step(self.number):
+            # Dropout: on any rank the same.
+            torch.manual_seed(micro_batch_seed(self._worlds.plan.seed, self.number, index))
+            self._now = index, ids
+            yield tuple(tensors)
+
+    def backward(self, loss_sum: torch.Tensor) -> None:
+        """Add the gradient of a micro-batch.
+
+        Args:
+            loss_sum: the sum of the loss over its targets, not the mean: a scalar. It is divided by all of the step's.
+        """
+        if self._now is None:
+            raise RuntimeError("step.backward() belongs into the loop over the step's micro-batches, once in each")
+        (index, ids), self._now = self._now, None
+        scale = self._worlds.scale
+        self._worlds.gradients.backward(index, ids, loss_sum, scale.factor if scale else 1.0)
+
+    def update(self, rate: float | None = None) -> None:
+        """Sum the gradient over all workers and do the update; where a worker was lost, drop the step, and it comes again.
+
+        Args:
+            rate: learning rate of this update; None: as the optimizer has it.
+        """
+        worlds, plan = self._worlds, self._worlds.plan
+        called = False
+        if worlds.agent:
+            worlds.agent.computed()
+            called = worlds.agent.called()
+        try:
+            sums = worlds.gradients.reduce(worlds.signals.stop or called, worlds.signals.leave)
+        except PeerLost as error:
+            self.lost = error
+            return
+        # Between the sum over the ranks and the end of this nothing fails: all do the step, or none.
+        if worlds.scale:
+            worlds.scale.unscale(worlds.gradients.gradient)
+        norm = worlds.gradients.clip(plan.clip)
+        if rate is not None:
+            for group in worlds.optimizer.param_groups:
+                group["lr"] = rate
+        update(worlds.optimizer, skip=not_finite(sums, norm))
+        worlds.held.step = self.number + 1
+        self.did = worlds.optimizer.param_groups[0]["lr"], sums, norm
+
+
+class Worlds(abc.ABC):
+    """A run, as one worker sees it: what lives on from world to world, and what is done in one.
+
+    A subclass says how the directory is opened and what the batches are.
+    """
+
+    def __init__(
+        self, plan: Plan, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scale: LossScale | None = None
+    ) -> None:
+        self.plan, self.model, self.optimizer, self.scale = plan, model, optimizer, scale
+        self.signals, self.agent = Signals(), Agent.of_this_node()
+        self.ledger = Ledger(plan.run_dir)
+        self.held = Held()
+        device = place(plan.device)
+        self.gradients = Gradients(
+            model.parameters(),
+            World(0, 1, 0, "", device, False),
+            micro_batches=plan.global_batch // plan.micro_batch,
+            global_batch=plan.global_batch,
+            tokens=plan.global_batch * plan.targets,
+            exact=plan.exact,
+        )
+        self.tensors = training_state(model, optimizer, scale.state if scale else None)
+        self.snapshots: Snapshots | None = None
+        self.reporter: Reporter | None = None
+        self.observers: list[Observer] = []
+        """Of the user's own; they hear of each step on the first worker."""
+
+    # --- what a subclass says
+
+    evaluates = False
+    """Whether there is a validation loss."""
+
+    @abc.abstractmethod
+    def open(self, world: World) -> tuple[Run, Claim | None]:
+        """Open the run directory in a world, and claim it."""
+
+    @abc.abstractmethod
+    def batches(self, world: World) -> Batches:
+        """This rank's micro-batches of each step."""
+
+    def evaluate(self, world: World) -> float:
+        """The validation loss, together with all ranks."""
+        raise NotImplementedError
+
+    def speed(self, world: World) -> tuple[int, float | None]:  # noqa: ARG002 - a subclass may need it
+        """Operations for a target, forward and backward; and a device's peak, operations a second."""
+        return 0, None
+
+    def introduce(self, world: World, restored: Restored) -> list[str]:  # noqa: ARG002 - a subclass may need it
+        """Lines for a person at the beginning of a life."""
+        return []
+
+    # --- the loop
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that are left, in one world after the other. Ends when the run is finished; else the process ends."""
+        while True:
+            try:
+                if self.agent and not self.agent.next_world(self.held.step, lambda: self.signals.stop):
+                    raise SystemExit(RESTART_ME)
+                called = self.agent.called if self.agent else lambda: False
+                code = yield from self.in_world(join(self.plan.device, self.plan.timeout_seconds, called))
+            except PeerLost as error:
+                lost_at = self.held.step
+                if error.noticed_by:
+                    self.ledger.write("interrupted", node=error.noticed_by, cause="lost a peer")
+                # On a GPU the update may have been given to the device before the sum failed: what it holds is not known.
+                half = devices.works_on(place(self.plan.device))
+                if self.agent is None or half or isinstance(error, NotJoined) or not leave() or not self.keep():
+                    raise
+                print(
+                    f"{error}; this worker keeps step {lost_at} and waits for a new world", file=sys.stderr, flush=True
+                )
+            else:
+                if self.agent is None or code != RESTART_ME or self.signals.stop or not self.keep():
+                    if code != DONE or self.held.step < self.plan.steps:
+                        raise SystemExit(code)
+                    return
+
+    def report_last(self, step: Step) -> None:
+        """Report a step after which the loop was left."""
+        if self.reporter and step.did:
+            self.reporter.step(step.number + 1, *step.did)
+            self.reporter.drain()
+
+    def keep(self) -> bool:
+        """Keep the state that this worker holds, out of its world: in place, and in shared memory should it die, too.
+
+        Returns whether there is one.
+        """
+        if self.reporter:
+            self.reporter.drain()
+            self.reporter.close()
+            self.held.reports, self.reporter = list(self.reporter.recent), None
+        if self.held.step < 0 or broken(self.tensors):
+            return False
+        if self.snapshots and self.snapshots.step < self.held.step:
+            self.snapshots.save(self.held.step, self.held.life, self.tensors, self.held.reports)
+            self.snapshots.wait()
+        return True
+
+    def in_world(self, world: World) -> Generator[Step, None, int]:
+        """One life of the run: until it is over, or until the world changes. Returns the exit code."""
+        joined = time.time()
+        lived_on = self.held.life >= 0
+        run, claim = self.open(world)
+        over = False
+        try:
+            over, code = yield from self._live(world, run, joined, lived_on)
+        except ValueError:  # a user's mistake: nobody tries again
+            over = True
+            raise
+        finally:
+            if claim and over:
+                claim.release()
+        return code
+
+    def _live(self, world: World, run: Run, joined: float, lived_on: bool) -> Generator[Step, None, tuple[bool, int]]:
+        """Restore, train until the end or until the world changes. Returns whether the job is over, and the exit code.
+
+        Args:
+            joined: when the world was formed, seconds since 1970.
+            lived_on: whether this process was in the life before.
+        """
+        plan, tensors, held, ledger, signals = self.plan, self.tensors, self.held, self.ledger, self.signals
+        self.gradients.world = world
+        batches = self.batches(world)
+        max_skipped = plan.max_skipped + (HALVINGS if self.scale else 0)
+
+        # --- where it is taken up again
+        snapshots = self.snapshots = self._open_snapshots(run, world)
+        checkpoints = Checkpoints(checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run)
+        restored = restore(tensors, snapshots, checkpoints, run, world, plan.resume, held)
+        if name := broken(tensors):
+            raise NotFinite(f"{restored.source} is not finite ({name}): delete it, and an older state is taken")
+        here = world.gather((world.node, lived_on, self.agent.started_because if self.agent else ""))
+        nodes, stayed = sorted({node for node, *_ in here}), sorted({node for node, lives_on, _ in here if lives_on})
+        observers, last_step = self._open_observers(run, nodes, stayed, world, restored)
+        for node, _, cause in here if world.first else []:
+            if cause:  # its agent ended the worker that was there before
+                ledger.write("replaced", node=node, cause=cause)
+        # --- reports
+        back = time.time()
+        flops, peak = self.speed(world)
+        reporter = self.reporter = Reporter(
+            observers,
+            world,
+            recent=restored.reports,
+            keep=max(2 * plan.snapshot_interval, max_skipped),
+            tokens_per_step=plan.global_batch * plan.targets,
+            flops_per_token=flops,
+            peak=peak,
+        )
+        for line in [*self.introduce(world, restored), run.note, restored.choice]:
+            if line:
+                reporter.say(line)
+        # --- what the change of members left to be saved
+        if snapshots and snapshots.step != restored.step:
+            snapshots.save(restored.step, run.life, tensors, restored.reports)  # now every node has it
+        if world.first and restored.step - checkpoints.listed >= plan.checkpoint_interval:
+            checkpoints.save(restored.step, tensors, restored.reports)  # the one that was due died with its writer
+
+        if restored.step >= plan.steps:
+            reporter.say(f"nothing to do at step {restored.step} of {plan.steps}: a larger --steps goes on from there")
+
+        def give_up(step: int, good: int, what: str) -> NoReturn:
+            """The states after `good` up to `step` are worth nothing. The ledger says so, and no later life takes one."""
+            if world.first:
+                ledger.write("diverged", step=step, good=good)
+            older = world.first_does(lambda: max((one for one in checkpoints.steps() if one <= good), default=None))
+            last = (
+                f"the last good checkpoint is {checkpoints.name(older)}" if older else "there is no good checkpoint yet"
+            )
+            reporter.close()
+            raise NotFinite(f"{what}: {last}; the same command with a smaller --optimizer.learning-rate goes on")
+
+        def keep_finite(step: int) -> None:
+            """Called before a state is kept."""
+            if name := broken(tensors):
+                give_up(step, step - 1, f"the update of step {step} made the state infinite or not a number ({name})")
+
+        step, stopping, leaving = restored.step, 0, 0
+        with contextlib.closing(batches), _on_its_way(snapshots, checkpoints, ledger):
+            while step < plan.steps and not stopping:
+                if self.evaluates and step > 0 and plan.evaluate_interval > 0 and step % plan.evaluate_interval == 0:
+                    # After the state is saved; if this world is asked to stop, the next one does it.
+                    reporter.evaluation(step, self.evaluate(world))
+                # --- one step: the gradient of the whole batch, then one update
+                if self.agent:
+                    self.agent.computes(step)
+                self.gradients.zero()
+                this = Step(self, world, step, batches)
+                yield this
+                if this.lost:
+                    raise this.lost
+                if this.did is None:
+                    raise RuntimeError("step.update() was not called: it ends each step")
+                rate, sums, norm = this.did
+                reporter.all_did()  # the steps before: each rank has come to this one
+                step += 1
+
+                # --- what is known of it: reports, and whether the run can go on
+                snapshot = step % plan.snapshot_interval == 0
+                save = step % plan.checkpoint_interval == 0 or (snapshot and checkpoints.owed)
+                reporter.step(step, rate, sums, norm)
+                # A GPU works on while the step before is reported; but nothing is saved before its report is written.
+                if world.first and ledger.superseded():
+                    raise PeerLost(f"another world trains into {shown(plan.run_dir)} since this one was formed")
+                stopping, leaving = reporter.drain(
+                    behind=int(devices.works_on(world.device) and not (snapshot or save))
+                )
+                if world.first and step == restored.step + 1:
+                    ledger.recovered(last_step, joined, back)
+                if reporter.skipped >= max_skipped:
+                    what = f"loss or gradient not finite in {reporter.skipped} updates in a row, up to step {step}"
+                    give_up(step, step - reporter.skipped, f"{what} (optimizer.max_skipped)")
+                if reporter.skipped:  # what follows a bad update may be bad: nothing good is replaced by it
+                    snapshot = save = False
+                if snapshot or save:
+                    keep_finite(step)
+                # --- what is kept of it: in memory, and on storage
+                if snapshots and snapshot:
+                    snapshots.save(step, run.life, tensors, list(reporter.recent))
+                    snapshots.drop_others(nodes)
+                _tell_saved(checkpoints, ledger, reporter.say)
+                if world.first and save:
+                    if checkpoints.pending:
+                        reporter.say(f"WARNING: no checkpoint at step {step}: the one before is still being written")
+                    else:
+                        checkpoints.save(step, tensors, list(reporter.recent))
+
+            # --- the end of this life: the last state is saved, and the ledger says how it ended
+            # Every rank is out of the loop after the same step: at the end, or because somebody was asked to stop.
+            reporter.drain()
+            keep_finite(step)
+            world.gather(None)  # so each of them has done the last step, too
+            reporter.all_did()
+            finished = step >= plan.steps
+            if finished and restored.step < step and self.evaluates:
+                reporter.evaluation(step, self.evaluate(world))
+            if world.first and not finished:
+                ledger.write("interrupted", node=world.node, cause="asked to stop", step=step)
+            if snapshots:
+                if not finished:
+                    snapshots.save(step, run.life, tensors, list(reporter.recent))
+                snapshots.wait()
+            if world.first and leaving and not checkpoints.pending and checkpoints.saved != step:
+                checkpoints.save(step, tensors, list(reporter.recent), push_out=not reporter.skipped)
+            if 0 < leaving < world.size and not finished:
+                time.sleep(LAST_CALL_SECONDS)  # who is asked in the same moment hears it a little later
+                leaving = sum(world.gather(signals.leave))
+            deadline = time.monotonic() + plan.grace_seconds - max(world.gather(signals.waited))
+
+            def settle() -> bool:
+                """Storage has this step when nodes leave, for it may not be the last node that does; and at the end."""
+
+                def wait() -> None:
+                    while checkpoints.pending and (finished or time.monotonic() < deadline):
+                        time.sleep(0.01)
+                        _tell_saved(checkpoints, ledger, reporter.say)
+
+                wait()
+                if (finished or leaving) and checkpoints.saved != step and not checkpoints.pending:
+                    checkpoints.save(step, tensors, list(reporter.recent), push_out=not reporter.skipped)
+                    wait()
+                return checkpoints.saved == step
+
+            saved = world.first_does(settle)
+            if world.first_of_node and signals.leave and not finished:
+                ledger.write("left", node=world.node, step=step)
+            if world.first and not finished and leaving == world.size:
+                ledger.write("stopped", step=step)
+                where = f"saved in {shown(plan.run_dir)}" if saved else "NOT saved on storage"
+                reporter.say(f"stopped after step {step}, {where}; the same command goes on from there")
+            if world.first and finished and saved and restored.step < step:
+                ledger.write("finished", step=step)
+            reporter.close()
+            if snapshots and saved and (finished or leaving == world.size):
+                snapshots.discard()
+        # --- the exit code
+        leave()
+        if finished and not saved:
+            raise OSError(
+                f"{shown(plan.run_dir)} holds no checkpoint of the last step: make room, then run again to save it"
+            )
+        over = finished or leaving == world.size or not world.elastic
+        if finished or (world.elastic and signals.released):
+            return over, DONE
+        return over, RESTART_ME if world.elastic else 128 + signals.number
+
+    def _open_snapshots(self, run: Run, world: World) -> Snapshots | None:
+        """This node's snapshots, on its first worker. Too little shared memory is said, and the run goes on without."""
+        if not world.first_of_node:
+            return None
+        if self.snapshots:
+            self.snapshots.name = run.name
+            return self.snapshots
+        try:
+            folder, metrics = shared_memory() / run.run_id, self.plan.run_dir / METRICS
+            # A mirror's may be ahead of what the store has, with which a later life begins.
+            history = None if mirror_of(metrics) else metrics
+            return Snapshots(folder, world.node, run.run_id, self.tensors, name=run.name, history=history)
+        except SnapshotError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+            return None
+
+    def _open_observers(
+        self, run: Run, nodes: list[str], stayed: list[str], world: World, restored: Restored
+    ) -> tuple[list[Observer], float | None]:
+        """The observers of a world, on its first worker; and when the last step before was written, seconds since 1970.
+
+        The ledger gets the beginning of this life.
+        """
+        if not world.first:
+            return [], None
+        plan, ledger = self.plan, self.ledger
+        metrics = MetricsObserver(plan.run_dir / METRICS, restored.step, restored.reports, plan.snapshot_interval)
+        try:
+            ledger.begin_life(nodes, world.size, restored.step, restored.source, metrics.dropped, run.name, stayed)
+        except Unreachable:
+            raise
+        except OSError as error:
+            where = f"{shown(plan.run_dir)}/{ledger.path.name}"
+            raise OSError(f"cannot write {where} ({error.strerror}): make room") from error
+        observers: list[Observer] = [
+            ConsoleObserver(plan.steps, restored.step, plan.observe_interval),
+            metrics,
+            LedgerObserver(ledger),
+        ]
+        if file := progress_file():  # in a pod
+            start, interval = restored.step, plan.observe_interval
+            observers.append(ProgressObserver(plan.steps, start, interval, workers=world.size, file=file))
+        if plan.tensorboard and not mirror_of(plan.run_dir):  # its files grow by appending
+            observers.append(TensorBoardObserver(plan.run_dir / TENSORBOARD, restored.step))
+        return observers + self.observers, metrics.last_step
+
+
+@contextlib.contextmanager
+def _on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints, ledger: Ledger) -> Iterator[None]:
+    """What is being saved when a peer is lost is saved to its end: it may be the newest there is."""
+    try:
+        yield
+    except (PeerLost, NotFinite):
+        leave()  # first, for others may be waiting for this one
+        if snapshots:
+            snapshots.wait()
+        _tell_saved(checkpoints, ledger, print, wait=True)
+        raise
+
+
+def _tell_saved(checkpoints: Checkpoints, ledger: Ledger, say: Callable[[str], None], wait: bool = False) -> None:
+    """Write down what became of a checkpoint. A failed one is tried again with each snapshot, and told once."""
+    again, result = checkpoints.failed, checkpoints.finished(wait)
+    if isinstance(result, OSError) and not again:
+        ledger.write("save_failed", error=str(result))
+        say(f"WARNING: the checkpoint could not be written ({result}); training goes on, and it is tried again")
+    elif isinstance(result, int):
+        ledger.write("saved", step=result, checkpoint=checkpoints.name(result), place=str(checkpoints.storage))
+
+
+@contextlib.contextmanager
+def exits(run_dir: Path) -> Iterator[None]:
+    """What goes wrong in a run is told in a line, and ends this process with the exit code (contract.py) that its agent knows.
+
+    After 1, 3 and 4 an agent tries again. Without one, 3 and 4 would mean nothing to anybody, and are 1.
+    """
+    agent = "TORCHELASTIC_RUN_ID" in os.environ
+    try:
+        yield
+    except (SettingsError, DataError, CheckpointError, InUse, NotFinite) as error:
+        raise SystemExit(fail(error)) from error
+    except PeerLost as error:
+        text = f"{error}; this worker ends{', its agent forms a new world' if agent else ''}"
+        # A peer that dies is nothing to tell; a world that cannot be formed may be a wrong setting of the network.
+        print(f"warning: {text}" if isinstance(error, NotJoined) else text, file=sys.stderr, flush=True)
+        if isinstance(error, NotJoined):
+            time.sleep(NETWORK_SECONDS)
+            os._exit(NO_WORLD if agent else FAILED)
+        # At once: a process group with a dead member cannot be torn down in good order.
+        os._exit(RESTART_ME if agent else FAILED)
+    except Unreachable as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # An outage passes, and the agent tries until it has; what never answered is a crash, and crashes are counted.
+        os._exit(RESTART_ME if agent and Ledger(run_dir).lives() else FAILED)
+    except Exception as error:
+        if agent:  # a worker: its node's log is for who looks into the program
+            traceback.print_exc()
+        # At once: if the peers ended first, the agent would take this crash for a change of members.
+        os._exit(fail(error))
+
+
+class Elastic(Worlds):
+    """An elastic run of a model on an indexable data set: iterate over it, and over each step (see above).
+
+    Started by `elastic-gpt launch --nodes 3 -- my_script.py`, it goes on through the loss and the coming of nodes; alone, it
+    is a training in one process that can be killed and started again.
+
+    Args:
+        run_dir: of the run, or its URL; one that is found there is gone on with.
+        model: without BatchNorm, whose statistics would be of one worker's share.
+        optimizer: of all of the model's parameters.
+        data: `data[i]` is a tuple of tensors or numbers, `len(data)` how many there are; the same on every worker.
+        identity: what makes this another run than one before, beside the sizes and the model's shapes: names and plain values.
+        observers: the user's own (elastic_gpt/reports.py); they hear of each step on the first worker.
+        plan: as `Plan` has it: steps, global_batch, micro_batch ...
+
+    Raises:
+        SettingsError: with the cure.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: Any,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        observers: Sequence[Observer] = (),
+        **plan: Any,
+    ) -> None:
+        with exits(Path(run_dir)):
+            settled = Plan(run_dir=here(Path(run_dir)), **plan)
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    raise SettingsError(
+                        f"the model's {name} is a {type(module).__name__}, whose statistics would be of one worker's share:"
+                        " take LayerNorm or GroupNorm"
+                    )
+            if len(data) < settled.global_batch:
+                raise SettingsError(f"global_batch {settled.global_batch} is more than the data's {len(data)} examples")
+            super().__init__(settled, model.to(place(settled.device)), optimizer)
+        self.data, self.observers = data, list(observers)
+        self.order = Order(len(data), settled.global_batch, settled.seed)
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        self.identity = {
+            "examples": len(data),
+            "global_batch": settled.global_batch,
+            "micro_batch": settled.micro_batch,
+            "seed": settled.seed,
+            "exact": settled.exact,
+            "shapes": shapes,
+            **(identity or {}),
+        }
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that are left. A worker that ends before the run does ends its process here, with the right exit code."""
+        steps = super().__iter__()
+        while True:
+            with exits(self.plan.run_dir):
+                try:
+                    step = next(steps)
+                except StopIteration:
+                    return
+            yield step
+
+    def open(self, world: World) -> tuple[Run, Claim | None]:
+        mine = {"format_version": RUN_FORMAT_VERSION, "writer": writer(), "identity": self.identity}
+        path = self.plan.run_dir / CONFIG
+
+        def make(take: Callable[[], tuple[Run, Ledger]]) -> Run:
+            before = settings_before(path)
+            refuse_newer(f"the run in {shown(self.plan.run_dir)}", before, RUN_FORMAT_VERSION)
+            now = yaml.safe_load(yaml.safe_dump(mine))
+            for name, value in flatten(now["identity"]).items() if before else []:
+                if before.get(f"identity.{name}") != value:
+                    raise SettingsError(
+                        f"the run in {shown(self.plan.run_dir)} has {name} {before.get(f'identity.{name}')}, not {value}:"
+                        " set it back, or take another run directory"
+                    )
+            run, _ = take()
+            if not path.exists():
+                LocalStorage(self.plan.run_dir).write_text(path.name, yaml.safe_dump(now, sort_keys=False))
+            return run
+
+        return open_together(self.plan.run_dir, mine, world, make)
+
+    def batches(self, world: World) -> Batches:
+        return Examples(self.data, self.plan.micro_batch, self.order, world)
+
+    def introduce(self, world: World, restored: Restored) -> list[str]:
+        where = f"from step {restored.step} ({restored.source})" if restored.step else "from the start"
+        return [f"run: {shown(self.plan.run_dir)}, {where}, on {world.size} worker{'s' if world.size > 1 else ''}"]

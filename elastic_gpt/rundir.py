@@ -1,0 +1,155 @@
+"""The directory of any run: opened by all ranks together, claimed for their job, and told apart from a copy of it."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from elastic_gpt import settings
+from elastic_gpt.checkpoint import checkpoints_place
+from elastic_gpt.claim import Claim, process
+from elastic_gpt.contract import CONFIG, LEDGER, METRICS, TOKENIZER, Event
+from elastic_gpt.identity import Run, directory, same_directory
+from elastic_gpt.ledger import Ledger, new_id
+from elastic_gpt.mirror import mirror_of, shown
+from elastic_gpt.settings import SettingsError
+from elastic_gpt.storage import Unreachable
+from elastic_gpt.storeclaim import StoreClaim
+from elastic_gpt.world import World
+from prepare.frontdoor import FULL
+
+LOOKS, LOOK_SECONDS = 60, 0.5  # for a file that another node made; an NFS client may know of it 30 s later
+
+
+def open_together(
+    folder: Path, mine: Mapping[str, Any], world: World, make: Callable[[Callable[[], tuple[Run, Ledger]]], Run]
+) -> tuple[Run, Claim | None]:
+    """Make or find a run directory. The first worker has the claim.
+
+    Args:
+        mine: settings that this rank was given, which have to be those of all.
+        make: is called by the first worker with what claims the directory for this job, and writes what is in it.
+
+    Raises:
+        SettingsError: on all ranks, if they were given different settings, or if the directory cannot be written or is
+            not shared by the nodes; and whatever `make` raises.
+        InUse: on all ranks, if another job trains into the directory.
+    """
+    told = world.gather((dict(mine), world.node, process()))
+    first = told[0][0]
+    for given, node, _ in told:
+        if differing := next((name for name in first if given.get(name) != first[name]), None):
+            raise SettingsError(
+                "the nodes were given different settings:"
+                f" {differing}={given.get(differing)} on {node}, {first[differing]} on another node"
+            )
+    claims: list[Claim] = []
+    mirror = mirror_of(folder)
+    if mirror:
+        mirror.reopen()  # the world before this one may have written meanwhile
+
+    def take() -> tuple[Run, Ledger]:
+        folder.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(folder)
+        processes = [of_agent for _, _, of_agent in told]
+        claim = StoreClaim(mirror, new_id(), processes) if mirror else Claim(folder, new_id(), processes)
+        run_id, note = _recognise(ledger, folder, claim.mine)
+        continues = claim.take(run_id)
+        claims.append(claim)
+        if mirror:
+            mirror.begin_writing(claim.life)
+        return dataclasses.replace(_run(ledger, run_id, claim.life, continues), note=note), ledger
+
+    def first_makes() -> Run:
+        try:
+            run = make(take)
+            if mirror:
+                mirror.put(TOKENIZER, CONFIG)
+            return run
+        except Unreachable:
+            raise
+        except OSError as error:
+            told = f"cannot write run directory {shown(folder)} ({error.strerror})"
+            if error.errno in FULL:
+                raise OSError(f"{told}: make room") from error
+            raise SettingsError(f"{told}: choose another --run-dir") from error
+
+    run = world.first_does(first_makes)
+    for _ in range(LOOKS):  # all ranks look equally often, and none waits long for another
+        if mirror and not world.first:
+            mirror.pull(LEDGER)
+        seen = any(event.get("run_id") == run.run_id for event in Ledger(folder).events())
+        alone = next(filter(None, world.gather(None if seen else world.node)), None)
+        if alone is None:
+            return run, claims[0] if claims else None
+        time.sleep(LOOK_SECONDS)
+    raise SettingsError(
+        f"run directory {shown(folder)} is not shared: node {alone} does not see in it what another node wrote there:"
+        " mount the same volume on all nodes"
+    )
+
+
+def _recognise(ledger: Ledger, folder: Path, continues: bool) -> tuple[str, str]:
+    """The id of the run in `folder`: a new one, and a line about it, where this is not the folder in which the run was last."""
+    known, here = ledger.identities(), directory(folder)
+    if not known or continues:  # within a job nothing is copied, and nodes may see the same folder with other numbers
+        return ledger.run_id(), ""
+    before = known[-1].get("directory")  # none in a run of 0.1.0
+    if before and same_directory(here, before):
+        return str(known[-1]["run_id"]), ""
+    run_id = new_id()
+    event: Event = "copied" if before else "upgraded"
+    ledger.write_durably(event, run_id=run_id, copied_from=known[-1]["run_id"], directory=here)
+    of = known[-1]["run_id"]
+    told = f"{shown(folder)} is a copy of run {of}, or a backup: it is run {run_id} now, with its own files alone"
+    return run_id, told if before else ""
+
+
+def _run(ledger: Ledger, run_id: str, name: str, continues: bool) -> Run:
+    """What the ledger says of the run."""
+    saved: list[tuple[int, str]] = []
+    left: set[str] = set()
+    lives: dict[str, int] = {}
+    before: dict[str, Any] = {}
+    for event in ledger.events():
+        if event["event"] == "saved":
+            saved.append((event["step"], event["place"]))
+        elif event["event"] == "joined":
+            lives[event.get("name", "")] = event["life"]
+        elif event["event"] == "copied":
+            if event["directory"]["path"] != before["path"]:  # else a backup was put back where it was
+                left |= {place for _, place in saved}
+            before = event["directory"]
+        else:
+            before = event.get("directory", before)
+    metrics, own = ledger.path.with_name(METRICS), checkpoints_place(ledger.path.parent, None)
+    return Run(
+        run_id,
+        ledger.lives(),
+        ledger.branches(),
+        saved[-1] if saved else None,
+        name=name,
+        lives={name: life for name, life in lives.items() if name},
+        history_bytes=metrics.stat().st_size if metrics.exists() else 0,
+        ancestors=tuple(event["run_id"] for event in ledger.identities() if event["run_id"] != run_id),
+        own=own,
+        left=frozenset(left - {own}),
+        continues=continues,
+    )
+
+
+def settings_before(path: Path) -> dict[str, Any]:
+    """The settings of the life before, by dotted name; none for a new run."""
+    try:
+        return settings.flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):  # who writes there is told the second
+        return {}
+    except OSError as error:
+        raise SettingsError(f"cannot read {path} ({error.strerror}): choose another --run-dir") from error
+    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        raise SettingsError(
+            f"{path} is damaged: restore it, or remove it if the settings given now are the run's"
+        ) from error

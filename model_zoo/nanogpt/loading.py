@@ -1,0 +1,328 @@
+"""A model from wherever it lies: a run directory, an exported folder, nanoGPT's checkpoint, or the URL of any of them.
+
+    RUN/                  config.yaml, checkpoints/, tokenizer/             as training leaves it
+    FOLDER/               config.json, model.safetensors (or .bin)          Hugging Face's GPT-2, ours or anybody's
+    FOLDER/ckpt.pt        model_args and model                              nanoGPT's
+
+Nothing that is read is run: safetensors, YAML, JSON, and pickles with `weights_only`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from elastic_gpt.checkpoint import NoCheckpointYet, checkpoints_place, load_model_weights
+from elastic_gpt.contract import CONFIG, MANIFEST, TENSORBOARD, TOKENIZER
+from elastic_gpt.settings import field_types
+from elastic_gpt.state import broken
+from model_zoo.nanogpt.layouts import DoesNotFit, import_state
+from model_zoo.nanogpt.model import GPT, GPTConfig
+from model_zoo.nanogpt.vocabulary import vocabulary_fingerprint
+from prepare import data
+from prepare.streams import store_of, unreachable
+from prepare.tokenizer import Tokenizer, gpt2
+
+ERF_GELU = "trained with the erf form of GELU, computed here with the tanh form: nearly the same, not to the last digit"
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's parameters by our names, and its shape."""
+
+    config: GPTConfig
+    state: dict[str, Tensor]
+    step: int | None
+    """Updates that made it; None where nobody knows."""
+    source: str
+    """What it was read as, for a person."""
+    checkpoints: str | None = None
+    """Where newer ones will be, for a run: a folder or a URL."""
+    vocabulary: str | None = None
+    """Fingerprint of the vocabulary that it was trained with; None where that is not written down."""
+    note: str | None = None
+    """What is not the same here as where it was trained."""
+
+    def digest(self) -> str:
+        """16 hex digits that are the same for the same parameters, whatever file they came from."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config) | {"dropout": 0}, sort_keys=True).encode())
+        for name, tensor in sorted(self.state.items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to be used."""
+
+    model: GPT
+    """In eval mode, on the device that was asked for."""
+    tokenizer: Tokenizer | None
+    """None where the place has none that this program knows."""
+    step: int | None
+    description: str
+    """One line for a person: which step, how large, on what; and where it is not what it was where it was trained."""
+    checkpoints: str | None
+    """Where a run's newer ones will be: a folder or a URL."""
+
+
+def load(place: Path | str, device: torch.device, tokenizer: Path | None = None) -> Loaded:
+    """The model and tokenizer of `place` (the newest whole checkpoint of a run); `tokenizer`: a folder that has another.
+
+    Raises ValueError, in one line with the cure, where there is no model, or it and its tokenizer do not belong together.
+    """
+    with local(place) as folder:
+        weights = read_weights(folder)
+        model = build(weights).to(device).eval()
+        found = find_tokenizer(folder, tokenizer)
+        if found is not None:
+            _check_tokenizer(found, tokenizer or place, weights.config)
+        if found is not None and tokenizer is not None:
+            _refuse_another_vocabulary(found, tokenizer, weights, folder, place)
+    step = "" if weights.step is None else f" of step {weights.step}"
+    description = f"model{step}, {model.parameter_count():,} parameters, on {device}"
+    if weights.note:
+        description += f" ({weights.note})"
+    checkpoints = weights.checkpoints and weights.checkpoints.replace(str(folder), str(place).rstrip("/"))
+    return Loaded(model, found, weights.step, description, checkpoints)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, where: Path | str, config: GPTConfig) -> None:
+    """Raise ValueError where the tokenizer has ids that the model does not know."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {where} has {tokenizer.vocab_size} ids, the model {config.vocab_size}; "
+            "give --tokenizer DIR, the folder of the data that the model was trained on"
+        )
+
+
+def _refuse_another_vocabulary(
+    given: Tokenizer, where: Path, weights: Weights, folder: Path, place: Path | str
+) -> None:
+    """Raise ValueError where `given`, from `where`, has not the vocabulary of the model in `folder`, the user's `place`."""
+    has_own = (folder / TOKENIZER).is_dir()
+    trained = weights.vocabulary
+    if not trained and (own := find_tokenizer(folder)):  # as of a run of 0.1.0
+        trained = vocabulary_fingerprint(own)
+    if not trained:
+        print(f"warning: {place} does not say which vocabulary it was trained with", file=sys.stderr)
+    elif vocabulary_fingerprint(given) != trained:
+        cure = "name the folder of the data that the model was trained on"
+        if has_own:
+            cure = f"leave --tokenizer out, {str(place).rstrip('/')}/{TOKENIZER} is the model's"
+        raise ValueError(f"the tokenizer in {where} has another vocabulary than the model was trained with: {cure}")
+
+
+def build(weights: Weights) -> GPT:
+    """The model of `weights`. Raises ValueError where names or shapes are not those of its configuration."""
+    with torch.device("meta"):
+        model = GPT(weights.config)  # names and shapes only: the weights are assigned, nothing is drawn
+    try:
+        model.load_state_dict(weights.state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{weights.source}: not the model in its configuration ({_line(error)}); restore the file that fits"
+        ) from error
+    return model
+
+
+def read_weights(place: Path) -> Weights:
+    """The parameters in a run directory, a Hugging Face folder, or a nanoGPT checkpoint.
+
+    Raises ValueError where there are none, or they are not finite.
+    """
+    if (place / "config.json").is_file():
+        weights = _huggingface(place)
+    elif place.is_file() or (place / "ckpt.pt").is_file():
+        weights = _nanogpt(place if place.is_file() else place / "ckpt.pt")
+    else:
+        return _run(place)  # looked through as it was read
+    if weights.state and (name := broken(weights.state)):
+        raise ValueError(f"{weights.source} is a broken model, {name} is not finite: take it from an older checkpoint")
+    return weights
+
+
+@contextlib.contextmanager
+def local(place: Path | str) -> Iterator[Path]:
+    """The place itself, or for a URL a copy that is gone afterwards. Raises DataError or TransferError."""
+    if "://" not in str(place):
+        yield Path(place)
+        return
+    with tempfile.TemporaryDirectory(prefix="elastic-gpt-") as made:
+        copy = str(Path(made).resolve())
+        files, root = store_of(str(place).rstrip("/"))
+        try:
+            names = [name.removeprefix(root).lstrip("/") for name in files.find(root)]
+            if not names:
+                files.info(root)  # which says why, where nothing answered
+            for name in _needed(names):
+                target = Path(copy, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(f"{root}/{name}", str(target))
+        except Exception as error:  # whatever the library below fsspec has for a network that fails
+            raise unreachable(str(place), error) from error
+        if not names:
+            raise ValueError(f"there is nothing at {place}: check the address")
+        try:
+            yield Path(copy)
+        except ValueError as error:  # a person knows the address, not the copy
+            if copy not in str(error):
+                raise
+            kind = NoCheckpointYet if isinstance(error, NoCheckpointYet) else ValueError
+            raise kind(str(error).replace(copy, str(place).rstrip("/"))) from error
+
+
+def _needed(names: list[str]) -> Iterator[str]:
+    """Of the files of a run only the newest checkpoint's model; of another folder all."""
+    manifests = sorted(name for name in names if name.endswith(f"/{MANIFEST}") and "step_" in name)
+    newest = manifests[-1].removesuffix(MANIFEST) if manifests else None
+    for name in names:
+        if "step_" in name and not (newest and name.startswith(newest)):
+            continue
+        if not name.startswith(f"{TENSORBOARD}/"):
+            yield name
+
+
+def _run(run: Path) -> Weights:
+    step, state = load_model_weights(run)
+    path = run / CONFIG
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = GPTConfig(**settings["model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} describes no model ({_line(error)}); restore the file that training wrote") from error
+    place = checkpoints_place(run, settings.get("checkpoint", {}).get("dir"))
+    return Weights(
+        config, state, step, f"checkpoint of step {step}", place, vocabulary=settings.get("tokenizer_fingerprint")
+    )
+
+
+def _huggingface(folder: Path) -> Weights:
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.get("model_type") != "gpt2":
+            raise DoesNotFit(f"{path} is of model_type {fields.get('model_type')!r}: only gpt2 is known here")
+        n_embd, gelu = fields["n_embd"], fields.get("activation_function", "gelu_new")
+        for name, value, known in (
+            ("activation_function", gelu, (*TANH_GELUS, "gelu")),
+            ("n_inner", fields.get("n_inner"), (None, 4 * n_embd)),
+            ("layer_norm_epsilon", fields.get("layer_norm_epsilon", 1e-5), (1e-5,)),
+            ("scale_attn_weights", fields.get("scale_attn_weights", True), (True,)),
+            ("scale_attn_by_inverse_layer_idx", fields.get("scale_attn_by_inverse_layer_idx", False), (False,)),
+            ("add_cross_attention", fields.get("add_cross_attention", False), (False,)),
+        ):
+            if value not in known:
+                raise DoesNotFit(f"{path} has {name}={value!r}, which this model cannot express")
+        size = fields.get("n_positions", fields.get("n_ctx"))
+        config = GPTConfig(fields["vocab_size"], size, fields["n_layer"], fields["n_head"], n_embd)
+    except DoesNotFit:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} describes no GPT-2 ({_line(error)})") from error
+    state = import_state(_huggingface_tensors(folder), "huggingface")
+    if fields.get("tie_word_embeddings", True):
+        state.pop("lm_head.weight", None)
+    else:
+        config = dataclasses.replace(config, tied_head=False)
+    step = fields.get("elastic_gpt_step")
+    note = None if gelu in TANH_GELUS else ERF_GELU
+    return Weights(config, state, step if isinstance(step, int) else None, f"Hugging Face GPT-2 {folder}", note=note)
+
+
+def _huggingface_tensors(folder: Path) -> dict[str, Tensor]:
+    files = [folder / "model.safetensors"]
+    if (folder / INDEX).is_file():
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        files = [folder / Path(name).name for name in sorted(names)]
+    try:
+        if files[0].is_file():
+            return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read the weights in {folder} ({_line(error)}): copy them again") from error
+    if (folder / "pytorch_model.bin").is_file():
+        return _unpickled(folder / "pytorch_model.bin")
+    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin: the weights are missing")
+
+
+def _nanogpt(path: Path) -> Weights:
+    checkpoint = _unpickled(path)
+    try:
+        known = field_types(GPTConfig).keys()
+        arguments = {name: value for name, value in checkpoint["model_args"].items() if name in known}
+        config = GPTConfig(**arguments)
+        state = import_state(checkpoint["model"], "nanogpt")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no checkpoint of nanoGPT's ({_line(error)})") from error
+    state.pop("lm_head.weight", None)  # always the token embedding
+    step = checkpoint.get("iter_num")
+    return Weights(config, state, step if isinstance(step, int) else None, f"nanoGPT's {path}", note=ERF_GELU)
+
+
+def _unpickled(path: Path) -> Any:
+    """Tensors and plain values of a file of torch's; nothing in it is run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the file, which nobody here has written
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # garbage makes the reader of pickles stumble in any way
+        # Torch's own words for that advise to run what is in it.
+        why = type(error).__name__ if "weights_only" in str(error) else _line(error)[:200]
+        raise ValueError(
+            f"{path} cannot be read as weights alone ({why}): it is damaged, or holds code, which is not run"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds no weights by name: give another file")
+    return found
+
+
+def find_tokenizer(place: Path, folder: Path | None = None) -> Tokenizer | None:
+    """The tokenizer in `folder`, else the one that came with the model, else GPT-2's where the vocabulary is that."""
+    if folder is not None:
+        if not folder.is_dir():
+            raise ValueError(
+                f"there is no tokenizer folder {folder}; give --tokenizer DIR, the folder that prepare wrote"
+            )
+        return data.load_tokenizer(folder)
+    if (place / TOKENIZER).is_dir():
+        return data.find_tokenizer(place / TOKENIZER)
+    return gpt2() if _is_gpt2(place) else None
+
+
+def _is_gpt2(place: Path) -> bool:
+    """Whether a Hugging Face folder's vocabulary is GPT-2's, by its merges."""
+    try:
+        if (place / "tokenizer.json").is_file():
+            model = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            vocabulary, merges = model["vocab"], len(model["merges"])
+        else:
+            vocabulary = json.loads((place / "vocab.json").read_text(encoding="utf-8"))
+            merges = len((place / "merges.txt").read_text(encoding="utf-8").splitlines()) - 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    # 50,000 merges and these three ids are GPT-2's alone.
+    signs = {"!": 0, "Ġthe": 262, "<|endoftext|>": 50256}
+    return merges >= 50_000 and len(vocabulary) == 50_257 and all(vocabulary.get(k) == i for k, i in signs.items())
+
+
+def _line(error: Exception) -> str:
+    """The error on one line, where a library's message has many."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,72 @@
+"""The type of a run's matrix products: given, or decided once, by a short measurement, and then the run's.
+
+CPUs differ: with AMX, bfloat16 products make a wide model twice as fast, without AVX512_BF16 four times slower. Parameters,
+sums of the loss and the optimizer stay float32 in any case (autocast).
+"""
+
+import dataclasses
+import time
+
+import torch
+
+from elastic_gpt import devices
+from elastic_gpt.rundir import settings_before
+from elastic_gpt.world import World
+from model_zoo.nanogpt.config import TrainConfig
+from model_zoo.nanogpt.model import GPT
+
+NARROW = 256  # narrower models gain nothing from bfloat16, so they are not measured
+GAIN = 1.3  # what bfloat16 has to be worth
+TOKENS, ROUNDS = 256, 3  # of the measurement: a second for most models
+
+
+def dtype(config: TrainConfig, world: World) -> torch.dtype:
+    """What products are computed in on this world's device."""
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    return devices.usual_dtype(world.device)
+
+
+def settle(config: TrainConfig, world: World) -> TrainConfig:
+    """`config` with the dtype that "auto" stands for, where that depends on more than the device: on CPUs.
+
+    A run goes on in the type that its config.yaml names; one that says "auto" there computes in float32 on a CPU. A new
+    run's first worker measures. The ranks agree, whatever their processors are. Raises SettingsError on all ranks where
+    config.yaml is damaged.
+    """
+    if config.dtype != "auto" or config.elastic.exact or not devices.is_host(world.device):
+        return config
+    return world.first_does(lambda: _with_dtype(config))
+
+
+def _with_dtype(config: TrainConfig) -> TrainConfig:
+    before = settings_before(config.run_dir / "config.yaml")
+    if before:
+        return dataclasses.replace(config, dtype=before.get("dtype", "auto"))
+    if config.model.n_embd < NARROW:
+        return dataclasses.replace(config, dtype="float32")
+    gain = measured_gain(config)
+    faster = gain >= GAIN
+    print(
+        f"dtype: {'bfloat16' if faster else 'float32'} for the whole run: in bfloat16 a layer of the model and its head are"
+        f" {gain:.1f} times as fast here as in float32 (--dtype {'float32' if faster else 'bfloat16'} for the other)",
+        flush=True,
+    )
+    return dataclasses.replace(config, dtype="bfloat16" if faster else "float32")
+
+
+def measured_gain(config: TrainConfig) -> float:
+    """How many times as fast a layer of the model and its head are in bfloat16, forward and backward."""
+    length = min(config.model.block_size, TOKENS)
+    with torch.random.fork_rng(devices=[]):
+        model = GPT(dataclasses.replace(config.model, n_layer=1, block_size=length, dropout=0.0))
+        tokens = torch.randint(config.model.vocab_size, (max(1, TOKENS // length), length))
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for _ in range(ROUNDS):
+        for kind in best:
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+                loss = model(tokens, tokens)
+            loss.backward()
+            best[kind] = min(best[kind], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]

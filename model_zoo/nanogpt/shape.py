@@ -1,0 +1,65 @@
+"""The shape of a GPT: what model.py builds. Without torch, so that a client of a cluster can check it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. The defaults are GPT-2 with 124,439,808 parameters. Raises ValueError where it makes none."""
+
+    vocab_size: int = 50257
+    """Token ids the model knows, 0 to vocab_size - 1. 0: not known yet (the trainer takes it from the data)."""
+    block_size: int = 1024
+    """Longest sequence, in tokens; the number of learned positions."""
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads a block; a divisor of n_embd."""
+    n_embd: int = 768
+    """Width of the embedding, in numbers a token."""
+    dropout: float = 0.0
+    """Probability of dropout while training, on embeddings, attention weights and residual branches."""
+    bias: bool = True
+    """Biases in linears and layer norms. False: none but those of the head."""
+    qkv_bias: bool = True
+    """Biases in the query, key and value projections too; needs `bias`."""
+    tied_head: bool = True
+    """The head's weight is the token embedding's."""
+    head_bias: bool = False
+    """A bias on the logits."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """Learned: a vector a position, added once. Rotary: queries and keys are turned in each layer (RoPE)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm, which has no mean and no bias."""
+    qk_norm: bool = False
+    """Queries and keys are divided by their root mean square."""
+    activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
+    """Of the feed-forward half; swiglu's is narrower, for as many parameters."""
+    n_kv_head: int = 0
+    """Heads of keys and values a block; a divisor of n_head. 0: as many as n_head."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 0:
+            raise ValueError(f"model.vocab_size is {self.vocab_size}; give at least 1, or 0 to take it from the data")
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; give at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}; change one")
+        if self.n_kv_head < 0 or self.n_head % (self.n_kv_head or self.n_head):
+            raise ValueError(f"model.n_kv_head {self.n_kv_head} does not divide model.n_head {self.n_head}; change one")
+        if self.positions == "rotary" and self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"model.positions rotary turns pairs, and a head is {self.n_embd // self.n_head} wide:"
+                " choose model.n_embd and model.n_head so that it is even"
+            )
+        if max(self.vocab_size, self.block_size, self.n_layer, self.n_embd) > 2**31 - 1:
+            raise ValueError("model.vocab_size, block_size, n_layer and n_embd are at most 2,147,483,647; give less")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; give a probability from 0 to below 1")
+
+    @property
+    def least_parameters(self) -> int:
+        """Numbers in the matrices, without building the model."""
+        return self.n_embd * (self.vocab_size + self.block_size + 12 * self.n_layer * self.n_embd)

@@ -1,0 +1,182 @@
+"""What a file is, by its first bytes and then its name: one of the formats that are read, or a refusal that names what it
+seems to be and the command that helps.
+
+Text is what nothing else claims: source code, logs, and prose that begins with a bracket. What is claimed must be sure: JSON
+has to parse, a picture has to begin as pictures do.
+"""
+
+import json
+import re
+import shlex
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
+from prepare.refusals import About, NoText, refuse_binary
+from prepare.streams import PACKINGS
+
+NAMES = {
+    ".txt": "text",
+    ".text": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+"""Format by the ending of the name; of a folder's files, those with these are read."""
+FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
+BOM = b"\xef\xbb\xbf"
+"""A byte order mark in UTF-8. At the beginning of a file it is not part of the text."""
+
+JSON = json.JSONDecoder(parse_int=float)  # Python refuses integers of more than 4,300 digits; nobody wants them here
+
+
+def suffixes(name: str) -> tuple[str, str]:
+    """The ending that tells the format and the one that tells the packing, in small letters; empty where there is none.
+
+    Of a web address, what follows ? and # is not part of the name.
+    """
+    path = urlsplit(name).path if name.lower().startswith(("http://", "https://")) else name
+    path = PurePosixPath(path).name.lower()
+    packing = next((ending for ending in PACKINGS if path.endswith(ending)), "")
+    return PurePosixPath(path.removesuffix(packing)).suffix, packing
+
+
+def format_of(
+    head: bytes, name: str, place: str, packing: str, *, whole: bool, field: str, wanted: str = "auto"
+) -> str:
+    """One of FORMATS, for a file that begins with `head` once it is unpacked (`packing`); `whole`: there is no more.
+
+    `wanted`, if it is one of FORMATS, decides. `field` is what CSV is known by where its name does not tell. Raises NoText.
+    """
+    head_text = head.removeprefix(BOM)
+    if wanted not in ("auto", "json"):
+        return wanted
+    about = About(name, place, packing)
+    ending, packed = suffixes(place)
+    if head.startswith(b"PAR1"):
+        if packing:  # its end is read first
+            raise about.refusal(f"Parquet, packed with {packing}", about.filter("cat", ".parquet"))
+        return "parquet"
+    if ending in (".parquet", ".pq"):
+        raise NoText(
+            f"{name} cannot be read as Parquet (it does not begin with PAR1): get it again, or say what it is with --format"
+        )
+    refuse_binary(head, about, packed, ending)
+    begin = head_text.lstrip()
+    if begin[:1] == b"<" and wanted == "auto":
+        _refuse_markup(begin, ending, about)
+    named = "json" if wanted == "json" else NAMES.get(ending, "")
+    if begin[:1] in (b"{", b"[") or named in ("json", "jsonl"):
+        if found := _json(begin, named if named in ("json", "jsonl") else "", about, whole):
+            return found
+        if named in ("json", "jsonl"):
+            return "jsonl"
+    if named in ("csv", "tsv"):
+        return named
+    return _separated(head_text, field) or "text"
+
+
+# --- text that is made of other text
+
+
+def _refuse_markup(begin: bytes, ending: str, about: About) -> None:
+    after = re.sub(rb"(?s)\A(?:\s*(?:<\?xml.*?\?>|<!--.*?-->))*\s*", b"", begin).lower()
+    # Pieces of pages, dense with tags; Markdown, too, may begin with one.
+    piece = re.match(
+        rb"<(?:div|p|span|table|ul|ol|h[1-6]|article|section|main|nav|script|style|meta|title)[\s>]", after
+    )
+    if (
+        re.match(rb"<!doctype\s+html|<(?:html|head|body)[\s>]", after)
+        or ending in (".html", ".htm", ".xhtml")
+        or (piece and ending not in (".md", ".markdown") and after.count(b"</") * 200 > len(after))
+    ):
+        raise about.refusal("HTML", about.filter("pandoc -f html -t plain --wrap=none"))
+    if (
+        begin.startswith(b"<?xml")
+        or re.match(rb"<!doctype\s|<(?:svg|rss|feed|mediawiki)[\s>]|<[a-z][\w:.-]*\s[^<>]*\bxmlns\b", after)
+        or ending == ".xml"
+    ):
+        raise about.refusal("XML", about.filter("xmllint --xpath 'string(/)' -"))
+
+
+def _json(begin: bytes, named: str, about: About, whole: bool) -> str:
+    """jsonl, json (an array of objects), or "" where it is not JSON."""
+    text = begin.decode("utf-8", "surrogateescape")
+    if text.startswith("["):
+        value = parsed(text) if whole else None
+        if re.match(r"\[\s*\{", text) and (value if whole and not named else _begins_object(text[1:].lstrip())):
+            return "json"
+        if re.fullmatch(r"\[\s*\]\s*", text) and named in ("json", "jsonl"):
+            return "json"
+        first = parsed(text.split("\n", 1)[0])
+        if named == "json" and (isinstance(value, list) or re.match(r"\[\s*(?:\"|\[|-?\d|null|true|false)", text)):
+            if isinstance(first, list) and "\n" in text.strip():
+                return "jsonl"  # whose lines will be told
+            raise about.refusal(
+                "a JSON array of other things than objects", about.filter("jq -c '.[] | {text: .}'", ".jsonl")
+            )
+        return ""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not whole and len(lines) > 1:
+        lines.pop()  # may be cut
+    if not lines:
+        return ""
+    objects = [bool(parsed(line)) and line.lstrip().startswith("{") for line in lines[:100]]
+    alike = [_begins_object(line.lstrip()) for line in lines[:100]]
+    if (named and any(objects) and alike[0]) or (
+        objects[0] and 10 * sum(alike) >= 9 * len(alike) and 2 * sum(objects) >= len(objects)
+    ):
+        return "jsonl"
+    if len(lines) == 1 and not whole and _begins_object(text):
+        return "jsonl"  # a line longer than what is looked at
+    if named == "jsonl" or not text.startswith("{"):
+        return ""
+    # One object in many lines, or several: no line of it is JSON by itself.
+    if _all_objects(text) if whole else re.match(r'\{\s*\n\s*"(?:[^"\\\n]|\\.)*"\s*:', text):
+        value = parsed(text) if whole else None
+        lists = [key for key, held in value.items() if isinstance(held, list)] if isinstance(value, dict) else []
+        inside = f".{json.dumps(lists[0])}[]" if lists else "."
+        raise about.refusal(
+            "JSON objects of many lines, not one a line", about.filter(f"jq -c {shlex.quote(inside)}", ".jsonl")
+        )
+    return ""
+
+
+def parsed(text: str) -> object:
+    """The JSON value; None where the text is not JSON (or too deep for Python)."""
+    try:
+        value: object = JSON.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _all_objects(text: str) -> bool:
+    """Whether it is objects, one after the other, and nothing else."""
+    at = 0
+    while text := text[at:].lstrip():
+        try:
+            value, at = JSON.raw_decode(text)
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(value, dict):
+            return False
+    return True
+
+
+def _begins_object(text: str) -> bool:
+    """Whether an object, or the beginning of one, comes first."""
+    return bool(re.match(r'\{\s*(?:\}|"(?:[^"\\]|\\.)*"\s*:\s*["\[{\dtfn-])', text))
+
+
+def _separated(head: bytes, field: str) -> str:
+    """csv or tsv where the first line has a column `field` and those after it have as many cells; else ""."""
+    lines = head.decode("utf-8", "replace").splitlines()[:20]
+    for delimiter, found in ((",", "csv"), ("\t", "tsv")):
+        names = [cell.strip().strip('"') for cell in lines[0].split(delimiter)] if len(lines) > 2 else []
+        if len(names) > 1 and field in names and all(line.count(delimiter) for line in lines[1:-1] if line.strip()):
+            return found
+    return ""

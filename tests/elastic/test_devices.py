@@ -1,0 +1,84 @@
+"""One room decides by the kind of a device, and what it decides."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic_gpt import devices
+from elastic_gpt.settings import SettingsError
+
+ROOT = Path(__file__).parents[2]
+KINDS = {"cuda", "mps", "nccl"}
+LISTED = {"elastic_gpt/devices.py", "elastic_gpt/settings.py"}  # the room, and the values that the flag takes
+
+
+def words_of(path: Path) -> set[str]:
+    """The strings and attributes of a file that name a kind of device; what is said to a person in a longer string is none."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in KINDS:
+            found.add(node.value)
+        if isinstance(node, ast.Attribute) and node.attr in KINDS:
+            found.add(node.attr)
+    return found
+
+
+def test_no_other_room_knows_kinds_of_devices() -> None:
+    rooms = [path for root in ("elastic_gpt", "model_zoo", "prepare") for path in (ROOT / root).rglob("*.py")]
+    knowing = {path.relative_to(ROOT).as_posix() for path in rooms if words_of(path)}
+    assert knowing == LISTED
+
+
+def test_a_cpu_is_found_where_there_is_nothing_else() -> None:
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there is a GPU here")
+    assert devices.pick("auto") == devices.find_device(None) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:99", "mps", "meta", "vulkan", "cpu:x", "", "xla:1", "\n"])
+def test_a_device_that_is_not_here_is_refused_by_name(name: str) -> None:
+    if (name in ("", "cuda") and torch.cuda.is_available()) or (name == "mps" and torch.backends.mps.is_available()):
+        pytest.skip("it is here")
+    if not name:
+        assert devices.find_device(name).type == "cpu"
+        return
+    with pytest.raises(ValueError, match=r"give cpu or cuda|give --device cpu"):
+        devices.find_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_training_on_a_device_that_is_not_here_is_refused(name: devices.Device) -> None:
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(SettingsError, match=rf"device is {name}, but torch finds no .*GPU here"):
+        devices.refuse(name, exact=False)
+
+
+def test_exact_sums_are_refused_where_there_is_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(SettingsError, match="Apple GPUs do not have"):
+        devices.refuse("mps", exact=True)
+    devices.refuse("mps", exact=False)
+    devices.refuse("cpu", exact=True)
+
+
+def test_a_cpu_has_no_known_peak_and_nothing_to_wait_for() -> None:
+    here = torch.device("cpu")
+    assert devices.peak_flops(here, torch.bfloat16) is None
+    assert (devices.backend(here), devices.works_on(here), devices.usual_dtype(here)) == ("gloo", False, torch.float32)
+    values = torch.tensor([1.0, 2.0])
+    read = devices.to_host(values)
+    values.zero_()
+    assert read() == [1.0, 2.0]
+    assert devices.pinned(values, here) is values is devices.for_collectives(values, here)
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10", 125e12), ("Other", None)])
+def test_a_gpus_peak_is_known_by_a_whole_word_of_its_name(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert devices.peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert devices.peak_flops(torch.device("cuda"), torch.float32) is None

@@ -1,0 +1,198 @@
+"""What is exported is the model: transformers and nanoGPT's own arithmetic say the same."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from model_zoo.nanogpt.engine import Request, generate
+from model_zoo.nanogpt.export import main
+from model_zoo.nanogpt.huggingface_tokenizer import merges
+from model_zoo.nanogpt.loading import load
+from model_zoo.nanogpt.model import GPT
+from prepare.tokenizer import Bytes, Characters, Tokenizer, Words, gpt2
+from prepare.tokens import DataError
+from tests.conftest import trained_bpe
+from tests.nanogpt.test_generate import write_run
+from tests.nanogpt.test_loading import CPU, TINY, random_model
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers", reason="pip install transformers")
+
+CORPUS = "the theme of thee: aaaa aaa aa 12 345's  \n\n\tnaïve café, don't! 你好 <|endoftext|> <unk> "
+TOKENIZERS: dict[str, Tokenizer] = {
+    "gpt2": gpt2(),
+    "bpe": trained_bpe([CORPUS * 20], 400),
+    "char": Characters(CORPUS),
+    "word": Words(sorted(set(Words.split(CORPUS)))),
+    "byte": Bytes(),
+}
+# Text that finds the borders: parts of the corpus, blanks of all kinds, marks, and whatever else there is.
+TEXTS = st.lists(
+    st.sampled_from([CORPUS, "a", "aa", " ", "  ", "\n", "\r\n", "\x1c", "\u00a0", "\u3000", "e\u0301", "the", "<unk>"])
+    | st.sampled_from(["<|endoftext|>", "'ſ", "'S", "don't", "١٢", "½", "_", "ß", "😀", "\ufffd"])
+    | st.text(max_size=8),
+    max_size=12,
+).map("".join)
+
+
+def exported(folder: Path, tokenizer: Tokenizer, model: GPT | None = None, *options: str) -> Path:
+    model = model or random_model(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size))
+    run = write_run(folder / "run", tokenizer, model)
+    assert main([str(run), str(folder / "out"), *options]) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    tokenizer = TOKENIZERS[request.param]
+    folder = exported(tmp_path_factory.mktemp("export") / request.param, tokenizer)
+    return tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=300)
+@given(TEXTS)
+def test_autotokenizer_gives_the_same_ids_for_any_text_and_the_text_back(
+    pair: tuple[Tokenizer, Any], text: str
+) -> None:
+    ours, theirs = pair
+    if isinstance(ours, Characters) and set(text) - set(CORPUS):
+        with pytest.raises(DataError):
+            ours.encode(text)
+        with pytest.raises(Exception, match=r"UNK|unk"):
+            theirs(text)
+        return
+    ids = ours.encode(text).tolist()
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids) == ours.decode(ids)
+
+
+def test_it_knows_the_end_of_text(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    assert theirs.eos_token_id == ours.eot_id
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"qkv_bias": False}, {"tied_head": False}], ids=str)
+def test_automodel_gives_the_same_logits_and_200_tokens_of_greedy_text(tmp_path: Path, changes: dict) -> None:
+    model = random_model(dataclasses.replace(TINY, block_size=256, **changes))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported(tmp_path, Bytes(), model)).eval()
+    tokens = torch.randint(256, (2, 256), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens)
+        torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-5, atol=1e-4)
+    prompt = tokens[:1, :5]
+    ours = list(generate(model, Request(prompt[0].tolist(), 200, temperature=0)))
+    found = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=200, min_new_tokens=200, do_sample=False
+    )
+    assert found[0, 5:].tolist() == ours
+
+
+def test_transformers_own_folder_comes_back_as_the_same_model(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=4)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load(tmp_path / "hf", CPU).model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-4
+        )
+
+
+def test_an_exported_folder_is_exported_again_the_same(tmp_path: Path) -> None:
+    first = exported(tmp_path, TOKENIZERS["bpe"])
+    assert load(first, CPU).step == 7
+    assert main([str(first), str(tmp_path / "again")]) == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes()
+
+
+def nanogpt_logits(state: dict[str, torch.Tensor], arguments: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
+    """nanoGPT's arithmetic, written from its description: erf-GELU, tied head, no bias where there is none."""
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, state.pop(f"{name}.weight"), state.pop(f"{name}.bias") if arguments["bias"] else None)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        bias = state.pop(f"{name}.bias") if arguments["bias"] else None
+        return F.layer_norm(x, x.shape[-1:], state.pop(f"{name}.weight"), bias, 1e-5)
+
+    x = F.embedding(tokens, state.pop("transformer.wte.weight"))
+    x = x + state.pop("transformer.wpe.weight")[: tokens.size(1)]
+    for layer in range(arguments["n_layer"]):
+        block = f"transformer.h.{layer}"
+        q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (arguments["n_head"], -1)).transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + linear(y, f"{block}.attn.c_proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
+    logits = F.linear(norm(x, "transformer.ln_f"), state.pop("lm_head.weight"))
+    assert not state, f"nanoGPT has no such parameters: {sorted(state)}"
+    return logits
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_nanogpt_checkpoint_has_its_names_and_computes_nearly_the_same_there(tmp_path: Path, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(TINY, bias=bias)).eval()
+    folder = exported(tmp_path, Bytes(), model, "--format", "nanogpt")
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    assert checkpoint["iter_num"] == 7
+    arguments = checkpoint["model_args"]
+    assert arguments.keys() == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        found = nanogpt_logits(dict(checkpoint["model"]), arguments, tokens)
+        torch.testing.assert_close(found, model(tokens), rtol=0, atol=1e-4)  # 1e-4: the two forms of GELU
+        assert torch.equal(load(folder, CPU).model(tokens), model(tokens))  # and ours reads it back to the bit
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "words"),
+    [
+        ("huggingface", {"head_bias": True}, "model.head_bias"),
+        ("nanogpt", {"head_bias": True}, "model.head_bias"),
+        ("nanogpt", {"tied_head": False}, "model.tied_head"),
+        ("nanogpt", {"qkv_bias": False}, "model.qkv_bias"),
+    ],
+)
+def test_what_the_other_program_cannot_express_is_refused_by_name_and_nothing_is_left(
+    layout: str, changes: dict, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", Bytes(), random_model(dataclasses.replace(TINY, **changes)))
+    assert main([str(run), str(tmp_path / "out"), "--format", layout]) == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", Bytes(), random_model())
+    assert main([str(run), str(run)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert (run / "config.yaml").exists()
+
+
+def test_every_pair_that_makes_a_token_is_told_and_not_only_the_one_that_training_met() -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"bc": 257, b"abc": 258}
+    assert merges(ranks) == [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc"), (b"ab", b"c")]
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "nanogpt"])
+@pytest.mark.parametrize(
+    "variant", [{"positions": "rotary"}, {"norm": "rms"}, {"qk_norm": True}, {"activation": "relu2"}, {"n_kv_head": 1}]
+)
+def test_a_model_that_is_not_gpt2s_is_refused_by_name(
+    layout: str, variant: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(dataclasses.replace(TINY, vocab_size=256, **variant))
+    run = write_run(tmp_path / "run", Bytes(), model)
+    assert main([str(run), str(tmp_path / "out"), "--format", layout]) == 2
+    assert f"model.{next(iter(variant))} " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

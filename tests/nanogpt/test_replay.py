@@ -1,0 +1,53 @@
+"""A stretch of a run, trained again, is the same; and where something was changed afterwards, that is found."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY, elastic_gpt
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    flags = ["--steps=24", "--checkpoint.interval=8", "--checkpoint.keep=9", "--evaluate.interval=0"]
+    elastic_gpt("train", "debug_cpu", *TINY, *flags, "--data.dir", data, "--run-dir", folder)
+    return folder
+
+
+def test_a_run_that_nobody_touched_is_the_same_and_is_only_read(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = elastic_gpt("replay", run, "--to", "20")
+    assert done.stdout.splitlines()[-1] == "the same: 12 steps from 8 to 20, sequences and losses, bit for bit"
+    assert elastic_gpt("replay", run, "--from", "16").stdout.endswith("parameters and moments, bit for bit\n")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("field", "value"), [("loss", 1.0), ("sequence_hash", "0" * 16)])
+def test_a_line_that_was_changed_is_found(run: Path, tmp_path: Path, field: str, value: object) -> None:
+    changed = shutil.copytree(run, tmp_path / "run") / "metrics.jsonl"
+    lines = [json.loads(line) for line in changed.read_text().splitlines()]
+    lines[9][field] = value
+    changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "NOT the same: step 10 " in elastic_gpt("replay", changed.parent, "--to", "12", code=1).stdout
+
+
+def test_a_checkpoint_that_was_exchanged_is_found(run: Path, tmp_path: Path) -> None:
+    manifest = shutil.copytree(run, tmp_path / "run") / "checkpoints/step_00000008/MANIFEST.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"reports": []}))
+    done = elastic_gpt("replay", tmp_path / "run", code=2)
+    assert "step_00000016 followed another checkpoint of step 8 than is there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from", "9"], "there is no checkpoint of step 9: take one of 8, 16, 24"),
+        (["--from", "16", "--to", "16"], "from step 16 there is no step 16 to come to"),
+        (["--to", "99"], "from step 8 there is no step 99 to come to: take one up to 24"),
+    ],
+)
+def test_a_stretch_that_is_not_there_is_one_line(run: Path, words: list[str], message: str) -> None:
+    assert message in elastic_gpt("replay", run, *words, code=2).stderr

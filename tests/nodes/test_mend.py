@@ -1,0 +1,175 @@
+"""Each mend of DLRover 0.6.1 is still needed: what it mends is there and as bad as it was. And what the mends make of it."""
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from elastic_gpt.nodes import mend
+from elastic_gpt.settings import SettingsError
+from tests.conftest import environment
+
+pytest.importorskip("dlrover")
+
+
+def fresh(code: str) -> str:
+    """What `code` prints in a process of its own, which nobody has mended."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_another_dlrover_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    mend.check_version()
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.7.0.dev0")
+    with pytest.raises(SettingsError, match=r"DLRover 0\.7\.0\.dev0 is installed.*pip install dlrover==0\.6\.1"):
+        mend.check_version()
+
+
+def test_dlrover_as_it_comes_needs_each_mend_of_an_agent() -> None:
+    code = """
+import inspect
+from dlrover.python.common.constants import JobConstant
+from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
+from dlrover.python.elastic_agent.master_client import GrpcMasterClient, MasterClient
+from dlrover.python.elastic_agent.torch import master_kv_store, training
+from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import api
+handler, agent = training.MasterRendezvousHandler, training.ElasticTrainingAgent
+needed = {
+    "poll_the_rendezvous": JobConstant.RENDEZVOUS_DEFAULT_INTERVAL >= 5,
+    "poll_the_store": "time.sleep(2)" in inspect.getsource(master_kv_store),
+    "find_a_new_master_soon": "reconnect_backoff" not in inspect.getsource(MasterClient),
+    "tell_every_master_the_range": "report_rdzv_params" not in inspect.getsource(handler._join_rendezvous),
+    "hold_a_lease": hasattr(handler, "next_rendezvous") and hasattr(GrpcMasterClient._report, "__wrapped__"),
+    "ask_again_when_rank_0_has_gone": "range(5)" in inspect.getsource(agent._safe_get_master_addr_port),
+    "leave_other_jobs_alone": "kill" in inspect.getsource(agent._stop_orphan_workers),
+    "have_no_flash_checkpoint": hasattr(AsyncCheckpointSaver, "start_async_saving_ckpt"),
+    "leave_when_asked": "raise SignalException" in inspect.getsource(api._terminate_process_handler),
+    "say_the_last_word_once": hasattr(MasterClient, "report_succeeded_exited")
+    and hasattr(MasterClient, "report_failed_exited"),
+    "finish_without_a_master": "_get(" in inspect.getsource(MasterClient.num_nodes_waiting)
+    and hasattr(GrpcMasterClient._get, "__wrapped__") and hasattr(agent, "_exit_barrier"),
+    "keep_the_living": "_stop_workers" in inspect.getsource(LocalElasticAgent._restart_workers)
+    and "_restart_workers" in inspect.getsource(agent._invoke_run),
+    "end_what_would_fail_again": "exitcode" not in inspect.getsource(DiagnosisAgent.diagnose_training_failure),
+}
+print([name for name, still in needed.items() if not still])
+print(sorted(needed))
+"""
+    named = "\n".join(code.splitlines()[:-2])
+    assert fresh(f"{named}\nprint([name for name, still in needed.items() if not still])") == "[]"
+    called = {line.split("(")[0].split()[-1] for line in inspect.getsource(mend.agent).splitlines() if "(" in line}
+    assert fresh(code) == str(sorted(called - {"agent"}))
+
+
+def test_a_rank_0_that_dies_before_it_has_told_its_address_costs_seconds() -> None:
+    code = """
+import types
+from elastic_gpt.nodes import mend
+from dlrover.python.elastic_agent.master_client import MasterClient
+from dlrover.python.elastic_agent.torch import training
+from dlrover.python.elastic_agent.torch.master_kv_store import MasterKVStore
+worlds, found = [], []
+class Client:  # of a master whose store has the address of the second world's rank 0
+    def kv_store_multi_get(self, keys):
+        return dict.fromkeys(keys, b"7") if len(worlds) == 2 else {}
+def rendezvous(agent, group):
+    worlds.append(training.PrefixStore("a world", group.spec.rdzv_handler._store))
+    found.append(agent._safe_get_master_addr_port(worlds[-1]))
+MasterClient.singleton_instance = classmethod(lambda *_: Client())
+training.ElasticTrainingAgent._rendezvous = rendezvous
+mend.ADDRESS_SECONDS = 0.3
+mend.poll_the_store()
+mend.ask_again_when_rank_0_has_gone()
+handler = types.SimpleNamespace(_store=MasterKVStore("store"))
+group = types.SimpleNamespace(spec=types.SimpleNamespace(rdzv_handler=handler))
+agent = object.__new__(training.ElasticTrainingAgent)
+agent._rendezvous(group)
+print(found, len(worlds))
+"""
+    assert fresh(code) == "[('7', 7)] 2"
+
+
+def test_dlrover_as_it_comes_needs_each_mend_of_a_master() -> None:
+    code = """
+import inspect
+from dlrover.python.master import dist_master
+from dlrover.python.master.node import dist_job_manager
+from dlrover.python.master.watcher import k8s_watcher
+rule = inspect.getsource(dist_job_manager.DistributedJobManager._should_relaunch)
+print([
+    dist_job_manager._MAX_POD_RELAUNCH_COUNT <= 5,
+    "time.sleep(30)" in inspect.getsource(dist_master.DistributedJobMaster.run),
+    "_get_pod_exit_reason(pod)" in inspect.getsource(k8s_watcher._convert_pod_yaml_to_node),
+    "The all-reduce type job will not try to recover node" in rule,
+])
+"""
+    assert fresh(code) == "[True, True, True, True]"
+
+
+def pod(code: int, message: str | None = None, reason: str = "Error") -> Any:
+    ended = SimpleNamespace(exit_code=code, message=message, reason=reason)
+    container = SimpleNamespace(state=SimpleNamespace(terminated=ended))
+    return SimpleNamespace(status=SimpleNamespace(container_statuses=[container]), metadata=SimpleNamespace())
+
+
+def test_a_pod_that_ended_with_a_users_mistake_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dlrover.python.master.watcher import k8s_watcher
+
+    monkeypatch.setattr(k8s_watcher, "_get_pod_exit_reason", k8s_watcher._get_pod_exit_reason)
+    mend.tell_users_mistakes_apart()
+    reason = k8s_watcher._get_pod_exit_reason
+    assert reason(pod(2, "error: no setting 'x'\n")) == f"{mend.MISTAKE}error: no setting 'x'"
+    assert reason(pod(2)) == mend.MISTAKE
+    assert reason(pod(137, reason="OOMKilled")) == "OOMKilled"
+    assert not reason(pod(1)).startswith(mend.MISTAKE)
+
+
+class Manager:
+    """As much of DLRover's job manager as its rule for replacements is judged by."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.seen: list[str] = []
+
+    def get_job_nodes(self) -> dict[str, dict[int, Any]]:
+        return {"worker": dict(enumerate(self.nodes))}
+
+    def _should_relaunch(self, node: Any, _change: object) -> bool:
+        self.seen.append(node.exit_reason)
+        return True
+
+    def end(self, reason: str, rank: int = 0) -> bool:
+        self.nodes.append(SimpleNamespace(name=f"node-{len(self.nodes)}", rank_index=rank, exit_reason=reason))
+        return self._should_relaunch(self.nodes[-1], None)
+
+
+def test_a_users_mistake_ends_the_job_and_makes_no_pod() -> None:
+    manager = Manager()
+    ends: list[str] = []
+    mend.judge_ended_nodes(manager, oom_restarts=3, end=ends.append)
+    assert not manager.end(f"{mend.MISTAKE}error: no setting 'x'")
+    assert not manager.end(mend.MISTAKE)
+    assert ends == ["error: no setting 'x'", "node-1: exit code 2: see its log"]
+    assert manager.end("UnknownError")
+    assert manager.seen == ["UnknownError"]
+
+
+def test_each_rank_is_replaced_as_often_out_of_memory_as_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    from dlrover.python.common.constants import NodeExitReason
+
+    manager = Manager()
+    mend.judge_ended_nodes(manager, oom_restarts=2, end=lambda _: None)
+    assert [manager.end("OOMKilled") for _ in range(3)] == [True, True, False]
+    assert manager.end("OOMKilled", rank=1)
+    assert manager.seen == [NodeExitReason.KILLED] * 3
+    assert {node.exit_reason for node in manager.nodes} == {"OOMKilled"}  # what is counted
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].startswith("memory: node-2 ran out of memory and is not replaced")
+    assert "more --memory" in said[2]
