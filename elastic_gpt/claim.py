@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_gpt.contract import CLAIM
-from elastic_gpt.identity import directory, machine, same_directory
+from elastic_gpt.identity import directory, machine, network, same_directory
 from elastic_gpt.mirror import shown
 
 RENEW_SECONDS, EXPIRY_SECONDS, LOOK_SECONDS = 3.0, 30.0, 0.25
@@ -35,11 +35,16 @@ def job() -> str:
     if uid := os.environ.get("JOB_UID"):  # of the ElasticJob
         return uid
     if master := os.environ.get("DLROVER_MASTER_ADDR"):
-        return f"{master}/{machine()}" if master.startswith("127.") else master
+        return _place(master)
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
         # torchrun without --standalone and --rdzv-id calls each job `none`.
-        return run if run != "none" else f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return run if run != "none" else _place(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
     return secrets.token_hex(8)
+
+
+def _place(address: str) -> str:
+    """An address that means one place everywhere: others' loopback is another."""
+    return f"{address}/{network()}" if address.startswith(("127.", "localhost:", "::1:", "[::1]:")) else address
 
 
 def process() -> dict[str, Any]:

@@ -116,9 +116,18 @@ def same_directory(here: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool
 
 def machine() -> str:
     """The space in which a process id means one process: this start of this machine, and in it this container."""
+    return _space("pid")
+
+
+def network() -> str:
+    """The space in which a loopback address means one place, which containers of a pod share."""
+    return _space("net")
+
+
+def _space(namespace: str) -> str:
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+        return f"{boot}/{Path(f'/proc/self/ns/{namespace}').stat().st_ino}"
     return socket.gethostname()
 
 

@@ -176,3 +176,24 @@ def test_workers_of_a_job_share_a_token_and_strangers_do_not(monkeypatch: pytest
     for name, value in (("TORCHELASTIC_RUN_ID", "run"), ("DLROVER_MASTER_ADDR", "master:1"), ("JOB_UID", "uid")):
         monkeypatch.setenv(name, value)
         assert token() == value
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+@pytest.mark.parametrize("launcher", ["dlrover", "torchrun"])
+def test_a_master_on_loopback_is_one_for_the_containers_of_a_pod_and_another_on_another_machine(
+    monkeypatch: pytest.MonkeyPatch, host: str, launcher: str
+) -> None:
+    for name in ("JOB_UID", "DLROVER_MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if launcher == "dlrover":
+        monkeypatch.setenv("DLROVER_MASTER_ADDR", f"{host}:1")
+    for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", "1"), ("TORCHELASTIC_RUN_ID", "none")):
+        monkeypatch.setenv(name, value)
+    token = claim.job.__wrapped__
+
+    def on(space: str, container: str) -> str:
+        monkeypatch.setattr(claim, "network", lambda: space)
+        monkeypatch.setattr(claim, "machine", lambda: container)
+        return str(token())
+
+    assert on("pod", "a container") == on("pod", "another") != on("another pod", "a third")
