@@ -46,8 +46,8 @@ class Size:
 
 
 def _model(layers: int, width: int, heads: int, block: int, vocab: int) -> GPTConfig:
-    """nanoGPT's architecture: no biases."""
-    return GPTConfig(vocab, block, layers, heads, width, bias=False, qkv_bias=False)
+    """nanoGPT's architecture: no biases, the erf form of GELU."""
+    return GPTConfig(vocab, block, layers, heads, width, bias=False, qkv_bias=False, activation="gelu_erf")
 
 
 SIZES = {  # the presets' own micro-batches where a preset has this size
@@ -155,6 +155,7 @@ def both(size: Size, options: argparse.Namespace, data: Path, work: Path) -> Ite
             *(f"--compile={options.compile}", f"--dtype={options.dtype}", f"--model.vocab-size={model.vocab_size}"),
             *(f"--global-batch={size.batch}", f"--micro-batch={size.micro_batch}", f"--evaluate.interval={FOREVER}"),
             *(f"--checkpoint.interval={FOREVER}", "--model.bias=false", "--model.qkv-bias=false"),
+            "--model.activation=gelu_erf",
             *(f"--model.{name.replace('_', '-')}={value}" for name, value in shape.items()),
         ],
         Path.cwd(),

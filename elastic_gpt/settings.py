@@ -19,7 +19,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -93,12 +93,21 @@ def field_help(kind: type) -> dict[str, str]:
     }  # fmt: skip
 
 
-def parse(kind: type[T], argv: Sequence[str], *, presets: Path, prog: str, environment: Mapping[str, str]) -> T:
+def parse(
+    kind: type[T],
+    argv: Sequence[str],
+    *,
+    presets: Path,
+    prog: str,
+    environment: Mapping[str, str],
+    unheard: Collection[str] = (),
+) -> T:
     """Build a `kind` from `argv`: a preset (a name in `presets`, or a path to a YAML file), then flags.
 
     Args:
         kind: a frozen dataclass of settings, its sections being dataclasses in turn.
         environment: where `EGPT__SECTION__FIELD` variables are looked up.
+        unheard: settings that the preset does not decide, though it names them.
 
     Raises:
         SettingsError: for an unknown preset, name or value, wherever it was given.
@@ -119,7 +128,8 @@ def parse(kind: type[T], argv: Sequence[str], *, presets: Path, prog: str, envir
     for name in variables.keys() & flags.keys():
         if variables[name][0] != flags[name][0]:
             _say(f"{variables[name][1]} has no effect: the flags say --{name} {flags[name][0]}")
-    given = _from_preset(preset, known) | variables | flags
+    from_preset = {name: value for name, value in _from_preset(preset, known).items() if name not in unheard}
+    given = from_preset | variables | flags
     for name, (value, _) in given.items():
         if known[name] is bool:
             given[name] = (str(value).capitalize(), given[name][1])

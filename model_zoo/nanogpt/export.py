@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt export") ->
     loaded = load(options.model, torch.device("cpu"), options.tokenizer)
     export(loaded, options.dir, options.format, options.model)
     print(f"{loaded.description}\nexported to {options.dir} for {options.format}", file=sys.stderr)
-    if options.format == "nanogpt":
+    if options.format == "nanogpt" and loaded.model.config.activation == "gelu":
         print(
             "note: nanoGPT computes the erf form of GELU, this model was trained with the tanh form: what it says there is"
             " nearly the same, not to the last digit",
@@ -110,7 +110,7 @@ def huggingface_config(config: GPTConfig, step: int | None, eot_id: int | None) 
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_inner": None,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu_new" if config.activation == "gelu" else "gelu",
         "layer_norm_epsilon": 1e-5,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
@@ -152,7 +152,7 @@ def _nanogpt(loaded: Loaded, folder: Path, source: str) -> None:
         "model": export_state(loaded.model.state_dict(), config, "nanogpt"),
         "model_args": {name: getattr(config, name) for name in names},
         "iter_num": loaded.step or 0,
-        "config": {"source": Path(source).name},
+        "config": {"source": Path(source).name, "activation": config.activation},
     }
     if loaded.tokenizer is not None and loaded.tokenizer.name not in ("gpt2", "r50k_base"):
         print(

@@ -24,6 +24,7 @@ from prepare.streams import TransferError
 from prepare.tokens import Meta
 
 FINGERPRINT = "init_from_fingerprint"
+FORMS = {"gelu": "tanh", "gelu_erf": "erf"}
 
 
 def check_start(config: TrainConfig, meta: Meta) -> TrainConfig:
@@ -63,7 +64,13 @@ def start(model: GPT, config: TrainConfig) -> None:
             f" was made ({expected}): put those back, or train into another --run-dir"
         )
     model.load_state_dict(_fit(config, weights))
-    print(f"starts from {weights.source}" + (f" ({weights.note})" if weights.note else ""), flush=True)
+    note, have = "", weights.config.activation
+    if have != config.model.activation:
+        note = (
+            f" (trained with the {FORMS[have]} form of GELU, this run computes the {FORMS[config.model.activation]} form:"
+            f" nearly the same; --model.activation {have} is the very same)"
+        )
+    print(f"starts from {weights.source}{note}", flush=True)
 
 
 def _read(config: TrainConfig, meta: Meta | None = None) -> Weights:

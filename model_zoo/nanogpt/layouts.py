@@ -82,15 +82,21 @@ def import_state(found: Mapping[str, Tensor], layout: Layout) -> dict[str, Tenso
 
 
 VARIANTS = ("positions", "norm", "qk_norm", "activation", "n_kv_head")
-"""What GPT-2 has in one way only."""
+"""What GPT-2 has in one way only, but for the two forms of GELU, which are the same to three digits."""
+GELUS = ("gelu", "gelu_erf")
+
+
+def _others(one: GPTConfig, other: GPTConfig) -> list[str]:
+    """The variants that differ."""
+    differ = [name for name in VARIANTS if getattr(one, name) != getattr(other, name)]
+    if {one.activation, other.activation} <= set(GELUS):
+        differ = [name for name in differ if name != "activation"]
+    return differ
 
 
 def refuse_variants(config: GPTConfig) -> None:
     """Raises ValueError, by name, for a model that is not GPT-2's architecture, which is all that others' formats hold."""
-    gpt2 = GPTConfig()
-    if other := [
-        f"model.{name} {getattr(config, name)}" for name in VARIANTS if getattr(config, name) != getattr(gpt2, name)
-    ]:
+    if other := [f"model.{name} {getattr(config, name)}" for name in _others(config, GPTConfig())]:
         raise ValueError(
             f"{', '.join(other)}: GPT-2 has no such thing, and the formats of export are for GPT-2's models"
         )
@@ -104,8 +110,11 @@ def fit(state: Mapping[str, Tensor], have: GPTConfig, want: GPTConfig) -> dict[s
     """
     misfits = [
         f"model.{name} is {getattr(want, name)}, there it is {getattr(have, name)}"
-        for name in ("n_layer", "n_head", "n_embd", "tied_head", *VARIANTS)
+        for name in ("n_layer", "n_head", "n_embd", "tied_head")
         if getattr(want, name) != getattr(have, name)
+    ]
+    misfits += [
+        f"model.{name} is {getattr(want, name)}, there it is {getattr(have, name)}" for name in _others(want, have)
     ]
     if want.block_size > have.block_size:
         misfits.append(

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -29,15 +29,18 @@ from elastic_gpt.checkpoint import NoCheckpointYet, checkpoints_place, load_mode
 from elastic_gpt.contract import CONFIG, MANIFEST, TENSORBOARD, TOKENIZER
 from elastic_gpt.settings import field_types
 from elastic_gpt.state import broken
-from model_zoo.nanogpt.layouts import DoesNotFit, import_state
+from model_zoo.nanogpt.layouts import GELUS, DoesNotFit, import_state
 from model_zoo.nanogpt.model import GPT, GPTConfig
 from model_zoo.nanogpt.vocabulary import vocabulary_fingerprint
 from prepare import data
 from prepare.streams import store_of, unreachable
 from prepare.tokenizer import Tokenizer, gpt2
 
-ERF_GELU = "trained with the erf form of GELU, computed here with the tanh form: nearly the same, not to the last digit"
-TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")
+GELU: dict[str, Literal["gelu", "gelu_erf"]] = {  # Hugging Face's names of the two forms
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu": "gelu_erf",
+}
 INDEX = "model.safetensors.index.json"
 
 
@@ -55,8 +58,6 @@ class Weights:
     """Where newer ones will be, for a run: a folder or a URL."""
     vocabulary: str | None = None
     """Fingerprint of the vocabulary that it was trained with; None where that is not written down."""
-    note: str | None = None
-    """What is not the same here as where it was trained."""
 
     def digest(self) -> str:
         """16 hex digits that are the same for the same parameters, whatever file they came from."""
@@ -77,7 +78,7 @@ class Loaded:
     """None where the place has none that this program knows."""
     step: int | None
     description: str
-    """One line for a person: which step, how large, on what; and where it is not what it was where it was trained."""
+    """One line for a person: which step, how large, on what."""
     checkpoints: str | None
     """Where a run's newer ones will be: a folder or a URL."""
 
@@ -97,8 +98,6 @@ def load(place: Path | str, device: torch.device, tokenizer: Path | None = None)
             _refuse_another_vocabulary(found, tokenizer, weights, folder, place)
     step = "" if weights.step is None else f" of step {weights.step}"
     description = f"model{step}, {model.parameter_count():,} parameters, on {device}"
-    if weights.note:
-        description += f" ({weights.note})"
     checkpoints = weights.checkpoints and weights.checkpoints.replace(str(folder), str(place).rstrip("/"))
     return Loaded(model, found, weights.step, description, checkpoints)
 
@@ -221,7 +220,7 @@ def _huggingface(folder: Path) -> Weights:
             raise DoesNotFit(f"{path} is of model_type {fields.get('model_type')!r}: only gpt2 is known here")
         n_embd, gelu = fields["n_embd"], fields.get("activation_function", "gelu_new")
         for name, value, known in (
-            ("activation_function", gelu, (*TANH_GELUS, "gelu")),
+            ("activation_function", gelu, tuple(GELU)),
             ("n_inner", fields.get("n_inner"), (None, 4 * n_embd)),
             ("layer_norm_epsilon", fields.get("layer_norm_epsilon", 1e-5), (1e-5,)),
             ("scale_attn_weights", fields.get("scale_attn_weights", True), (True,)),
@@ -231,7 +230,9 @@ def _huggingface(folder: Path) -> Weights:
             if value not in known:
                 raise DoesNotFit(f"{path} has {name}={value!r}, which this model cannot express")
         size = fields.get("n_positions", fields.get("n_ctx"))
-        config = GPTConfig(fields["vocab_size"], size, fields["n_layer"], fields["n_head"], n_embd)
+        config = GPTConfig(
+            fields["vocab_size"], size, fields["n_layer"], fields["n_head"], n_embd, activation=GELU[gelu]
+        )
     except DoesNotFit:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -242,8 +243,7 @@ def _huggingface(folder: Path) -> Weights:
     else:
         config = dataclasses.replace(config, tied_head=False)
     step = fields.get("elastic_gpt_step")
-    note = None if gelu in TANH_GELUS else ERF_GELU
-    return Weights(config, state, step if isinstance(step, int) else None, f"Hugging Face GPT-2 {folder}", note=note)
+    return Weights(config, state, step if isinstance(step, int) else None, f"Hugging Face GPT-2 {folder}")
 
 
 def _huggingface_tensors(folder: Path) -> dict[str, Tensor]:
@@ -266,13 +266,15 @@ def _nanogpt(path: Path) -> Weights:
     try:
         known = field_types(GPTConfig).keys()
         arguments = {name: value for name, value in checkpoint["model_args"].items() if name in known}
-        config = GPTConfig(**arguments)
+        # nanoGPT's own is the erf form; a model of ours says what it was trained with.
+        mine = checkpoint.get("config", {}).get("activation")
+        config = GPTConfig(**arguments, activation=mine if mine in GELUS else "gelu_erf")
         state = import_state(checkpoint["model"], "nanogpt")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint of nanoGPT's ({_line(error)})") from error
     state.pop("lm_head.weight", None)  # always the token embedding
     step = checkpoint.get("iter_num")
-    return Weights(config, state, step if isinstance(step, int) else None, f"nanoGPT's {path}", note=ERF_GELU)
+    return Weights(config, state, step if isinstance(step, int) else None, f"nanoGPT's {path}")
 
 
 def _unpickled(path: Path) -> Any:

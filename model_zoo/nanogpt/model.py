@@ -1,6 +1,6 @@
 """GPT-2's architecture, and its later variants: tokens in, logits or a loss out. Knows nothing of files, ranks or training.
 
-Pre-norm blocks, learned positions, tanh-GELU (Hugging Face's `gelu_new`; nanoGPT uses erf). The head is tied to the
+Pre-norm blocks, learned positions, tanh-GELU (Hugging Face's `gelu_new`; nanoGPT's is `gelu_erf`). The head is tied to the
 token embedding by default, and the state dict then has no entry for it. The names lead straight to Hugging Face's
 GPT-2: `wte`, `wpe`, `h.N.ln_1`, `h.N.attn`, `h.N.ln_2`, `h.N.mlp.c_fc`, `h.N.mlp.c_proj`, `ln_f`, `lm_head`; only the
 attention says `in_proj_weight`, `in_proj_bias` and `out_proj`, torch's names, for `c_attn` and `c_proj`.
@@ -36,8 +36,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
-        if self.activation == "gelu":
-            x = F.gelu(x, approximate="tanh")
+        if self.activation in ("gelu", "gelu_erf"):
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu" else "none")
         elif self.activation == "relu2":
             x = F.relu(x).square()
         else:

@@ -28,12 +28,13 @@ import torch
 from elastic_gpt import devices, settings
 from elastic_gpt.batches import Batches
 from elastic_gpt.claim import Claim, InUse, job, refuse_if_in_use
-from elastic_gpt.contract import DONE
+from elastic_gpt.contract import CONFIG, DONE
 from elastic_gpt.evaluator import Evaluator
 from elastic_gpt.gradients import LossScale
 from elastic_gpt.identity import Run
 from elastic_gpt.order import Order, sequence_count
 from elastic_gpt.run import Worlds, exits
+from elastic_gpt.rundir import settings_before
 from elastic_gpt.settings import SettingsError
 from elastic_gpt.state import Restored
 from elastic_gpt.world import World, place
@@ -142,6 +143,12 @@ def prepare_node(argv: Sequence[str], prog: str = "elastic-gpt train") -> None:
 def check(argv: Sequence[str], prog: str = "elastic-gpt train") -> tuple[TrainConfig, Meta]:
     """Everything about the settings and the data that can be wrong is found here, before any process is started."""
     config = settings.parse(TrainConfig, argv, presets=PRESETS, prog=prog, environment=settings.environment())
+    before = settings_before(config.run_dir / CONFIG)
+    if before and (later := settings.field_types(TrainConfig).keys() - before.keys()):
+        # The run is of an older version, whose presets did not decide these: it goes on with their defaults.
+        config = settings.parse(
+            TrainConfig, argv, presets=PRESETS, prog=prog, environment=settings.environment(), unheard=later
+        )
     config = places.here(config)
     meta = read_meta(config.data.dir)
     if 0 < config.model.vocab_size < meta.vocab_size:

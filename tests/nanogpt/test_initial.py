@@ -65,6 +65,20 @@ def test_training_goes_on_from_where_the_weights_are(data: Path, trained: Path, 
     assert first < reached + 0.3
 
 
+def test_another_form_of_gelu_than_the_weights_were_trained_with_is_said(
+    data: Path, trained: Path, tmp_path: Path
+) -> None:
+    export(load(trained, CPU), tmp_path / "start", "nanogpt", "trained")
+    checkpoint = torch.load(tmp_path / "start" / "ckpt.pt", weights_only=True)
+    del checkpoint["config"]["activation"]  # which nanoGPT does not write: it knows the erf form only
+    torch.save(checkpoint, tmp_path / "start" / "ckpt.pt")
+    said = [
+        elastic_gpt("train", *words(data, tmp_path / name, tmp_path / "start", *more)).stdout
+        for name, more in (("nearly", []), ("very", ["--model.activation=gelu_erf"]))
+    ]
+    assert ["--model.activation gelu_erf is the very same" in text for text in said] == [True, False]
+
+
 def test_the_run_needs_its_start_until_it_has_a_checkpoint_and_not_after(
     data: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model_zoo.nanogpt.config import PRESETS
 from tests.conftest import PATIENCE, TINY, elastic_gpt, environment, errors, events, metrics
 
 OLD = Path(__file__).with_name("old_run")
@@ -139,6 +140,19 @@ def test_a_setting_that_the_run_did_not_know_has_its_default_and_no_other(tmp_pa
     refused = elastic_gpt(*words, "--model.dropout=0.5", code=2)
     assert "has model.dropout=0.0, not 0.5" in refused.stderr
     elastic_gpt(*words)
+
+
+def test_a_preset_that_decides_more_than_it_did_leaves_an_older_run_as_it_is(tmp_path: Path) -> None:
+    words = old_run(tmp_path / "old")
+    preset = tmp_path / "newer.yaml"
+    settings = yaml.safe_load((PRESETS / "debug_cpu.yaml").read_text())
+    settings["model"]["activation"] = "gelu_erf"
+    preset.write_text(yaml.safe_dump(settings))
+    words[1] = str(preset)
+    refused = elastic_gpt(*words, "--model.activation=gelu_erf", code=2)
+    assert "has model.activation=gelu, not gelu_erf" in refused.stderr
+    elastic_gpt(*words)
+    assert yaml.safe_load((tmp_path / "old" / "run" / "config.yaml").read_text())["model"]["activation"] == "gelu"
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "checkpoints/step_00000006/MANIFEST.json"])
