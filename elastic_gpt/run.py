@@ -62,7 +62,7 @@ from elastic_gpt.world import Device, NotJoined, PeerLost, Signals, World, join,
 from prepare.frontdoor import fail
 from prepare.tokens import DataError
 
-LAST_CALL_SECONDS = 0.25
+LAST_CALL_SECONDS = 0.15  # from the first signal: who is asked in the same moment hears it a little later
 NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
 HALVINGS = 16  # skipped updates in which a float16 run's loss scale may find its size
 
@@ -422,7 +422,7 @@ class Worlds(abc.ABC):
             if world.first and leaving and not checkpoints.pending and checkpoints.saved != step:
                 checkpoints.save(step, tensors, list(reporter.recent), push_out=not reporter.skipped)
             if 0 < leaving < world.size and not finished:
-                time.sleep(LAST_CALL_SECONDS)  # who is asked in the same moment hears it a little later
+                time.sleep(max(0.0, LAST_CALL_SECONDS - max(world.gather(signals.waited))))
                 leaving = sum(world.gather(signals.leave))
             deadline = time.monotonic() + plan.grace_seconds - max(world.gather(signals.waited))
 

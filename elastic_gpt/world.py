@@ -27,6 +27,7 @@ T = TypeVar("T")
 PARCEL = 32 << 20  # bytes in one broadcast
 TOUCH_SECONDS = 0.5  # between two signs of life of a rank that others wait for
 MEET_TIMEOUT = datetime.timedelta(seconds=1)  # for one try to reach the store of a new group
+LOOK_SECONDS = 0.005  # between two looks whether the others are there
 LEAVE_SECONDS = 5.0  # in which a group with a dead member has to be torn down
 
 
@@ -182,6 +183,9 @@ def _meet(rank: int, size: int, seconds: float, called: Callable[[], bool]) -> d
         if time.monotonic() > deadline:
             raise NotJoined(f"rank {rank} of {size} could not join its peers: {size - there} of them do not come")
         if store is None:
+            if rank and not _listens(at):
+                time.sleep(LOOK_SECONDS)
+                continue
             try:
                 store = dist.TCPStore(*at, size, rank == 0, MEET_TIMEOUT, wait_for_workers=False)
             except dist.DistNetworkError:  # rank 0 is not there yet
@@ -192,9 +196,18 @@ def _meet(rank: int, size: int, seconds: float, called: Callable[[], bool]) -> d
             store.add("there", 1)
         there = store.add("there", 0)
         if there < size:
-            time.sleep(0.005)
+            time.sleep(LOOK_SECONDS)
     assert store is not None
     return store
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    """Whether rank 0's store is there. A client of torch's that comes too early looks again only after up to 0.7 s."""
+    try:
+        socket.create_connection(address, timeout=MEET_TIMEOUT.total_seconds()).close()
+    except OSError:
+        return False
+    return True
 
 
 def leave() -> bool:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from elastic_gpt import world
 from elastic_gpt.nodes.mend import CRASHES, Crashes
-from elastic_gpt.world import Signals, World
+from elastic_gpt.world import PeerLost, Signals, World
 from tests.conftest import PATIENCE, TINY, environment, until
 from tests.elastic.worlds import run_world
 
@@ -162,3 +163,17 @@ def test_an_agents_sigterm_is_a_stop_and_all_else_may_be_leaving_for_good(
     finally:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
+
+
+def test_a_rank_that_comes_before_rank_0_makes_no_client_which_would_look_again_only_much_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, clients = iter(range(1000)), list[object]()
+    monkeypatch.setattr(world.dist, "TCPStore", lambda *args, **_: clients.append(args))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # nobody listens there
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(silent.getsockname()[1]))
+        with pytest.raises(PeerLost):  # called away while it looks
+            world._meet(1, 2, PATIENCE, lambda: next(looks) == 3)
+    assert clients == []
