@@ -24,8 +24,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from elastic_gpt.drill.against import against
 from elastic_gpt.drill.compare import compare, draw
 from elastic_gpt.drill.faults import JOIN, LEAVE, PATIENCE, QUIET, SNAPSHOT_INTERVAL, Event, Faults, Stalled
+from elastic_gpt.drill.systems import OTHERS, check
 from elastic_gpt.drill.under_torchrun import TorchrunFaults, TorchrunJob
 from elastic_gpt.ledger import PARTS, Ledger, account, read_metrics
 from elastic_gpt.nodes.launch import MOST_LOCAL
@@ -146,6 +148,12 @@ examples:
   %(prog)s --events 3 --nodes 2             a short one
   %(prog)s --under torchrun                 the same without DLRover: what torchrun survives
   %(prog)s --seed 8 --output-dir drill8     other events, beside the report of the drill before
+  %(prog)s --against torchft torchrun       the same events for ElasticGPT and for others: what did each lose?
+
+--against runs the systems one after the other on this machine: the same model, data and kills; each trains on for some seconds
+between two events, which is the same for all. torchrun restarts its workers from a file, dlrover is DLRover with its Flash
+Checkpoint, torchft (pip install torchft==0.2.0) replica groups that go on at the next step. Each was built for something else,
+which is said below the table: read that before you compare.
 """
 
 
@@ -157,15 +165,30 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
     parser.add_argument("--seed", type=int, default=7, metavar="N", help="of the schedule (default: 7)")
     most_nodes = whole(2, MOST_LOCAL)
     parser.add_argument("--nodes", type=most_nodes, default=4, metavar="N", help="the most at a time (default: 4)")
-    parser.add_argument("--under", choices=UNDER, default="dlrover", help="what keeps the nodes (default: %(default)s)")
+    parser.add_argument("--under", choices=UNDER, help="what keeps the nodes (default: dlrover)")
+    parser.add_argument(
+        "--against", choices=OTHERS, nargs="+", default=[],
+        help="the same schedule for ElasticGPT and for others as they come, and what each lost by it; no laws are held",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=whole(1), metavar="SECONDS",
+        help="with --against: how long a job may take to recover; then it is started anew (default: 120)",
+    )  # fmt: skip
     parser.add_argument("--float", action="store_true", help="ordinary float sums instead of exact mode")
     parser.add_argument("--output-dir", type=Path, default=Path("drill"), metavar="DIR", help="(default: drill)")
     args = parser.parse_args(argv)
+    if args.against and args.under:
+        raise ValueError(f"--against has nodes of each system's own: leave out --under {args.under}")
+    if args.limit and not args.against:
+        raise ValueError(f"--limit {args.limit} is for --against: name a system, as in --against torchft")
+    for name in args.against:
+        check(name)
     with quiet():
         import matplotlib  # noqa: F401 - what is not installed is told before the work, not after it
     import torch  # noqa: F401
 
-    if args.under == "dlrover":
+    under = args.under or "dlrover"
+    if under == "dlrover":
         check_version()
 
     # --- a folder of its own, without what an older drill left
@@ -179,8 +202,22 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
         shutil.rmtree(old, ignore_errors=True)
     report.unlink(missing_ok=True)
 
-    # --- the run that is disturbed
     train("prepare", "--sample", "--tokenizer", "char", "--output-dir", str(out / "data"))
+    if args.against:
+        against(
+            list(dict.fromkeys(args.against)),
+            out / "data",
+            out,
+            events=args.events,
+            nodes=args.nodes,
+            seed=args.seed,
+            exact=not args.float,
+            limit=args.limit or 120,
+            train=train,
+        )
+        return DONE
+
+    # --- the run that is disturbed
     arguments = [
         *("debug_cpu", "--data.dir", str(out / "data"), "--optimizer.decay-steps=1000"),
         *("--device=cpu", "--model.dropout=0.1", f"--elastic.exact={not args.float}", "--observe.tensorboard=false"),
@@ -189,14 +226,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
     ]
     print(f"{args.events} events on up to {args.nodes} nodes, seed {args.seed}", flush=True)
     happened: list[Event] = []
-    found: dict[str, Any] = {"seed": args.seed, "under": args.under, "nodes": args.nodes, "exact": not args.float}
+    found: dict[str, Any] = {"seed": args.seed, "under": under, "nodes": args.nodes, "exact": not args.float}
     started = time.monotonic()
     try:
         disturb(
             arguments,
             run,
             happened,
-            under=UNDER[args.under],
+            under=UNDER[under],
             events=args.events,
             nodes=args.nodes,
             seed=args.seed,
@@ -205,7 +242,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
         took = time.monotonic() - started
         steps = len(read_metrics(run)) + LAST_STEPS
         print(f"all nodes left; a new job takes the run up and ends it at step {steps}", flush=True)
-        finish(arguments, run, under=UNDER[args.under], nodes=args.nodes - 1, steps=steps)
+        finish(arguments, run, under=UNDER[under], nodes=args.nodes - 1, steps=steps)
     except Stalled as error:
         print(f"LAW BROKEN: {error}")
         found |= {"broken": str(error), "events": [dataclasses.asdict(event) for event in happened]}
