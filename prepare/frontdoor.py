@@ -39,6 +39,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "pyarrow": "parquet",
     "s3fs": "s3",
+    "torchft": "torchft",
 }
 """What provides a package that a plain installation lacks, as in `pip install 'elastic-gpt[train]'`."""
 

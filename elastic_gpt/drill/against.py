@@ -4,8 +4,8 @@ elastic-gpt drill --against torchft torchrun --events 12
 """
 
 import contextlib
-import functools
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -45,7 +45,7 @@ BUILT_FOR = {
 }
 
 
-class TooLate(Exception):
+class TooLate(OSError):
     """It did not happen in time."""
 
 
@@ -100,7 +100,7 @@ def disturb(
             if planned.kind == MASTER:
                 _wait(job, functools.partial(_goes_on, job, alive, job.position()[0] + 10), limit)
             else:
-                _wait(job, lambda: len(job.running()) == alive and job.together(event.time), limit)
+                _wait(job, functools.partial(_all_train, job, alive, event.time), limit)
             event.settled = time.time()
             after = f"all train on after {event.settled - event.time:.1f} s"
         except TooLate as error:
@@ -116,11 +116,18 @@ def _begin(job: Ours | Other, nodes: int) -> None:
     """Start all nodes, and wait until they train together. Raises TooLate if they do not."""
     since = time.time()
     job.begin(nodes)
-    _wait(job, lambda: job.together(since), START_SECONDS)
+    try:
+        _wait(job, lambda: job.together(since), START_SECONDS)
+    except TooLate as error:
+        raise TooLate(f"{nodes} nodes never trained together ({error}): see their logs") from error
 
 
 def _goes_on(job: Ours | Other, nodes: int, step: int) -> bool:
     return len(job.running()) == nodes and job.position()[0] >= step
+
+
+def _all_train(job: Ours | Other, nodes: int, since: float) -> bool:
+    return len(job.running()) == nodes and job.together(since)
 
 
 def _strike(job: Ours | Other, kind: str, limit: float) -> None:

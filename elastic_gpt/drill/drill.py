@@ -150,10 +150,10 @@ examples:
   %(prog)s --seed 8 --output-dir drill8     other events, beside the report of the drill before
   %(prog)s --against torchft torchrun       the same events for ElasticGPT and for others: what did each lose?
 
---against runs the systems one after the other on this machine: the same model, data and kills; each trains on for some seconds
-between two events, which is the same for all. torchrun restarts its workers from a file, dlrover is DLRover with its Flash
-Checkpoint, torchft (pip install torchft==0.2.0) replica groups that go on at the next step. Each was built for something else,
-which is said below the table: read that before you compare.
+--against runs the systems one after the other on this machine: the same model, data and kills, and some seconds of training
+between two events. torchrun restarts its workers from a file; dlrover is DLRover with its Flash Checkpoint; torchft (pip
+install 'elastic-gpt[torchft]') has replica groups that go on at the next step. Each was built for something else, and that is
+said below the tables: read it before you compare.
 """
 
 

@@ -135,25 +135,13 @@ def account(
     """
     history = kept([one for one in done if one.time <= ended])
     seconds = usual(history)
-    a_step = statistics.median(seconds.values()) if seconds else 0.0
-    ends = [*(event.time for event in struck[1:]), ended]
-    costs = tuple(
-        Cost(
-            kind=event.kind,
-            seconds=max(0.0, _longest_pause(history, event.time, event.settled or end, end) - a_step),
-            again=_again(done, event.time, end),
-            settled=None if event.settled is None else event.settled - event.time,
-            note=event.note,
-        )
-        for event, end in zip(struck, ends, strict=True)
-    )
     during = [one for one in history if one.time >= began]
     losses = {one.step: one.loss for one in undisturbed}
     both = [(one.loss, losses[one.step]) for one in history if one.step in losses]
     sizes = [len(one.ids) for one in during if one.ids]
     took = ended - began
     return Account(
-        costs=costs,
+        costs=tuple(costs(done, struck, ended)),
         steps=len(history),
         again=_again(done, began, ended),
         skipped=(uneven := unbalanced(history, sequences))[0],
@@ -161,9 +149,25 @@ def account(
         batch=(min(sizes), max(sizes)),
         largest_difference=max(abs(mine - theirs) for mine, theirs in both),
         last_difference=abs(statistics.mean(mine - theirs for mine, theirs in both[-LAST:])),
-        goodput=min(1.0, sum(seconds.get(one.world, a_step) for one in during) / took),
+        goodput=min(1.0, sum(seconds.get(one.world, 0.0) for one in during) / took),
         sequences_per_second=sum(map(len, (one.ids for one in during))) / took,
     )
+
+
+def costs(done: Sequence[Done], struck: Sequence[Struck], ended: float) -> list[Cost]:
+    """What each event cost, up to the next one or the end; arguments as `account` has them."""
+    history = kept([one for one in done if one.time <= ended])
+    a_step = statistics.median(usual(history).values() or [0.0])
+    return [
+        Cost(
+            kind=event.kind,
+            seconds=max(0.0, _longest_pause(history, event.time, event.settled or end, end) - a_step),
+            again=_again(done, event.time, end),
+            settled=None if event.settled is None else event.settled - event.time,
+            note=event.note,
+        )
+        for event, end in zip(struck, [*(event.time for event in struck), ended][1:], strict=True)
+    ]
 
 
 def _longest_pause(history: Sequence[Done], start: float, settled: float, end: float) -> float:

@@ -5,7 +5,7 @@ other three train is model_zoo/nanogpt/baseline.py, with each one's own ways.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import os
 import secrets
@@ -134,7 +134,6 @@ class Other:
     way: str
     needs: str
     """The package that has to be there."""
-    cure: str
 
     def __init__(self, data: Path, out: Path, nodes: int, flags: tuple[str, ...] = ()) -> None:
         self.data, self.out, self.most = data, out, nodes
@@ -250,7 +249,7 @@ class Torchrun(Other):
     """Plain torchrun, its c10d rendezvous on the first node, all settings at their defaults."""
 
     has_master = False
-    way, needs, cure = "file", "torch", "pip install 'elastic-gpt[train]'"
+    way, needs = "file", "torch"
 
     def agent(self, node: int) -> psutil.Popen:
         if node == self.first + 1:  # the first node shall hold the store, which is whose agent listens first
@@ -269,9 +268,9 @@ class Torchrun(Other):
 
 
 class DLRover(Other):
-    """DLRover as it comes, with its DdpCheckpointer; its local master is started by hand, as --standalone fails on torch 2.13."""
+    """DLRover as it comes, with its DdpCheckpointer; a local master started by hand, as --standalone fails on torch 2.13."""
 
-    way, needs, cure = "flash", "dlrover", "pip install 'elastic-gpt[train]'"
+    way, needs = "flash", "dlrover"
     master: psutil.Popen | None = None
 
     def __enter__(self) -> "DLRover":
@@ -318,9 +317,9 @@ class DLRover(Other):
 
 
 class TorchFT(Other):
-    """torchft: a replica group of one worker a node, under a torchrun of its own; its lighthouse as its documentation starts it."""
+    """torchft: a replica group of one worker a node, each under a torchrun of its own, and a lighthouse as documented."""
 
-    way, needs, cure = "torchft", "torchft", "pip install torchft==0.2.0"
+    way, needs = "torchft", "torchft"
     master: psutil.Popen | None = None
 
     def __enter__(self) -> "TorchFT":
@@ -371,10 +370,8 @@ OTHERS: dict[str, type[Other]] = {"torchrun": Torchrun, "dlrover": DLRover, "tor
 
 
 def check(name: str) -> None:
-    """Raises ValueError where what a system needs is not installed, with the cure."""
-    system = OTHERS[name]
-    if importlib.util.find_spec(system.needs) is None:
-        raise ValueError(f"{system.needs} is not installed: {system.cure}")
+    """Raises ModuleNotFoundError where what a system needs is not installed."""
+    importlib.import_module(OTHERS[name].needs)
 
 
 def undisturbed(name: str, data: Path, out: Path, nodes: int, steps: int) -> list[Done]:

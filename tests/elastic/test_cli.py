@@ -333,6 +333,7 @@ def test_the_installed_command_says_the_same_in_a_process_of_its_own(tree: Path)
         (["export", "run", "out"], "torch", "train"),
         (["drill"], "torch", "train"),
         (["drill"], "dlrover", "train"),
+        (["drill", "--against", "torchrun", "torchft"], "torchft", "torchft"),
         (["drill"], "matplotlib", "plot"),
         (["master", "--namespace", "n", "--job-name", "j"], "dlrover", "train"),
         (["job", "list"], "kubernetes", "kubernetes"),
