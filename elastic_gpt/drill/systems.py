@@ -345,7 +345,7 @@ class TorchFT(Other):
             self.master.wait()
 
     def _fresh(self) -> None:
-        if not self.nodes:  # else the lighthouse is still there
+        if self.master is None:  # else the lighthouse stays
             super()._fresh()
 
     def __exit__(self, *details: object) -> None:

@@ -78,13 +78,14 @@ def agent(workers: Workers | None) -> None:
     end_what_would_fail_again()
     if workers:
         keep_the_living(workers, lease)
+        look_when_a_worker_waits(workers)
 
 
 def poll_the_rendezvous() -> None:
     """0.6.1: the agents poll the rendezvous every 5 s, and a membership change waits for that."""
     from dlrover.python.common.constants import JobConstant
 
-    JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.05
+    JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.02
 
 
 def poll_the_store() -> None:
@@ -377,6 +378,13 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
     ElasticTrainingAgent._membership_changed = membership_changed
     ElasticTrainingAgent._restart_workers = restart_workers
     SimpleElasticAgent._initialize_workers = initialize_workers  # type: ignore[method-assign]
+
+
+def look_when_a_worker_waits(workers: Workers) -> None:
+    """0.6.1: it looks after its workers once in an interval, and one that has left its world waits for that look."""
+    from dlrover.python.elastic_agent.torch import training
+
+    training.time = types.SimpleNamespace(time=time.time, sleep=workers.sleep)
 
 
 class Crashes:

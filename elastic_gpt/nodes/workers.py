@@ -33,12 +33,18 @@ class Workers:
         self._beats: dict[int, tuple[float, dict[str, float]]] = {}  # when it came, and what it said
         self._looked = time.monotonic()
         self._because: dict[int, str] = {}
+        self._came = threading.Event()  # a worker has begun to wait since somebody looked
         threading.Thread(target=self._listen, name="workers", daemon=True).start()
 
     def waiting(self) -> set[int]:
         """Local ranks of the workers that wait for a world."""
         with self._lock:
             return set(self._waiting)
+
+    def sleep(self, seconds: float) -> None:
+        """As time.sleep, but it ends once a worker begins to wait for a world."""
+        self._came.wait(seconds)
+        self._came.clear()
 
     def call(self) -> None:
         """Have those that are in a world come out of it, after the step in flight."""
@@ -116,6 +122,7 @@ class Workers:
                     self._beats[rank] = time.monotonic(), message
                 elif message["waits"] >= -1:
                     self._waiting.add(rank)
+                    self._came.set()
 
     def _end(self, connection: socket.socket, rank: int) -> None:
         with self._lock:

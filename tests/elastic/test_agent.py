@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from elastic_gpt.agent import BEAT_SECONDS, Agent
 from elastic_gpt.contract import WORLDS
 from elastic_gpt.nodes import workers as workers_room
 from elastic_gpt.nodes.workers import LEAST_SECONDS, SILENT_SECONDS, TIMES, Workers
-from tests.conftest import until
+from tests.conftest import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="sockets without files need Linux")
 
@@ -52,6 +53,17 @@ def test_a_worker_waits_for_its_place_in_a_world(name: str, monkeypatch: pytest.
     workers.give({1: {}})
     assert agent.next_world(6, never)
     assert not agent.called()
+
+
+def test_an_agent_that_sleeps_looks_again_once_a_worker_waits_and_only_once(name: str) -> None:
+    workers, agent = Workers(name), Agent(name, 0)
+    sleeper = threading.Thread(target=workers.sleep, args=(10 * PATIENCE,), daemon=True)
+    sleeper.start()
+    agent.next_world(3, lambda: workers.waiting() == {0})
+    until(lambda: not sleeper.is_alive())
+    began = time.monotonic()
+    workers.sleep(0.05)  # else an agent would spin while it waits for a world
+    assert time.monotonic() - began >= 0.05
 
 
 def test_a_worker_that_is_asked_to_end_waits_no_longer(name: str) -> None:

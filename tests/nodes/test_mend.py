@@ -57,6 +57,7 @@ needed = {
     and hasattr(GrpcMasterClient._get, "__wrapped__") and hasattr(agent, "_exit_barrier"),
     "keep_the_living": "_stop_workers" in inspect.getsource(LocalElasticAgent._restart_workers)
     and "_restart_workers" in inspect.getsource(agent._invoke_run),
+    "look_when_a_worker_waits": "time.sleep(monitor_interval)" in inspect.getsource(agent._invoke_run),
     "end_what_would_fail_again": "exitcode" not in inspect.getsource(DiagnosisAgent.diagnose_training_failure),
 }
 print([name for name, still in needed.items() if not still])
