@@ -59,17 +59,16 @@ class Planned:
 
 
 def schedule(events: int, nodes: int, seed: int) -> list[Planned]:
-    """The same for all systems: it depends on nothing that happens. Every kind comes up before one comes up again."""
+    """The same for all systems: it depends on nothing that happens.
+
+    Every kind strikes a full job, and comes up before one comes up again; after an event that takes a node, one joins.
+    """
     dice, alive = random.Random(seed), nodes
     bag: list[str] = []
     found = []
     for _ in range(events):
-        bag = bag or list(CHANGE)
-        possible = [kind for kind in CHANGE if 1 <= alive + CHANGE[kind] <= nodes]
-        kind = dice.choice(
-            [kind for kind in bag if kind in possible] or [one for one in possible if one == JOIN] or possible
-        )
-        bag = [other for other in bag if other != kind]
+        bag = bag or [kind for kind in CHANGE if kind != JOIN]
+        kind = JOIN if alive < nodes else bag.pop(dice.randrange(len(bag)))
         alive += CHANGE[kind]
         found.append(Planned(kind, round(dice.uniform(*GAP_SECONDS), 1)))
     return found

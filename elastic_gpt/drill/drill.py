@@ -148,7 +148,7 @@ examples:
   %(prog)s --events 3 --nodes 2             a short one
   %(prog)s --under torchrun                 the same without DLRover: what torchrun survives
   %(prog)s --seed 8 --output-dir drill8     other events, beside the report of the drill before
-  %(prog)s --against torchft torchrun       the same events for ElasticGPT and for others: what did each lose?
+  %(prog)s --against torchft --events 9     the same events for ElasticGPT and for others: what did each lose?
 
 --against runs the systems one after the other on this machine: the same model, data and kills, and some seconds of training
 between two events. torchrun restarts its workers from a file; dlrover is DLRover with its Flash Checkpoint; torchft (pip
