@@ -6,6 +6,7 @@ other three train is model_zoo/nanogpt/baseline.py, with each one's own ways.
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import secrets
@@ -109,22 +110,28 @@ class Ours(LocalJob):
 
     def _watch(self) -> None:
         """Take each line of the metrics as it comes: they tell no time, and those of lost steps do not stay."""
-        read = 0
+        seen = b""
         while not self._over.wait(LOOK_SECONDS):
-            with contextlib.suppress(OSError), (self.run / METRICS).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < read:
-                    read = file.read(size).rfind(b"\n") + 1  # cut where a life was taken up
-                file.seek(read)
-                whole, _, _ = file.read().rpartition(b"\n")
-                read += len(whole) + 1 if whole else 0
+            with contextlib.suppress(OSError):
+                content = (self.run / METRICS).read_bytes()
+                content = content[: content.rfind(b"\n") + 1]
+                if content == seen:
+                    continue
                 self.order = self.order or self._order()
-                self.history += [self._one(json.loads(line), time.time()) for line in whole.splitlines()]
+                same = len(seen) if content.startswith(seen) else _alike(content, seen)
+                self.history += [self._one(json.loads(line), time.time()) for line in content[same:].splitlines()]
+                seen = content
 
     def _order(self) -> Order:
         config = yaml.safe_load((self.run / "config.yaml").read_text())
         count = sequence_count(len(open_split(self.data, "train")), config["model"]["block_size"])
         return Order(count, config["global_batch"], config["seed"])
+
+
+def _alike(content: bytes, other: bytes) -> int:
+    """Length of the lines with which both begin."""
+    pairs = zip(content.splitlines(keepends=True), other.splitlines(keepends=True), strict=False)
+    return sum(len(mine) for mine, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Other:
