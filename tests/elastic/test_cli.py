@@ -166,7 +166,11 @@ NEARLY_RIGHT = {
     "run": ["WORD WORD", "--steps N"],
     "replay": ["FILE", "run-odd --from N --to N"],
     "ledger": ["FILE"],
-    "drill": ["--events N --seed N --output-dir FILE", "--nodes N --output-dir out"],
+    "drill": [
+        "--events N --seed N --output-dir FILE",
+        "--nodes N --output-dir out",
+        "--limit N --against WORD --output-dir FILE",
+    ],
     "evaluate": [
         "FILE --data FILE",
         "run-odd --data data --split WORD --stride N --sequences N --batch N",
@@ -235,6 +239,7 @@ def no_work() -> Iterator[None]:
             raise Stalled("no work")
 
         patch.setattr(drill, "disturb", stall)
+        patch.setattr(drill, "against", stall)
         patch.setattr(serve, "time", SimpleNamespace(sleep=stall))  # for a first checkpoint
         patch.setattr(script.runpy, "run_path", lambda *_, **__: {})
         patch.setattr(sys, "argv", sys.argv)
