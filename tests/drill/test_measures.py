@@ -24,6 +24,7 @@ def test_of_what_was_done_again_only_the_last_time_counts() -> None:
 def test_a_step_that_stood_still_is_not_usual_and_each_world_has_its_own_pace() -> None:
     history = [*steps(1, 5, 0.0), *steps(6, 20, 9.0), *steps(21, 30, 20.0, each=0.3, world=1)]
     assert usual(history) == pytest.approx({2: 0.1, 1: 0.3})
+    assert usual([*steps(1, 5, 0.0), *steps(6, 7, 9.0, world=1)])[1] == pytest.approx(0.1)  # not the pause before
 
 
 @pytest.mark.parametrize(
