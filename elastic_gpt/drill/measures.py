@@ -208,14 +208,15 @@ def by_event(accounts: dict[str, Account]) -> Table:
     return drawn
 
 
-def _cell(costs: Sequence[Cost]) -> str:
+def _cell(costs: Sequence[Cost], notes: bool = True) -> str:
+    """Medians of what one kind of event cost a system, and how often somebody had to start it anew."""
     if not costs:
         return "there is none"
     lost = [cost for cost in costs if cost.settled is None]
     text = (
         f"{statistics.median(cost.seconds for cost in costs):.1f} s, {statistics.median_high(c.again for c in costs)}"
     )
-    return text + (f"; {len(lost)} of {len(costs)} by hand: {lost[0].note}" if lost else "")
+    return text + (f"; {len(lost)} of {len(costs)} by hand{f': {lost[0].note}' if notes else ''}" if lost else "")
 
 
 def totals(accounts: dict[str, Account]) -> Table:
@@ -248,45 +249,28 @@ def draw(accounts: dict[str, Account], histories: dict[str, tuple[float, list[Do
 
     colors = dict(zip(accounts, ("#c8553d", "#33658a", "#86a873", "#8d6a9f"), strict=False))
     kinds = list(dict.fromkeys(cost.kind for found in accounts.values() for cost in found.costs))
-    figure, (bars, lines) = plt.subplots(1, 2, figsize=(13, 5.5), width_ratios=(3, 2), layout="constrained")
-    height = 0.8 / len(accounts)
+    figure, (bars, lines) = plt.subplots(
+        1, 2, figsize=(13, 1.5 + 0.85 * len(kinds)), width_ratios=(3, 2), layout="constrained"
+    )
+    height, least = 0.8 / len(accounts), 0.02  # the axis begins there, for it is logarithmic
     for place, (name, found) in enumerate(accounts.items()):
         for row, kind in enumerate(kinds):
             these = [cost for cost in found.costs if cost.kind == kind]
+            seconds = max(least, statistics.median([cost.seconds for cost in these] or [0.0]))
             y = row + (place - (len(accounts) - 1) / 2) * height
-            if not these:
-                bars.text(0.02, y, " there is none", fontsize=7, color=colors[name], va="center")
-                continue
-            seconds, by_hand = statistics.median(c.seconds for c in these), any(c.settled is None for c in these)
-            label = name if row == 0 else None
-            hatch = "///" if by_hand else None
-            bars.barh(
-                y, max(seconds, 0.01), height * 0.92, color=colors[name], label=label, hatch=hatch, edgecolor="white"
-            )
-            again = statistics.median_high(c.again for c in these)
-            text = f" {seconds:.1f} s" + (f", {again} steps again" if again else "") + (", by hand" if by_hand else "")
-            bars.text(max(seconds, 0.01), y, text, fontsize=7, color="#444444", va="center")
-        began, history = histories[name]
-        lines.plot(
-            [one.time - began for one in history], [one.step for one in history], color=colors[name], linewidth=1.2
-        )
-        if history:
-            last = history[-1]
-            text = f" {name}, {found.goodput:.0%}"
-            lines.text(last.time - began, last.step, text, color=colors[name], fontsize=8, va="center")
+            hatch = "///" if any(cost.settled is None for cost in these) else None
+            bars.barh(y, seconds, height * 0.92, color=colors[name], hatch=hatch, edgecolor="white")
+            bars.text(seconds, y, f" {_cell(these, notes=False)}", fontsize=7, color="#444444", va="center")
+        began, done = histories[name]
+        label = f"{name}: goodput {found.goodput:.0%}"
+        lines.plot([one.time - began for one in done], [one.step for one in done], color=colors[name], label=label)
     most = max((cost.seconds for found in accounts.values() for cost in found.costs), default=1.0)
-    bars.set(
-        xscale="log",
-        xlim=(0.02, max(1.0, most) * 12),
-        yticks=range(len(kinds)),
-        xlabel="seconds without a step that was kept",
-    )
+    bars.set(xscale="log", xlim=(least, max(1.0, most) * 30), ylim=(len(kinds) - 0.5, -0.5), yticks=range(len(kinds)))
     bars.set_yticklabels(kinds)
-    bars.invert_yaxis()
-    bars.legend(loc="lower right", fontsize=8)
-    bars.set_title("What an event costs (median; hatched: somebody had to start the job anew)", fontsize=10)
-    lines.set(xlabel="seconds", ylabel="step")
-    lines.set_title("The same schedule: steps over time, and goodput", fontsize=10)
-    lines.margins(x=0.2)
+    bars.set_xlabel("seconds without a step that was kept")
+    bars.set_title("What an event costs: seconds, steps again (hatched: started anew by hand)", fontsize=10)
+    lines.set(xlabel="seconds", ylabel="step", xlim=(0, None))
+    lines.set_title("The same schedule: steps over time", fontsize=10)
+    figure.legend(*lines.get_legend_handles_labels(), loc="outside lower center", ncols=len(accounts), fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
