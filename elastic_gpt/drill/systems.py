@@ -61,6 +61,7 @@ class Ours(LocalJob):
         return [
             *("debug_cpu", "--data.dir", str(data), "--device=cpu", "--observe.tensorboard=false"),
             *("--evaluate.interval=0", f"--checkpoint.interval={DISK_INTERVAL}"),
+            "--optimizer.decay-steps=1000",  # not by the number of steps, which the undisturbed run has fewer of
             f"--elastic.snapshot-interval={MEMORY_INTERVAL}",
         ]
 
