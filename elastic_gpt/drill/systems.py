@@ -5,6 +5,7 @@ other three train is model_zoo/nanogpt/baseline.py, with each one's own ways.
 """
 
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -27,6 +28,7 @@ from elastic_gpt.drill.measures import Done
 from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.nodes.local import LocalJob
 from elastic_gpt.order import Order, sequence_count, sequence_hash
+from elastic_gpt.processes import die_with_parent
 from prepare.data import open_split
 
 BASELINE = "model_zoo.nanogpt.baseline"
@@ -180,10 +182,11 @@ class Other:
 
     def start(self, command: list[str], log: str, **environment: str) -> psutil.Popen:
         common = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+        end_with_us = functools.partial(die_with_parent, os.getpid())
         with (self.out / log).open("ab") as output:
             return psutil.Popen(
                 [sys.executable, *command], env=os.environ | common | environment, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=output, start_new_session=True,
+                stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_us,
             )  # fmt: skip
 
     def add_node(self) -> int:

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elastic_gpt import settings
 from elastic_gpt.order import Order, sequence_count
+from elastic_gpt.processes import die_with_parent
 from model_zoo.nanogpt.config import PRESETS, TrainConfig
 from model_zoo.nanogpt.model import GPT
 from prepare.data import open_split, read_meta
@@ -229,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def pace(began: float) -> None:
         time.sleep(0.0 if args.undisturbed else max(0.0, STEP_SECONDS - (time.monotonic() - began)))
 
+    die_with_parent(os.getppid())  # nothing is left of a drill that is killed
     write()
     torch.set_num_threads(1)
     training = Training(args.data)

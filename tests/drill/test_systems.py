@@ -1,12 +1,15 @@
 """What the jobs of a comparison tell of themselves, and how their nodes are started."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -76,3 +79,20 @@ def test_a_new_replica_group_has_the_number_of_one_that_is_away_and_finds_the_sa
     job.begin(2)
     assert [group for group, _ in started] == ["0", "1", "2", "1", "0", "1"]
     assert {lighthouse for _, lighthouse in started} == {f"http://127.0.0.1:{job.master}"}
+
+
+def test_what_a_comparison_starts_ends_with_it_even_when_it_is_killed(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from elastic_gpt.drill.systems import Torchrun
+job = Torchrun(Path(), Path({str(tmp_path)!r}), 2)
+print(job.start(["-c", "import time; time.sleep(600)"], "log").pid, flush=True)
+input()
+"""
+    drill = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert drill.stdout
+    started = int(drill.stdout.readline())
+    assert psutil.pid_exists(started)
+    drill.kill()
+    drill.wait()
+    until(lambda: not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE)
