@@ -73,10 +73,14 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
-            if self._word:
-                self._tell(self._key, self._word)
-            self._tell_progress()
+            self.renew()
         self._tell(self._key, b"")
+
+    def renew(self) -> None:
+        """Say once more what this node is. Called by a thread of this lease's own."""
+        if self._word:
+            self._tell(self._key, self._word)
+        self._tell_progress()
 
     def _tell_progress(self) -> None:
         try:
