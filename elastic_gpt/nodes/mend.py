@@ -139,7 +139,7 @@ def hold_a_lease() -> list[Lease]:
     def next_and_hold(self: Any) -> Any:
         if not lease:
             lease.append(Lease(functools.partial(report, self._client), env_utils.get_node_id()))
-        lease[0].ask()
+        lease[0].ask(self._name, self._node_rank, self._local_world_size)
         found = next_rendezvous(self)
         lease[0].hold()
         return found

@@ -22,7 +22,7 @@ from elastic_gpt.contract import Progress, progress_file
 
 PROGRESS_KEY = "elastic-gpt/progress"
 KEY = "elastic-gpt/lease/"
-WAITS, HELD = b"waits", b"held"  # values of a lease
+WAITS, HELD = b"waits", b"held"  # values of a lease; after WAITS: where, as which rank, with how many workers
 LEASE_SECONDS = 5.0  # a machine that vanished without a word costs a membership change this much
 RENEW_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # for a node that is alive and does not come; torchelastic gives its workers 30 s to end
@@ -46,9 +46,14 @@ class Lease:
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
-    def ask(self) -> None:
-        """From now on this node waits for a world; the one that it may have been in is over for it."""
-        self._say(WAITS)
+    def ask(self, rendezvous: str, rank: int, workers: int) -> None:
+        """From now on this node waits for a world; the one that it may have been in is over for it.
+
+        Args:
+            rendezvous: DLRover's name of the one that it waits in.
+            rank, workers: of this node, as DLRover has them.
+        """
+        self._say(b" ".join([WAITS, rendezvous.encode(), b"%d" % rank, b"%d" % workers]))
 
     def hold(self) -> None:
         """From now on this node is in a world."""
@@ -105,6 +110,7 @@ class Leases:
         self._clock = clock
         self._renewed: dict[int, float] = {}
         self._members: set[int] = set()  # those that have been in a world, and were never without a lease since
+        self._asks: dict[int, tuple[str, int, int]] = {}  # rendezvous, rank and workers of those that wait for a world
         self._gone: set[int] = set()
         self.since: float | None = None
         """When the first lease was renewed here."""
@@ -120,10 +126,13 @@ class Leases:
             return False
         node = int(key.removeprefix(KEY))
         self._renewed[node] = self._clock() if value else -math.inf  # one that leaves may have been waiting for a world
+        self._asks.pop(node, None)
         if value:
             self.since = self.since or self._renewed[node]
             if value == HELD:
                 self._members.add(node)
+            elif ask := value.split()[1:]:
+                self._asks[node] = ask[0].decode(), int(ask[1]), int(ask[2])
         else:
             self._members.discard(node)
         return True
@@ -152,6 +161,11 @@ class Leases:
         """Ids of the nodes that are in a world, or were in the last one and want to be in the next."""
         return self._members & self.held()
 
+    def asks(self, rendezvous: str) -> dict[int, tuple[int, int]]:
+        """Rank and workers of each node that waits for a world of this rendezvous, by its id."""
+        held = self.held()
+        return {node: ask for node, (name, *ask) in list(self._asks.items()) if name == rendezvous and node in held}
+
     def lost(self) -> set[int]:
         """Ids of the nodes that are gone, and of those that gave up a lease or have not renewed it."""
         return (self._renewed.keys() - self.held()) | self._gone
@@ -166,26 +180,36 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
     from dlrover.python.master.elastic_training import kv_store_service, rdzv_manager
 
     found: list[float] = []  # when the first node asked for a world
-    # Rank of a node to the rendezvous that it waited for, and what that knew of it.
-    silent: dict[int, tuple[Any, Any]] = {}
+    managers: set[Any] = set()
     put = kv_store_service.KVStoreService.set
     remove = rdzv_manager.RendezvousManager.remove_alive_node
     check = rdzv_manager.RendezvousManager._check_rdzv_completed
 
+    def take_up(manager: Any) -> None:
+        """Have those wait who say that they do: an agent asks once only, and its place may be lost.
+
+        So it is where another node came before this one had seen its world, where the master was started anew, and where
+        this node was silent for a while.
+        """
+        with manager._lock:
+            known = {node.node_id for node in [*manager._waiting_nodes.values(), *manager._rdzv_nodes.values()]}
+            for node, (rank, workers) in leases.asks(manager._name).items():
+                if node not in known:
+                    manager.join_rendezvous(node, rank, workers)
+
     def set_value(store: Any, key: str, value: bytes) -> None:
         if not leases.told(key, value):
             put(store, key, value)
-        for rank, (manager, node) in list(silent.items()):
-            if node.node_id in leases.held():  # a machine that stood still: it asks once only, and is waiting
-                with manager._lock:
-                    manager._waiting_nodes.setdefault(rank, node)
-                silent.pop(rank, None)  # the agents are heard in several threads
+        elif value.startswith(WAITS):
+            for manager in list(managers):  # agents are heard in several threads
+                take_up(manager)
 
     def remove_alive_node(manager: Any, node: Any) -> None:
         leases.gone(node.id)
         remove(manager, node)
 
     def check_completed(manager: Any) -> bool:
+        managers.add(manager)
         if not found:
             found.append(time.monotonic())
         if restarted and time.monotonic() < (leases.since or found[0]) + RECONNECT_SECONDS:
@@ -193,7 +217,8 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         lost = leases.lost()
         for rank, node in list(manager._waiting_nodes.items()):
             if node.node_id in lost:
-                silent[rank] = manager, manager._waiting_nodes.pop(rank)
+                del manager._waiting_nodes[rank]
+        take_up(manager)
         waiting = {node.node_id for node in manager._waiting_nodes.values()}
         if leases.held() - waiting and time.time() - manager._lastcall_time < PATIENCE_SECONDS:
             return False

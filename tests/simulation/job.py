@@ -111,7 +111,7 @@ def virtual_time(clock: Clock) -> Iterator[None]:
         yield
 
 
-class Group:class Group:
+class Group:
     """The workers of the nodes that were given one world: they meet at one address, and commit together."""
 
     def __init__(self, job: "Job", address: str, world: list[int]) -> None:
@@ -407,7 +407,7 @@ class Node(Machine):
         """MasterRendezvousHandler.next_rendezvous and ElasticTrainingAgent._rendezvous, as mended."""
         number, rank, least, most = self.id, self.rank, self.job.least, self.job.most
         while True:
-            yield from self.say(self.lease.ask)
+            yield from self.say(lambda: self.lease.ask("elastic-training", rank, 1))
             yield from self.ask(lambda master: master.manager.update_rdzv_params(least, most, 1, 1))
             yield from self.ask(lambda master: master.manager.join_rendezvous(number, rank, 1))
             self.job.say(f"{self} waits")
