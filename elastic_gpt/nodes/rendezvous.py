@@ -180,9 +180,12 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
     from dlrover.python.master.elastic_training import kv_store_service, rdzv_manager
 
     found: list[float] = []  # when the first node asked for a world
+    missing: dict[int, float] = {}  # since when those who wait have waited for a node
     managers: set[Any] = set()
+    seen: set[tuple[Any, int]] = set()  # rendezvous, and rank of a node that has seen its last world
     put = kv_store_service.KVStoreService.set
     remove = rdzv_manager.RendezvousManager.remove_alive_node
+    join = rdzv_manager.RendezvousManager.join_rendezvous
     check = rdzv_manager.RendezvousManager._check_rdzv_completed
 
     def take_up(manager: Any) -> None:
@@ -208,11 +211,31 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         leases.gone(node.id)
         remove(manager, node)
 
+    def join_rendezvous(manager: Any, node: int, rank: int, workers: int, ip: str = "") -> Any:
+        with manager._lock:
+            if not manager._waiting_nodes:
+                missing.clear()
+            there = manager._rdzv_nodes.get(rank)
+            if there and there.node_id == node and (manager, rank) not in seen:
+                return manager._rdzv_round  # it was taken up before it asked: to begin anew would take the world from all
+            return join(manager, node, rank, workers, ip)
+
+    def see(get_comm_world: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+        def get(manager: Any, rank: int) -> Any:
+            with manager._lock:
+                answer = get_comm_world(manager, rank)
+                if rank in answer[2]:
+                    seen.add((manager, rank))
+                return answer
+
+        return get
+
     def check_completed(manager: Any) -> bool:
         managers.add(manager)
+        now = time.monotonic()
         if not found:
-            found.append(time.monotonic())
-        if restarted and time.monotonic() < (leases.since or found[0]) + RECONNECT_SECONDS:
+            found.append(now)
+        if restarted and now < (leases.since or found[0]) + RECONNECT_SECONDS:
             return False
         lost = leases.lost()
         for rank, node in list(manager._waiting_nodes.items()):
@@ -220,12 +243,22 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
                 del manager._waiting_nodes[rank]
         take_up(manager)
         waiting = {node.node_id for node in manager._waiting_nodes.values()}
-        if leases.held() - waiting and time.time() - manager._lastcall_time < PATIENCE_SECONDS:
+        absent = leases.held() - waiting
+        for node in missing.keys() - absent:
+            del missing[node]
+        if any([now - missing.setdefault(node, now) < PATIENCE_SECONDS for node in absent]):
             return False
+        manager._lastcall_time = min(manager._lastcall_time, time.time())  # a clock that was set back is no reason to wait
         if leases.members() and leases.held() <= waiting:  # nobody else is worth a last call
             manager._lastcall_time = 0
-        return bool(check(manager))
+        completed = bool(check(manager))
+        if completed:
+            seen.difference_update({one for one in seen if one[0] is manager})
+        return completed
 
     kv_store_service.KVStoreService.set = set_value
     rdzv_manager.RendezvousManager.remove_alive_node = remove_alive_node
+    rdzv_manager.RendezvousManager.join_rendezvous = join_rendezvous
     rdzv_manager.RendezvousManager._check_rdzv_completed = check_completed
+    for kind in (rdzv_manager.ElasticTrainingRendezvousManager, rdzv_manager.NetworkCheckRendezvousManager):
+        kind.get_comm_world = see(kind.get_comm_world)

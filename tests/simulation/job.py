@@ -24,7 +24,11 @@ import pytest
 from dlrover.python.common.node import Node as DlroverNode
 from dlrover.python.master.elastic_training import rdzv_manager
 from dlrover.python.master.elastic_training.kv_store_service import KVStoreService
-from dlrover.python.master.elastic_training.rdzv_manager import ElasticTrainingRendezvousManager, RendezvousManager
+from dlrover.python.master.elastic_training.rdzv_manager import (
+    ElasticTrainingRendezvousManager,
+    NetworkCheckRendezvousManager,
+    RendezvousManager,
+)
 
 from elastic_gpt.nodes import master as master_room
 from elastic_gpt.nodes import rendezvous
@@ -63,6 +67,8 @@ MENDED = {  # methods of DLRover's, by the class that has them: wait_for_members
         (RendezvousManager, "remove_alive_node"),
         (RendezvousManager, "join_rendezvous"),
         (RendezvousManager, "_check_rdzv_completed"),
+        (ElasticTrainingRendezvousManager, "get_comm_world"),
+        (NetworkCheckRendezvousManager, "get_comm_world"),
     ]
 }
 
