@@ -319,10 +319,10 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
             # The client; its worker goes with it, even if stopped.
             agent._pcontext.subprocess_handlers[rank].proc.kill()
 
-    def start(agent: Any, group: Any) -> None:
+    def start(agent: Any, group: Any, *, in_world: bool = False) -> None:
         if not all_live(agent):
             workers.forget()
-            for held in lease:
+            for held in [] if in_world else lease:
                 held.pause()
             group.store, group.master_addr, group.master_port = group.store or workers, "", 0  # of no meaning yet
             agent._start_workers(group)
@@ -353,7 +353,8 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
         start(self, group)
         if all_wait(self, float("inf")):  # what it ends with before there is a world is nobody else's business
             self._rendezvous(group)
-            start(self, group)  # what has ended meanwhile
+            # What has ended meanwhile. The lease stays: without it others would form a world beside the one given here.
+            start(self, group, in_world=True)
             places = {
                 "RANK": "global_rank",
                 "WORLD_SIZE": "world_size",

@@ -288,6 +288,11 @@ class Node(Machine):
             self.lease.release()
             self.start(self.go())
 
+    def can_save(self) -> bool:
+        """Whether what it holds need not be lost: a node that is asked to leave saves it where all of its world live."""
+        whole = self.group and self.group.begun and all(node.alive for node in self.group.there.values())
+        return not self.leaves or bool(whole)
+
     def go(self) -> Process:
         if self.group and self.group.begun:
             self.group.call()
@@ -365,13 +370,14 @@ class Node(Machine):
             if self.leaves:
                 return
             if not self.up:
-                yield from self.start_worker()
+                yield from self.start_worker(in_world=True)
             self.waits, self.group = False, self.job.group(address, world)
             self.group.join(self, rank, world)
             yield from self.watch()
 
-    def start_worker(self) -> Process:
-        yield from self.say(self.lease.pause)
+    def start_worker(self, in_world: bool = False) -> Process:
+        if not in_world:
+            yield from self.say(self.lease.pause)
         yield self.job.random.uniform(0.1, START_SECONDS)
         self.up = self.waits = True
 
@@ -690,7 +696,7 @@ class Job:
         """A life begins, and the ledger says so: what an earlier world still does is not kept."""
         self.say(f"{group} begins at step {group.step}")
         others = [node for node in self.nodes.values() if node.alive and node not in group.there.values()]
-        better = [node for node in others if node.held[0] > group.step and self.is_kept(node.held)]
+        better = [node for node in others if node.held[0] > group.step and self.is_kept(node.held) and node.can_save()]
         if lost := [node for node in better if node.id not in self.left_out]:
             raise Violation(f"{group} begins at step {group.step}, and {lost} has step {lost[0].held[0]}")
         group.life, group.start = len(self.lives), group.step
