@@ -12,17 +12,18 @@ In a pod the agent tells with its lease how far training is (contract.py), and t
 """
 
 import atexit
+import itertools
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from elastic_gpt.contract import Progress, progress_file
 
 PROGRESS_KEY = "elastic-gpt/progress"
 KEY = "elastic-gpt/lease/"
-WAITS, HELD = b"waits", b"held"  # values of a lease; after WAITS: where, as which rank, with how many workers
+WAITS, HELD = b"waits", b"held"  # words of a lease, after a number; after WAITS: where, as which rank, how many workers
 LEASE_SECONDS = 5.0  # a machine that vanished without a word costs a membership change this much
 RENEW_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # for a node that is alive and does not come; torchelastic gives its workers 30 s to end
@@ -43,6 +44,7 @@ class Lease:
         self._progress = progress_file()  # None outside of pods
         self._progress_told = b""
         self._word = b""  # what this node is: nothing, waiting for a world, or in one
+        self._numbers, self._lock = itertools.count(1), threading.Lock()
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -66,8 +68,7 @@ class Lease:
     def _say(self, word: bytes) -> None:
         if self._released.is_set():
             return
-        self._word = word
-        self._tell(self._key, word)
+        self._tell_word(word)
         if not self._thread.is_alive():
             self._thread.start()
             atexit.register(self._tell_progress)  # its last word may be younger than the last renewal
@@ -79,13 +80,20 @@ class Lease:
     def _renew(self) -> None:
         while not self._released.wait(RENEW_SECONDS):
             self.renew()
-        self._tell(self._key, b"")
+        self._tell_word(b"")
 
     def renew(self) -> None:
         """Say once more what this node is. Called by a thread of this lease's own."""
         if self._word:
-            self._tell(self._key, self._word)
+            self._tell_word()
         self._tell_progress()
+
+    def _tell_word(self, word: bytes | None = None) -> None:
+        """Say what this node is, or has been until now; with a number, for a late message is not to undo a newer one."""
+        with self._lock:
+            self._word = self._word if word is None else word
+            value = b"%d %s" % (next(self._numbers), self._word)
+        self._tell(self._key, value)
 
     def _tell_progress(self) -> None:
         try:
@@ -110,6 +118,7 @@ class Leases:
         self._clock = clock
         self._renewed: dict[int, float] = {}
         self._members: set[int] = set()  # those that have been in a world, and were never without a lease since
+        self._numbers: dict[int, int] = {}  # of each node's last word
         self._asks: dict[int, tuple[str, int, int]] = {}  # rendezvous, rank and workers of those that wait for a world
         self._gone: set[int] = set()
         self.since: float | None = None
@@ -125,6 +134,10 @@ class Leases:
         if not key.startswith(KEY):
             return False
         node = int(key.removeprefix(KEY))
+        number, _, value = value.partition(b" ")
+        if int(number) < self._numbers.get(node, 0):
+            return True  # a late one
+        self._numbers[node] = int(number)
         self._renewed[node] = self._clock() if value else -math.inf  # one that leaves may have been waiting for a world
         self._asks.pop(node, None)
         if value:
@@ -151,6 +164,10 @@ class Leases:
     def gone(self, node: int) -> None:
         """The node has gone, or is about to; ids are never used again."""
         self._gone.add(node)
+
+    def are_gone(self, nodes: Iterable[int]) -> int:
+        """How many of these are known to have gone."""
+        return len(self._gone.intersection(nodes))
 
     def held(self) -> set[int]:
         """Ids of the nodes that are in a world, or want to be."""
@@ -181,12 +198,12 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
 
     found: list[float] = []  # when the first node asked for a world
     missing: dict[int, float] = {}  # since when those who wait have waited for a node
-    managers: set[Any] = set()
-    seen: set[tuple[Any, int]] = set()  # rendezvous, and rank of a node that has seen its last world
+    seen: dict[Any, set[int]] = {}  # of each rendezvous the ranks of the nodes that have seen its last world
     put = kv_store_service.KVStoreService.set
     remove = rdzv_manager.RendezvousManager.remove_alive_node
     join = rdzv_manager.RendezvousManager.join_rendezvous
     check = rdzv_manager.RendezvousManager._check_rdzv_completed
+    count = rdzv_manager.RendezvousManager.num_nodes_waiting
 
     def take_up(manager: Any) -> None:
         """Have those wait who say that they do: an agent asks once only, and its place may be lost.
@@ -203,8 +220,8 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
     def set_value(store: Any, key: str, value: bytes) -> None:
         if not leases.told(key, value):
             put(store, key, value)
-        elif value.startswith(WAITS):
-            for manager in list(managers):  # agents are heard in several threads
+        elif WAITS in value:
+            for manager in list(seen):  # agents are heard in several threads
                 take_up(manager)
 
     def remove_alive_node(manager: Any, node: Any) -> None:
@@ -216,7 +233,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
             if not manager._waiting_nodes:
                 missing.clear()
             there = manager._rdzv_nodes.get(rank)
-            if there and there.node_id == node and (manager, rank) not in seen:
+            if there and there.node_id == node and rank not in seen.get(manager, ()):
                 return manager._rdzv_round  # it was taken up before it asked: to begin anew would take the world from all
             return join(manager, node, rank, workers, ip)
 
@@ -225,13 +242,13 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
             with manager._lock:
                 answer = get_comm_world(manager, rank)
                 if rank in answer[2]:
-                    seen.add((manager, rank))
+                    seen.setdefault(manager, set()).add(rank)
                 return answer
 
         return get
 
     def check_completed(manager: Any) -> bool:
-        managers.add(manager)
+        seen.setdefault(manager, set())
         now = time.monotonic()
         if not found:
             found.append(now)
@@ -253,12 +270,18 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
             manager._lastcall_time = 0
         completed = bool(check(manager))
         if completed:
-            seen.difference_update({one for one in seen if one[0] is manager})
+            seen[manager].clear()
         return completed
+
+    def num_nodes_waiting(manager: Any) -> int:
+        """More than none: all come for another world. Those who wait for one that has gone since theirs was formed come, too."""
+        with manager._lock:
+            return int(count(manager)) + leases.are_gone(node.node_id for node in manager._rdzv_nodes.values())
 
     kv_store_service.KVStoreService.set = set_value
     rdzv_manager.RendezvousManager.remove_alive_node = remove_alive_node
     rdzv_manager.RendezvousManager.join_rendezvous = join_rendezvous
     rdzv_manager.RendezvousManager._check_rdzv_completed = check_completed
+    rdzv_manager.RendezvousManager.num_nodes_waiting = num_nodes_waiting
     for kind in (rdzv_manager.ElasticTrainingRendezvousManager, rdzv_manager.NetworkCheckRendezvousManager):
         kind.get_comm_world = see(kind.get_comm_world)

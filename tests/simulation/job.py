@@ -67,6 +67,7 @@ MENDED = {  # methods of DLRover's, by the class that has them: wait_for_members
         (RendezvousManager, "remove_alive_node"),
         (RendezvousManager, "join_rendezvous"),
         (RendezvousManager, "_check_rdzv_completed"),
+        (RendezvousManager, "num_nodes_waiting"),
         (ElasticTrainingRendezvousManager, "get_comm_world"),
         (NetworkCheckRendezvousManager, "get_comm_world"),
     ]
@@ -136,6 +137,7 @@ class Group:
 
     def join(self, node: "Node", rank: int, world: list[int]) -> None:
         if self.over:  # a store that nobody keeps any more: the worker waits until it is called, or for the time of a sum
+            self.job.clock.after(COLLECTIVE_SECONDS, node.give_up(self))
             return
         if world != self.world or self.there.get(rank, node) is not node:
             raise Violation(f"node {node.id} is rank {rank} of {world} in {self}, where {self.there.get(rank)} is")
@@ -229,7 +231,7 @@ class VirtualLease(Lease):
         return self._released.is_set()
 
     def end(self) -> None:
-        self._tell(self._key, b"")
+        self._tell_word(b"")
 
 
 class Node(Machine):
@@ -451,6 +453,7 @@ class Master(Machine):
         self.leases = Leases(clock=lambda: job.clock.now)
         self.began = job.clock.now
         self.heard: dict[int, tuple[float, bytes]] = {}  # when each node was heard last, and what it said
+        self.numbers: dict[int, int] = {}  # of the last of a node's words
         self.told_gone: set[int] = set()
         self.waiting_since: float | None = None
         for (owner, name), method in MENDED.items():  # a new process would have them as DLRover wrote them
@@ -471,7 +474,9 @@ class Master(Machine):
 
     def hear(self, node: int, key: str, value: bytes) -> None:
         if key.startswith(KEY):
-            self.heard[node] = self.job.clock.now, value
+            number, _, word = value.partition(b" ")
+            if int(number) >= self.numbers.get(node, 0):
+                self.heard[node], self.numbers[node] = (self.job.clock.now, word), int(number)
         self.store.set(key, value)
 
     def world(self, rank: int) -> tuple[int, dict[int, int]]:

@@ -27,8 +27,6 @@ class Faults:
         self.job.say(f"{node} is killed")
         node.kill()
         self.job.ended(node, seconds)
-        if node.group and not node.group.begun:  # who waits to meet it waits as for any silent peer
-            self.job.disturb(seconds, COLLECTIVE_SECONDS)
 
     def vanish(self, node: Node, seconds: float) -> None:
         """Its machine is off: no connection is closed, and no word comes."""
@@ -39,9 +37,8 @@ class Faults:
 
     def kill_worker(self, node: Node, seconds: float) -> None:  # noqa: ARG002 - all have it
         self.job.say(f"{node} loses its worker")
-        more = COLLECTIVE_SECONDS if node.group and not node.group.begun else 0.0
         node.kill_worker()
-        self.job.disturb(0.0, more)
+        self.job.disturb(0.0)
 
     def ask_to_leave(self, node: Node, seconds: float) -> None:  # noqa: ARG002
         self.job.say(f"{node} is preempted")
