@@ -199,6 +199,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
     found: list[float] = []  # when the first node asked for a world
     missing: dict[int, float] = {}  # since when those who wait have waited for a node
     seen: dict[Any, set[int]] = {}  # of each rendezvous the ranks of the nodes that have seen its last world
+    known: dict[Any, set[int]] = {}  # who held a lease when that was formed: in it, or waited for in vain
     put = kv_store_service.KVStoreService.set
     remove = rdzv_manager.RendezvousManager.remove_alive_node
     join = rdzv_manager.RendezvousManager.join_rendezvous
@@ -212,9 +213,9 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         this node was silent for a while.
         """
         with manager._lock:
-            known = {node.node_id for node in [*manager._waiting_nodes.values(), *manager._rdzv_nodes.values()]}
+            there = {node.node_id for node in [*manager._waiting_nodes.values(), *manager._rdzv_nodes.values()]}
             for node, (rank, workers) in leases.asks(manager._name).items():
-                if node not in known:
+                if node not in there:
                     manager.join_rendezvous(node, rank, workers)
 
     def set_value(store: Any, key: str, value: bytes) -> None:
@@ -271,12 +272,18 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         completed = bool(check(manager))
         if completed:
             seen[manager].clear()
+            known[manager] = leases.held()
         return completed
 
     def num_nodes_waiting(manager: Any) -> int:
-        """More than none: all come for another world. Those who wait for one that has gone since theirs was formed come, too."""
+        """More than none: all come for another world.
+
+        So they do for one of theirs that has gone before they met, and for one that is back, in a world of old, after it was silent.
+        """
         with manager._lock:
-            return int(count(manager)) + leases.are_gone(node.node_id for node in manager._rdzv_nodes.values())
+            world = {node.node_id for node in manager._rdzv_nodes.values()}
+            back = leases.members() - world - known.get(manager, set()) if world else set()
+            return int(count(manager)) + leases.are_gone(world) + len(back)
 
     kv_store_service.KVStoreService.set = set_value
     rdzv_manager.RendezvousManager.remove_alive_node = remove_alive_node
