@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_gpt.contract import FAILED, NO_WORLD, USERS_MISTAKE
-from elastic_gpt.nodes.rendezvous import Lease
+from elastic_gpt.nodes.rendezvous import Ask, Lease
 from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.settings import SettingsError
 
@@ -139,7 +139,10 @@ def hold_a_lease() -> list[Lease]:
     def next_and_hold(self: Any) -> Any:
         if not lease:
             lease.append(Lease(functools.partial(report, self._client), env_utils.get_node_id()))
-        lease[0].ask(self._name, self._node_rank, self._local_world_size)
+        nodes = self._rdzv_params
+        wait = int(nodes.get("lastcall_timeout", 60))
+        rank, workers = self._node_rank, self._local_world_size
+        lease[0].ask(Ask(self._name, rank, workers, nodes.min_nodes, nodes.max_nodes, wait))
         found = next_rendezvous(self)
         lease[0].hold()
         return found

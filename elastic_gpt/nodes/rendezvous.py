@@ -17,18 +17,32 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from elastic_gpt.contract import Progress, progress_file
 
 PROGRESS_KEY = "elastic-gpt/progress"
 KEY = "elastic-gpt/lease/"
-WAITS, HELD = b"waits", b"held"  # words of a lease, after a number; after WAITS: where, as which rank, how many workers
+WAITS, HELD = b"waits", b"held"  # words of a lease, after a number; after WAITS comes an Ask
 LEASE_SECONDS = 5.0  # a machine that vanished without a word costs a membership change this much
 RENEW_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # for a node that is alive and does not come; torchelastic gives its workers 30 s to end
 RECONNECT_SECONDS = 3.0  # between the first and the last node of a world to find a master that was started anew
 PROGRESS_SECONDS = 5.0  # between two lines of progress in the master's log, at least
+
+
+class Ask(NamedTuple):
+    """What a node that waits for a world has told the master; a master that was started anew learns it from its lease."""
+
+    rendezvous: str
+    """DLRover's name of it."""
+    rank: int
+    workers: int
+    least: int
+    """Nodes of a world; --nnodes."""
+    most: int
+    last_call: int
+    """Seconds in which others may come to a first world."""
 
 
 class Lease:
@@ -48,14 +62,9 @@ class Lease:
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
-    def ask(self, rendezvous: str, rank: int, workers: int) -> None:
-        """From now on this node waits for a world; the one that it may have been in is over for it.
-
-        Args:
-            rendezvous: DLRover's name of the one that it waits in.
-            rank, workers: of this node, as DLRover has them.
-        """
-        self._say(b" ".join([WAITS, rendezvous.encode(), b"%d" % rank, b"%d" % workers]))
+    def ask(self, ask: Ask) -> None:
+        """From now on this node waits for a world; the one that it may have been in is over for it."""
+        self._say(b" ".join([WAITS, *(str(word).encode() for word in ask)]))
 
     def hold(self) -> None:
         """From now on this node is in a world."""
@@ -119,7 +128,7 @@ class Leases:
         self._renewed: dict[int, float] = {}
         self._members: set[int] = set()  # those that have been in a world, and were never without a lease since
         self._numbers: dict[int, int] = {}  # of each node's last word
-        self._asks: dict[int, tuple[str, int, int]] = {}  # rendezvous, rank and workers of those that wait for a world
+        self._asks: dict[int, Ask] = {}  # of those that wait for a world
         self._gone: set[int] = set()
         self.since: float | None = None
         """When the first lease was renewed here."""
@@ -144,8 +153,9 @@ class Leases:
             self.since = self.since or self._renewed[node]
             if value == HELD:
                 self._members.add(node)
-            elif ask := value.split()[1:]:
-                self._asks[node] = ask[0].decode(), int(ask[1]), int(ask[2])
+            else:
+                _, rendezvous, *numbers = value.decode().split()
+                self._asks[node] = Ask(rendezvous, *map(int, numbers))
         else:
             self._members.discard(node)
         return True
@@ -178,10 +188,10 @@ class Leases:
         """Ids of the nodes that are in a world, or were in the last one and want to be in the next."""
         return self._members & self.held()
 
-    def asks(self, rendezvous: str) -> dict[int, tuple[int, int]]:
-        """Rank and workers of each node that waits for a world of this rendezvous, by its id."""
+    def asks(self, rendezvous: str) -> dict[int, Ask]:
+        """By their ids, what those nodes ask that wait for a world of this rendezvous."""
         held = self.held()
-        return {node: ask for node, (name, *ask) in list(self._asks.items()) if name == rendezvous and node in held}
+        return {node: ask for node, ask in list(self._asks.items()) if ask.rendezvous == rendezvous and node in held}
 
     def lost(self) -> set[int]:
         """Ids of the nodes that are gone, and of those that gave up a lease or have not renewed it."""
@@ -214,9 +224,10 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         """
         with manager._lock:
             there = {node.node_id for node in [*manager._waiting_nodes.values(), *manager._rdzv_nodes.values()]}
-            for node, (rank, workers) in leases.asks(manager._name).items():
+            for node, ask in leases.asks(manager._name).items():
                 if node not in there:
-                    manager.join_rendezvous(node, rank, workers)
+                    manager.update_rdzv_params(ask.least, ask.most, ask.last_call, 1)
+                    manager.join_rendezvous(node, ask.rank, ask.workers)
 
     def set_value(store: Any, key: str, value: bytes) -> None:
         if not leases.told(key, value):
@@ -261,6 +272,8 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
                 del manager._waiting_nodes[rank]
         take_up(manager)
         waiting = {node.node_id for node in manager._waiting_nodes.values()}
+        if not waiting:  # DLRover would form a world of none, before it knows how many are needed
+            return False
         absent = leases.held() - waiting
         for node in missing.keys() - absent:
             del missing[node]

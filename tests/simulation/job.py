@@ -40,6 +40,7 @@ from elastic_gpt.nodes.rendezvous import (
     PATIENCE_SECONDS,
     RECONNECT_SECONDS,
     RENEW_SECONDS,
+    Ask,
     Lease,
     Leases,
     wait_for_members,
@@ -421,7 +422,7 @@ class Node(Machine):
         """MasterRendezvousHandler.next_rendezvous and ElasticTrainingAgent._rendezvous, as mended."""
         number, rank, least, most = self.id, self.rank, self.job.least, self.job.most
         while True:
-            yield from self.say(lambda: self.lease.ask("elastic-training", rank, 1))
+            yield from self.say(lambda: self.lease.ask(Ask("elastic-training", rank, 1, least, most, 1)))
             yield from self.ask(lambda master: master.manager.update_rdzv_params(least, most, 1, 1))
             yield from self.ask(lambda master: master.manager.join_rendezvous(number, rank, 1))
             self.job.say(f"{self} waits")
@@ -738,6 +739,8 @@ class Job:
             at, word = master.heard.get(number, (-math.inf, b""))
             if not self.nodes[number].alive and (now - at >= LEASE_SECONDS or not word or number in master.told_gone):
                 raise Violation(f"a world of {world} is formed with node {number}, which is known to be lost")
+        if len(world) < self.least:
+            raise Violation(f"a world of {world} is formed, and the least is {self.least} nodes")
         self.left_out = set()
         for node in self.nodes.values():
             if not node.alive or node.id in world:
