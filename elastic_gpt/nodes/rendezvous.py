@@ -260,7 +260,10 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         return get
 
     def check_completed(manager: Any) -> bool:
-        seen.setdefault(manager, set())
+        if manager not in seen:
+            seen[manager] = set()
+            if restarted:  # not the rounds of the master before: an address that was meant for one of those may come here
+                manager._rdzv_round = 2 * int(time.time())
         now = time.monotonic()
         if not found:
             found.append(now)

@@ -137,11 +137,11 @@ class Group:
         return self.step, self.life
 
     def join(self, node: "Node", rank: int, world: list[int]) -> None:
+        if world != self.world or self.there.get(rank, node) is not node:
+            raise Violation(f"node {node.id} is rank {rank} of {world} in {self}, where {self.there.get(rank)} is")
         if self.over:  # a store that nobody keeps any more: the worker waits until it is called, or for the time of a sum
             self.job.clock.after(COLLECTIVE_SECONDS, node.give_up(self))
             return
-        if world != self.world or self.there.get(rank, node) is not node:
-            raise Violation(f"node {node.id} is rank {rank} of {world} in {self}, where {self.there.get(rank)} is")
         self.there[rank] = node
         if len(self.there) == len(self.world):
             self.job.clock.after(self.job.random.uniform(0.01, 0.3), self.begin)
@@ -487,14 +487,17 @@ class Master(Machine):
         self.waiting_since = (self.waiting_since or now) if self.manager._waiting_nodes else None
         turn, _, nodes = self.manager.get_comm_world(rank)
         world = {one: meta.node_id for one, meta in nodes.items()}
-        if turn != before:
+        if turn != before and world:
             self.job.say(f"round {turn}: {list(world.values())}")
             self.job.check_formed(self, list(world.values()))
         return turn, world
 
     def gone(self, node: int) -> None:
         self.told_gone.add(node)
-        self.manager.remove_alive_node(DlroverNode("worker", node))
+        if self.job.pods_are_watched:
+            self.manager.remove_alive_node(DlroverNode("worker", node))
+        else:  # as the launcher of local nodes tells it
+            self.leases.gone(node)
 
     # --- DLRover's job manager, as far as scaling sees it
 
@@ -582,6 +585,7 @@ class Job:
         self.nodes: dict[int, Node] = {}
         self.pods: dict[int, Record] = {}  # that have not come yet
         self.numbers, self.ports, self.groups = itertools.count(), itertools.count(1), dict[str, Group]()
+        self.pods_are_watched = self.random.random() < 0.5
         self.loss = 0.0  # share of messages that come late, or too late
         self.step = 0.3
         # --- what the storage and the ledger keep
