@@ -23,7 +23,7 @@ from elastic_gpt.contract import Progress, progress_file
 
 PROGRESS_KEY = "elastic-gpt/progress"
 KEY = "elastic-gpt/lease/"
-WAITS, HELD = b"waits", b"held"  # words of a lease, after a number; after WAITS comes an Ask
+WAITS, HELD, LEAVES = b"waits", b"held", b"leaves"  # words of a lease, after a number; after WAITS comes an Ask
 LEASE_SECONDS = 5.0  # a machine that vanished without a word costs a membership change this much
 RENEW_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # for a node that is alive and does not come; torchelastic gives its workers 30 s to end
@@ -59,7 +59,8 @@ class Lease:
         self._progress_told = b""
         self._word = b""  # what this node is: nothing, waiting for a world, or in one
         self._numbers, self._lock = itertools.count(1), threading.Lock()
-        self._released = threading.Event()
+        self._leaves = self._ended = False
+        self._changed = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def ask(self, ask: Ask) -> None:
@@ -75,32 +76,44 @@ class Lease:
         self._say(b"")
 
     def _say(self, word: bytes) -> None:
-        if self._released.is_set():
+        if self._leaves:
             return
         self._tell_word(word)
         if not self._thread.is_alive():
             self._thread.start()
             atexit.register(self._tell_progress)  # its last word may be younger than the last renewal
+            atexit.register(self.end)
 
     def release(self) -> None:
-        """This node leaves: nobody has to wait for it. Safe in a signal handler."""
-        self._released.set()
+        """This node leaves, once the step in flight is done and saved. Safe in a signal handler."""
+        self._leaves = True
+        self._changed.set()
+
+    def end(self) -> None:
+        """This node has left, if it was to leave."""
+        if self._leaves and not self._ended:
+            self._ended = True
+            self._tell_word(b"")
 
     def _renew(self) -> None:
-        while not self._released.wait(RENEW_SECONDS):
+        while not self._ended:
+            self._changed.wait(RENEW_SECONDS)
+            self._changed.clear()
             self.renew()
-        self._tell_word(b"")
 
     def renew(self) -> None:
         """Say once more what this node is. Called by a thread of this lease's own."""
-        if self._word:
+        if self._word or self._leaves:
             self._tell_word()
         self._tell_progress()
 
     def _tell_word(self, word: bytes | None = None) -> None:
         """Say what this node is, or has been until now; with a number, for a late message is not to undo a newer one."""
         with self._lock:
-            self._word = self._word if word is None else word
+            if word is not None:
+                self._word = word
+            elif self._leaves:
+                self._word = b"" if self._ended else LEAVES
             value = b"%d %s" % (next(self._numbers), self._word)
         self._tell(self._key, value)
 
@@ -129,6 +142,7 @@ class Leases:
         self._members: set[int] = set()  # those that have been in a world, and were never without a lease since
         self._numbers: dict[int, int] = {}  # of each node's last word
         self._asks: dict[int, Ask] = {}  # of those that wait for a world
+        self._leaving: set[int] = set()
         self._gone: set[int] = set()
         self.since: float | None = None
         """When the first lease was renewed here."""
@@ -149,10 +163,13 @@ class Leases:
         self._numbers[node] = int(number)
         self._renewed[node] = self._clock() if value else -math.inf  # one that leaves may have been waiting for a world
         self._asks.pop(node, None)
+        self._leaving.discard(node)
         if value:
             self.since = self.since or self._renewed[node]
             if value == HELD:
                 self._members.add(node)
+            elif value == LEAVES:
+                self._leaving.add(node)
             else:
                 _, rendezvous, *numbers = value.decode().split()
                 self._asks[node] = Ask(rendezvous, *map(int, numbers))
@@ -181,8 +198,15 @@ class Leases:
 
     def held(self) -> set[int]:
         """Ids of the nodes that are in a world, or want to be."""
+        return self._heard() - self._leaving
+
+    def leaving(self) -> set[int]:
+        """Ids of the nodes that want to be in no other world, and may still do and save a step of theirs."""
+        return self._heard() & self._leaving
+
+    def _heard(self) -> set[int]:
         now = self._clock()
-        return {node for node, at in self._renewed.items() if now - at < LEASE_SECONDS} - self._gone
+        return {node for node, at in list(self._renewed.items()) if now - at < LEASE_SECONDS} - self._gone
 
     def members(self) -> set[int]:
         """Ids of the nodes that are in a world, or were in the last one and want to be in the next."""
@@ -278,6 +302,8 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         if not waiting:  # DLRover would form a world of none, before it knows how many are needed
             return False
         absent = leases.held() - waiting
+        if not leases.members() & waiting:  # else one has come who was in the world of those who leave, and has all they have
+            absent |= leases.leaving()
         for node in missing.keys() - absent:
             del missing[node]
         if any([now - missing.setdefault(node, now) < PATIENCE_SECONDS for node in absent]):

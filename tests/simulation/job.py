@@ -37,6 +37,7 @@ from elastic_gpt.nodes.mend import ADDRESS_SECONDS, STEP_SECONDS
 from elastic_gpt.nodes.rendezvous import (
     KEY,
     LEASE_SECONDS,
+    LEAVES,
     PATIENCE_SECONDS,
     RECONNECT_SECONDS,
     RENEW_SECONDS,
@@ -227,13 +228,6 @@ class VirtualLease(Lease):
     def word(self) -> bytes:
         return self._word
 
-    @property
-    def released(self) -> bool:
-        return self._released.is_set()
-
-    def end(self) -> None:
-        self._tell_word(b"")
-
 
 class Node(Machine):
     """A node: its agent, the lease that the agent holds, and its worker."""
@@ -245,7 +239,7 @@ class Node(Machine):
         self.stuck_until = 0.0  # the agent does nothing, though its lease's thread lives
         self.blocked = 0.0  # seconds that the last report took
         self.lease = VirtualLease(self.report, number)
-        self.leaves = self.exited = False
+        self.leaves = False
         self.up = self.waits = False  # the worker: it is started; it waits for a world
         self.held = self.snapshot = NOTHING  # the state in the worker, and in shared memory
         self.group: Group | None = None
@@ -289,6 +283,7 @@ class Node(Machine):
         if not self.leaves:
             self.leaves = True
             self.lease.release()
+            self.lease.renew()  # its thread is woken
             self.start(self.go())
 
     def can_save(self) -> bool:
@@ -303,7 +298,7 @@ class Node(Machine):
         while self.group and self.group.begun and not self.group.over and self.clock.now < deadline:
             yield 0.1
         yield self.job.random.uniform(0.05, 0.5)
-        self.exited = True
+        self.lease.end()
         self.kill()
         self.job.ended(self)
 
@@ -351,13 +346,11 @@ class Node(Machine):
     # --- the lease's thread
 
     def renew(self) -> Process:
-        while not self.lease.released:
+        while True:
             yield RENEW_SECONDS
-            if not self.lease.released:
-                self.blocked = 0.0
-                self.lease.renew()
-                yield self.blocked
-        self.lease.end()
+            self.blocked = 0.0
+            self.lease.renew()
+            yield self.blocked
 
     def say(self, word: Callable[[], None]) -> Process:
         self.blocked = 0.0
@@ -741,7 +734,7 @@ class Job:
         now = self.clock.now
         for number in world:
             at, word = master.heard.get(number, (-math.inf, b""))
-            if not self.nodes[number].alive and (now - at >= LEASE_SECONDS or not word or number in master.told_gone):
+            if not self.nodes[number].alive and (now - at >= LEASE_SECONDS or word in (b"", LEAVES) or number in master.told_gone):
                 raise Violation(f"a world of {world} is formed with node {number}, which is known to be lost")
         if len(world) < self.least:
             raise Violation(f"a world of {world} is formed, and the least is {self.least} nodes")
@@ -753,7 +746,7 @@ class Job:
             patient = master.waiting_since is not None and now - master.waiting_since >= PATIENCE_SECONDS
             if now - at >= LEASE_SECONDS or patient or node.id in master.told_gone:
                 self.left_out.add(node.id)
-            elif word and node.held != NOTHING:
+            elif word not in (b"", LEAVES) and node.held != NOTHING:
                 raise Violation(f"a world of {world} is formed without {node}, which holds a lease")
 
     def check_progress(self, due: float) -> None:
