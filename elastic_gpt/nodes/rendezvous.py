@@ -270,7 +270,9 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
                 missing.clear()
             there = manager._rdzv_nodes.get(rank)
             if there and there.node_id == node and rank not in seen.get(manager, ()):
-                return manager._rdzv_round  # it was taken up before it asked: to begin anew would take the world from all
+                return (
+                    manager._rdzv_round
+                )  # it was taken up before it asked: to begin anew would take the world from all
             return join(manager, node, rank, workers, ip)
 
     def see(get_comm_world: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
@@ -286,7 +288,9 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
     def check_completed(manager: Any) -> bool:
         if manager not in seen:
             seen[manager] = set()
-            if restarted:  # not the rounds of the master before: an address that was meant for one of those may come here
+            if (
+                restarted
+            ):  # not the rounds of the master before: an address that was meant for one of those may come here
                 manager._rdzv_round = 2 * int(time.time())
         now = time.monotonic()
         if not found:
@@ -302,13 +306,18 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         if not waiting:  # DLRover would form a world of none, before it knows how many are needed
             return False
         absent = leases.held() - waiting
-        if not leases.members() & waiting:  # else one has come who was in the world of those who leave, and has all they have
+        if (
+            not leases.members() & waiting
+        ):  # else one has come who was in the world of those who leave, and has all they have
             absent |= leases.leaving()
         for node in missing.keys() - absent:
             del missing[node]
-        if any([now - missing.setdefault(node, now) < PATIENCE_SECONDS for node in absent]):
+        missing.update({node: now for node in absent - missing.keys()})
+        if any(now - since < PATIENCE_SECONDS for since in missing.values()):
             return False
-        manager._lastcall_time = min(manager._lastcall_time, time.time())  # a clock that was set back is no reason to wait
+        manager._lastcall_time = min(
+            manager._lastcall_time, time.time()
+        )  # a clock that was set back is no reason to wait
         if leases.members() and leases.held() <= waiting:  # nobody else is worth a last call
             manager._lastcall_time = 0
         completed = bool(check(manager))
@@ -320,7 +329,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
     def num_nodes_waiting(manager: Any) -> int:
         """More than none: all come for another world.
 
-        So they do for one of theirs that has gone before they met, and for one that is back, in a world of old, after it was silent.
+        So they do for one of theirs that has gone before they met, and for one that was silent and is back, in a world of old.
         """
         with manager._lock:
             world = {node.node_id for node in manager._rdzv_nodes.values()}

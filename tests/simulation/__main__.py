@@ -1,7 +1,7 @@
 """Many schedules, or one with all that happens in it.
 
-    python -m tests.simulation --schedules 100000     # prints the seed of each that breaks a property, and ends with 1
-    python -m tests.simulation --seed 4711            # that one, a line an event
+python -m tests.simulation --schedules 100000     # prints the seed of each that breaks a property, and ends with 1
+python -m tests.simulation --seed 4711            # that one, a line an event
 """
 
 import argparse
@@ -20,7 +20,7 @@ BATCH = 50  # schedules between two words of a process
 
 
 def live(seeds: range) -> tuple[int, int, float, int, list[tuple[int, str]]]:
-    """Schedules, steps that were committed, virtual seconds, worlds that the ledger ended, and what was broken by which seed."""
+    """Schedules, committed steps, virtual seconds, worlds that the ledger ended, and what was broken by which seed."""
     commits, seconds, superseded, broken = 0, 0.0, 0, []
     for seed in seeds:
         try:
@@ -37,7 +37,9 @@ def replay(seed: int) -> int:
         job, end, code = run(seed, trace=True), "all properties hold", 0
     except Violation as violation:
         job, end, code = violation.job, f"broken: {violation}", 1  # type: ignore[attr-defined]
-    print(f"{job.wanted} nodes are wanted at the end, a world has {job.least} to {job.most}, agents look every {job.poll} s")
+    print(
+        f"{job.wanted} nodes are wanted at the end, a world has {job.least} to {job.most}, agents look every {job.poll} s"
+    )
     print(*(job.trace or []), f"{job.clock.now:9.3f} s  {end}", sep="\n")
     return code
 

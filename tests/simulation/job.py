@@ -1,8 +1,8 @@
 """A job on virtual time: the real leases, rendezvous and scaling decision; nodes, workers and messages are simulated.
 
-What is real: `Leases`, `Lease`, `wait_for_members` and `Scaling` of elastic_gpt.nodes, and DLRover's rendezvous manager and key-value
-store. What is a model: the agent's side of a rendezvous (test_simulation.py compares it with the real one's calls), workers, who
-commit a step when all ranks of their world have done it, DLRover's records of nodes, pods, and the network.
+What is real: `Lease`, `Leases`, `wait_for_members` and `Scaling` of elastic_gpt.nodes, DLRover's rendezvous manager and its
+key-value store. What is a model: the agent's side of a rendezvous, workers, who commit a step when all ranks of their world have
+done it, DLRover's records of nodes, pods, and the network.
 
     Job ── clock, random, ledger            what nobody can lose
      ├── Master                             may be killed, and started anew with nothing but what it is told
@@ -140,7 +140,9 @@ class Group:
     def join(self, node: "Node", rank: int, world: list[int]) -> None:
         if world != self.world or self.there.get(rank, node) is not node:
             raise Violation(f"node {node.id} is rank {rank} of {world} in {self}, where {self.there.get(rank)} is")
-        if self.over:  # a store that nobody keeps any more: the worker waits until it is called, or for the time of a sum
+        if (
+            self.over
+        ):  # a store that nobody keeps any more: the worker waits until it is called, or for the time of a sum
             self.job.clock.after(COLLECTIVE_SECONDS, node.give_up(self))
             return
         self.there[rank] = node
@@ -425,17 +427,21 @@ class Node(Machine):
                     break
                 yield self.job.poll
             yield from self.say(self.lease.hold)
-            key, mine = f"elastic-training/{turn}/MASTER_ADDR", list(world).index(rank)
-            if mine == 0:
-                address = f"{number}.{next(self.job.ports)}".encode()
-                yield from self.ask(lambda master: master.store.set(key, address))
-            deadline = self.clock.now + ADDRESS_SECONDS
-            while self.clock.now < deadline:
-                found = yield from self.ask(lambda master: master.store.get(key))
-                if found:
-                    return mine, [world[one] for one in world], found.decode()
-                yield self.job.poll / 2
+            if address := (yield from self.address(turn, first=next(iter(world)) == rank)):
+                return list(world).index(rank), list(world.values()), address
             self.job.say(f"{self} has no word of rank 0")
+
+    def address(self, turn: int, *, first: bool) -> Generator[float, None, str]:
+        """Where rank 0 of this round's world is met; nothing if it does not tell in time."""
+        key, mine = f"elastic-training/{turn}/MASTER_ADDR", f"{self.id}.{next(self.job.ports)}".encode()
+        if first:
+            yield from self.ask(lambda master: master.store.set(key, mine))
+        deadline = self.clock.now + ADDRESS_SECONDS
+        while self.clock.now < deadline:
+            if found := (yield from self.ask(lambda master: master.store.get(key))):
+                return str(found, "ascii")
+            yield self.job.poll / 2
+        return ""
 
 
 class Master(Machine):
@@ -734,7 +740,9 @@ class Job:
         now = self.clock.now
         for number in world:
             at, word = master.heard.get(number, (-math.inf, b""))
-            if not self.nodes[number].alive and (now - at >= LEASE_SECONDS or word in (b"", LEAVES) or number in master.told_gone):
+            if not self.nodes[number].alive and (
+                now - at >= LEASE_SECONDS or word in (b"", LEAVES) or number in master.told_gone
+            ):
                 raise Violation(f"a world of {world} is formed with node {number}, which is known to be lost")
         if len(world) < self.least:
             raise Violation(f"a world of {world} is formed, and the least is {self.least} nodes")
@@ -754,4 +762,6 @@ class Job:
         if due < self.deadline or self.settled or self.wanted < self.least:
             return
         living = {node.id: (node.up, node.waits, node.lease.word) for node in self.nodes.values() if node.alive}
-        raise Violation(f"no world of all {self.wanted} nodes {self.clock.now - self.disturbed_until:.0f} s on: {living}")
+        raise Violation(
+            f"no world of all {self.wanted} nodes {self.clock.now - self.disturbed_until:.0f} s on: {living}"
+        )
