@@ -312,7 +312,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
             absent |= leases.leaving()
         for node in missing.keys() - absent:
             del missing[node]
-        missing.update({node: now for node in absent - missing.keys()})
+        missing.update(dict.fromkeys(absent - missing.keys(), now))
         if any(now - since < PATIENCE_SECONDS for since in missing.values()):
             return False
         manager._lastcall_time = min(

@@ -1,8 +1,8 @@
 """A job on virtual time: the real leases, rendezvous and scaling decision; nodes, workers and messages are simulated.
 
 What is real: `Lease`, `Leases`, `wait_for_members` and `Scaling` of elastic_gpt.nodes, DLRover's rendezvous manager and its
-key-value store. What is a model: the agent's side of a rendezvous, workers, who commit a step when all ranks of their world have
-done it, DLRover's records of nodes, pods, and the network.
+key-value store. What is a model: the agent's side of a rendezvous; workers, who commit a step when all ranks of their world
+have done it; DLRover's records of nodes; pods, and the network.
 
     Job ── clock, random, ledger            what nobody can lose
      ├── Master                             may be killed, and started anew with nothing but what it is told
