@@ -152,10 +152,22 @@ def hold_a_lease() -> list[Lease]:
 
 
 def ask_again_when_rank_0_has_gone() -> None:
-    """0.6.1: where rank 0's node dies before it has told its address, the others wait for that for six minutes, and fail."""
-    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+    """0.6.1: where rank 0's node dies before it has told its address, the others wait for that for six minutes, and fail.
+
+    And a node that was cut off meanwhile begins in a world that another one has followed, and takes the run from that.
+    """
+    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent, MasterRendezvousHandler
 
     rendezvous = ElasticTrainingAgent._rendezvous
+    get_store = MasterRendezvousHandler._get_store
+
+    def remember_round(self: Any, number: int, group: int) -> Any:
+        self.round = number
+        return get_store(self, number, group)
+
+    def is_last(handler: Any) -> bool:
+        number, *_ = handler._client.get_comm_world(handler._name, handler._node_rank)
+        return bool(number == handler.round)
 
     def address(self: Any, store: Any) -> Any:
         try:
@@ -164,16 +176,21 @@ def ask_again_when_rank_0_has_gone() -> None:
             raise NoAddress from error
 
     def rendezvous_again(self: Any, group: Any) -> None:
-        group.spec.rdzv_handler._store.set_timeout(datetime.timedelta(seconds=ADDRESS_SECONDS))
+        handler = group.spec.rdzv_handler
+        handler._store.set_timeout(datetime.timedelta(seconds=ADDRESS_SECONDS))
         while True:
             try:
-                return rendezvous(self, group)
+                rendezvous(self, group)
+                if is_last(handler):
+                    return
+                print("warning: another world was formed meanwhile: this node asks for the next", flush=True)
             except NoAddress:
                 print(
                     f"warning: no word of rank 0 in {ADDRESS_SECONDS:.0f} s: this node asks for another world",
                     flush=True,
                 )
 
+    MasterRendezvousHandler._get_store = remember_round
     ElasticTrainingAgent._safe_get_master_addr_port = address
     ElasticTrainingAgent._rendezvous = rendezvous_again
 

@@ -427,9 +427,10 @@ class Node(Machine):
                     break
                 yield self.job.poll
             yield from self.say(self.lease.hold)
-            if address := (yield from self.address(turn, first=next(iter(world)) == rank)):
+            address = yield from self.address(turn, first=next(iter(world)) == rank)
+            if address and turn == (yield from self.ask(lambda master: master.world(rank)[0])):
                 return list(world).index(rank), list(world.values()), address
-            self.job.say(f"{self} has no word of rank 0")
+            self.job.say(f"{self} {'is late for its world' if address else 'has no word of rank 0'}")
 
     def address(self, turn: int, *, first: bool) -> Generator[float, None, str]:
         """Where rank 0 of this round's world is met; nothing if it does not tell in time."""
