@@ -99,3 +99,9 @@ def test_a_seed_finds_the_two_worlds_that_dlrover_forms_by_itself() -> None:
 def test_a_seed_finds_an_old_fault(monkeypatch: pytest.MonkeyPatch, leases: type[Leases], seen: str) -> None:
     monkeypatch.setattr(job_room, "Leases", leases)
     assert any(seen in why for why in broken_by(range(SCHEDULES)).values())
+
+
+def test_a_seed_finds_a_lease_that_is_given_up_in_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = job_room.Node.start_worker
+    monkeypatch.setattr(job_room.Node, "start_worker", lambda node, in_world=False: start(node))  # noqa: ARG005
+    assert broken_by(range(1471, 1472)) != {}
