@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_gpt.contract import FAILED, NO_WORLD, USERS_MISTAKE
-from elastic_gpt.nodes.rendezvous import Lease
+from elastic_gpt.nodes.rendezvous import Ask, Lease
 from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.settings import SettingsError
 
@@ -140,7 +140,10 @@ def hold_a_lease() -> list[Lease]:
     def next_and_hold(self: Any) -> Any:
         if not lease:
             lease.append(Lease(functools.partial(report, self._client), env_utils.get_node_id()))
-        lease[0].ask()
+        nodes = self._rdzv_params
+        wait = int(nodes.get("lastcall_timeout", 60))
+        rank, workers = self._node_rank, self._local_world_size
+        lease[0].ask(Ask(self._name, rank, workers, nodes.min_nodes, nodes.max_nodes, wait))
         found = next_rendezvous(self)
         lease[0].hold()
         return found
@@ -150,10 +153,22 @@ def hold_a_lease() -> list[Lease]:
 
 
 def ask_again_when_rank_0_has_gone() -> None:
-    """0.6.1: where rank 0's node dies before it has told its address, the others wait for that for six minutes, and fail."""
-    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+    """0.6.1: where rank 0's node dies before it has told its address, the others wait for that for six minutes, and fail.
+
+    And a node that was cut off meanwhile begins in a world that another one has followed, and takes the run from that.
+    """
+    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent, MasterRendezvousHandler
 
     rendezvous = ElasticTrainingAgent._rendezvous
+    get_store = MasterRendezvousHandler._get_store
+
+    def remember_round(self: Any, number: int, group: int) -> Any:
+        self.round = number
+        return get_store(self, number, group)
+
+    def is_last(handler: Any) -> bool:
+        number, *_ = handler._client.get_comm_world(handler._name, handler._node_rank)
+        return bool(number == handler.round)
 
     def address(self: Any, store: Any) -> Any:
         try:
@@ -162,16 +177,21 @@ def ask_again_when_rank_0_has_gone() -> None:
             raise NoAddress from error
 
     def rendezvous_again(self: Any, group: Any) -> None:
-        group.spec.rdzv_handler._store.set_timeout(datetime.timedelta(seconds=ADDRESS_SECONDS))
+        handler = group.spec.rdzv_handler
+        handler._store.set_timeout(datetime.timedelta(seconds=ADDRESS_SECONDS))
         while True:
             try:
-                return rendezvous(self, group)
+                rendezvous(self, group)
+                if is_last(handler):
+                    return
+                print("warning: another world was formed meanwhile: this node asks for the next", flush=True)
             except NoAddress:
                 print(
                     f"warning: no word of rank 0 in {ADDRESS_SECONDS:.0f} s: this node asks for another world",
                     flush=True,
                 )
 
+    MasterRendezvousHandler._get_store = remember_round
     ElasticTrainingAgent._safe_get_master_addr_port = address
     ElasticTrainingAgent._rendezvous = rendezvous_again
 
@@ -320,10 +340,10 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
             # The client; its worker goes with it, even if stopped.
             agent._pcontext.subprocess_handlers[rank].proc.kill()
 
-    def start(agent: Any, group: Any) -> None:
+    def start(agent: Any, group: Any, *, in_world: bool = False) -> None:
         if not all_live(agent):
             workers.forget()
-            for held in lease:
+            for held in [] if in_world else lease:
                 held.pause()
             group.store, group.master_addr, group.master_port = group.store or workers, "", 0  # of no meaning yet
             agent._start_workers(group)
@@ -354,7 +374,8 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
         start(self, group)
         if all_wait(self, float("inf")):  # what it ends with before there is a world is nobody else's business
             self._rendezvous(group)
-            start(self, group)  # what has ended meanwhile
+            # What has ended meanwhile. The lease stays: without it others would form a world beside the one given here.
+            start(self, group, in_world=True)
             places = {
                 "RANK": "global_rank",
                 "WORLD_SIZE": "world_size",

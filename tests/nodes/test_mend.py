@@ -69,7 +69,9 @@ print(sorted(needed))
     assert fresh(code) == str(sorted(called - {"agent"}))
 
 
-def test_a_rank_0_that_dies_before_it_has_told_its_address_costs_seconds() -> None:
+def test_a_rank_0_that_dies_before_its_address_is_known_costs_seconds_and_a_world_that_another_followed_is_not_begun() -> (
+    None
+):
     code = """
 import types
 from elastic_gpt.nodes import mend
@@ -79,22 +81,72 @@ from dlrover.python.elastic_agent.torch.master_kv_store import MasterKVStore
 worlds, found = [], []
 class Client:  # of a master whose store has the address of the second world's rank 0
     def kv_store_multi_get(self, keys):
-        return dict.fromkeys(keys, b"7") if len(worlds) == 2 else {}
+        return dict.fromkeys(keys, b"7") if len(worlds) > 1 else {}
+    def get_comm_world(self, name, rank):  # after the second one there was another at once
+        return {2: 3}.get(len(worlds), len(worlds)), 0, {}
 def rendezvous(agent, group):
-    worlds.append(training.PrefixStore("a world", group.spec.rdzv_handler._store))
+    worlds.append(group.spec.rdzv_handler._get_store(len(worlds) + 1, 0))
     found.append(agent._safe_get_master_addr_port(worlds[-1]))
 MasterClient.singleton_instance = classmethod(lambda *_: Client())
 training.ElasticTrainingAgent._rendezvous = rendezvous
 mend.ADDRESS_SECONDS = 0.3
 mend.poll_the_store()
 mend.ask_again_when_rank_0_has_gone()
-handler = types.SimpleNamespace(_store=MasterKVStore("store"))
+handler = object.__new__(training.MasterRendezvousHandler)
+handler._name, handler._node_rank, handler._store, handler._client = "training", 0, MasterKVStore("store"), Client()
 group = types.SimpleNamespace(spec=types.SimpleNamespace(rdzv_handler=handler))
 agent = object.__new__(training.ElasticTrainingAgent)
 agent._rendezvous(group)
 print(found, len(worlds))
 """
-    assert fresh(code) == "[('7', 7)] 2"
+    assert fresh(code) == "[('7', 7), ('7', 7)] 3"
+
+
+def test_an_agent_says_what_the_simulated_one_says() -> None:
+    code = """
+import types
+from elastic_gpt.nodes import mend
+from dlrover.python.elastic_agent.master_client import MasterClient
+from dlrover.python.elastic_agent.torch import training
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+said = []
+class Client:
+    def report(self, message):
+        said.append(message.value.decode())
+    def num_nodes_waiting(self, name):
+        return 0
+    def report_failures(self, *_):
+        pass
+    def report_rdzv_params(self, *words):
+        said.append("range")
+    def join_rendezvous(self, *_, rdzv_name):
+        said.append("join")
+    def get_comm_world(self, name, rank):
+        said.append("world")
+        return 1, 0, {3: 1} if said.count("world") > 1 else {}
+def report(client, message):
+    client.report(message)
+Client._report = report
+Client._report.__wrapped__ = report
+MasterClient.singleton_instance = classmethod(lambda *_: Client())
+mend.poll_the_rendezvous()
+mend.tell_every_master_the_range()
+lease = mend.hold_a_lease()
+nodes = RendezvousParameters("dlrover-master", "", "run", 2, 4, lastcall_timeout=1)
+handler = training.MasterRendezvousHandler("elastic-training", 3, nodes, 1)
+said.clear()
+handler.next_rendezvous()
+print([word for word in said if word[0] not in "0123456789" or int(word.split()[0]) < 3])
+"""
+    words = [
+        "1 waits elastic-training 3 1 2 4 1",
+        "range",
+        "join",
+        "world",
+        "world",
+        "2 held",
+    ]  # tests/simulation/job.py
+    assert fresh(code) == str(words)
 
 
 def test_dlrover_as_it_comes_needs_each_mend_of_a_master() -> None:

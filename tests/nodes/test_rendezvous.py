@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from elastic_gpt.contract import Progress
-from elastic_gpt.nodes.rendezvous import KEY, LEASE_SECONDS, PROGRESS_KEY, PROGRESS_SECONDS, Lease, Leases
+from elastic_gpt.nodes.rendezvous import KEY, LEASE_SECONDS, PROGRESS_KEY, PROGRESS_SECONDS, Ask, Lease, Leases
 from tests.conftest import PATIENCE, until
 
 # What replaces methods of DLRover's classes has a process of its own.
 MASTER = """
-import sys, time
-from elastic_gpt.nodes.rendezvous import KEY, RECONNECT_SECONDS, Leases, wait_for_members
+import itertools, sys, time
+from elastic_gpt.nodes.rendezvous import KEY, PATIENCE_SECONDS, RECONNECT_SECONDS, Leases, wait_for_members
 now = [0.0]
 leases = Leases(clock=lambda: now[0])
 wait_for_members(leases, restarted=False)
@@ -27,14 +27,23 @@ def world():
     return sorted(manager.get_comm_world(0)[2])
 def joins(node):
     manager.join_rendezvous(node, node, 1)
+numbers = itertools.count(1)
+def says(node, word):
+    store.set(KEY + str(node), b"%d %s" % (next(numbers), word))
 def holds(node):
-    store.set(KEY + str(node), b"held")
+    says(node, b"held")
+def waits(node, least=1):
+    says(node, b"waits elastic-training %d 1 %d 4 0" % (node, least))
+def leaves(node):
+    says(node, b"leaves")
 def show(value):
     print(">", value)
 joins(1)
 assert world() == [1]
 holds(1)
 """
+
+ASK = Ask("elastic-training", rank=7, workers=1, least=2, most=4, last_call=1)
 
 
 def shown(then: str) -> list[str]:
@@ -54,13 +63,13 @@ def test_a_round_closes_at_once_when_all_who_hold_a_lease_have_come() -> None:
     slow = "manager._rdzv_params.waiting_timeout = 60; "
     assert shown(slow + "joins(0); show(world()); joins(1); show(world())") == ["[]", "[0, 1]"]
     # A start: who else comes is not known, though one waits already.
-    assert shown(slow + "store.set(KEY + '1', b''); joins(0); store.set(KEY + '0', b'waits'); show(world())") == ["[]"]
+    assert shown(slow + "says(1, b''); joins(0); waits(0); show(world())") == ["[]"]
     # A member that asks for the next world, and says so, is one still.
-    assert shown(slow + "joins(1); store.set(KEY + '1', b'waits'); joins(0); show(world())") == ["[0, 1]"]
+    assert shown(slow + "joins(1); waits(1); joins(0); show(world())") == ["[0, 1]"]
 
 
 def test_nobody_waits_for_a_node_that_leaves() -> None:
-    assert shown("joins(0); show(world()); store.set(KEY + '1', b''); show(world())") == ["[]", "[0]"]
+    assert shown("joins(0); show(world()); says(1, b''); show(world())") == ["[]", "[0]"]
 
 
 def test_nobody_waits_for_a_node_that_is_gone_even_if_its_agent_still_says_otherwise() -> None:
@@ -72,17 +81,67 @@ def test_a_node_that_fell_silent_is_waited_for_as_long_as_its_lease_lasts() -> N
     assert shown(f"joins(0); now[0] = {before}; show(world()); now[0] = {after}; show(world())") == ["[]", "[0]"]
 
 
-@pytest.mark.parametrize(
-    "end", ["leases.gone(2)", "store.set(KEY + '2', b'')", f"now[0] = {LEASE_SECONDS + 0.1}; holds(1)"]
-)
+@pytest.mark.parametrize("end", ["leases.gone(2)", "says(2, b'')", f"now[0] = {LEASE_SECONDS + 0.1}; holds(1)"])
 def test_a_node_that_was_lost_while_it_waited_is_in_no_world(end: str) -> None:
     assert shown(f"holds(2); joins(2); {end}; show(world()); joins(1); show(world())") == ["[]", "[1]"]
 
 
 def test_a_machine_that_stood_still_while_it_waited_is_waiting_when_it_comes_back() -> None:
     stands_still = f"holds(2); joins(2); now[0] = {LEASE_SECONDS + 0.1}; holds(1); joins(1); show(world())"
-    comes_back = "show(manager.num_nodes_waiting()); holds(2); show(manager.num_nodes_waiting())"
+    comes_back = "show(manager.num_nodes_waiting()); waits(2); show(manager.num_nodes_waiting())"
     assert shown(f"{stands_still}; {comes_back}; joins(1); show(world())") == ["[1]", "0", "1", "[1, 2]"]
+
+
+def test_a_node_that_has_not_seen_its_world_when_another_comes_waits_still() -> None:
+    # Node 0 asks, is in a world with node 1, and before it has looked node 2 comes.
+    before = "waits(0); joins(0); waits(1); joins(1); show(sorted(manager.get_comm_world(1)[2])); holds(1); "
+    after = "waits(2); joins(2); show(world()); waits(1); joins(1); show(world())"
+    assert shown(before + after) == ["[0, 1]", "[]", "[0, 1, 2]"]
+
+
+def test_a_node_that_is_taken_up_before_it_asks_does_not_end_its_world_by_asking() -> None:
+    assert shown(
+        "waits(1); joins(1); waits(0); show(sorted(manager.get_comm_world(1)[2])); joins(0); show(world())"
+    ) == [
+        "[0, 1]",
+        "[0, 1]",
+    ]
+
+
+def test_a_master_that_was_started_anew_knows_from_the_leases_who_waits_and_for_how_many() -> None:
+    anew = "manager = ElasticTrainingRendezvousManager(); says(1, b''); "
+    assert shown(anew + "waits(2, least=2); show(world()); waits(3, least=2); show(world())") == ["[]", "[2, 3]"]
+    first = "wait_for_members(leases, restarted=True); leases.since = -RECONNECT_SECONDS; "  # its addresses are others
+    assert shown(anew + first + "waits(2); show(manager.get_comm_world(2)[0] > 1)") == ["True"]
+
+
+def test_a_clock_that_is_set_neither_ends_the_patience_nor_lengthens_a_wait() -> None:
+    forward = "manager._lastcall_time -= 3600; "
+    assert shown("joins(0); " + forward + "show(world())") == ["[]"]
+    back = "says(1, b''); joins(0); manager._lastcall_time += 3600; "
+    assert shown(back + "show(world())") == ["[0]"]
+
+
+def test_a_late_word_does_not_undo_a_newer_one() -> None:
+    assert shown("store.set(KEY + '1', b'0 '); joins(0); show(world())") == ["[]"]
+
+
+def test_those_who_wait_for_one_that_has_gone_since_their_world_was_formed_come_for_another() -> None:
+    formed = (
+        "waits(1); joins(1); waits(0); joins(0); show(world()); holds(0); holds(1); show(manager.num_nodes_waiting()); "
+    )
+    assert shown(formed + "leases.gone(0); show(manager.num_nodes_waiting() > 0)") == ["[0, 1]", "0", "True"]
+
+
+def test_for_a_node_that_is_back_in_a_world_of_old_all_come() -> None:
+    silent = f"joins(0); now[0] = {LEASE_SECONDS + 0.1}; waits(0); show(world()); holds(0); show(manager.num_nodes_waiting()); "
+    assert shown(silent + "holds(1); show(manager.num_nodes_waiting())") == ["[0]", "0", "1"]
+
+
+def test_a_node_that_leaves_is_waited_for_until_it_has_saved_its_step_or_one_of_its_world_has_come() -> None:
+    assert shown("leaves(1); waits(0); joins(0); show(world()); says(1, b''); show(world())") == ["[]", "[0]"]
+    both = "waits(1); joins(1); waits(0); joins(0); show(world()); holds(0); holds(1); leaves(1); waits(2); joins(2); "
+    assert shown(both + "waits(0); joins(0); show(world())") == ["[0, 1]", "[0, 2]"]
 
 
 def test_a_master_that_was_started_anew_gives_the_nodes_time_to_find_it() -> None:
@@ -98,14 +157,18 @@ def test_other_keys_of_the_store_are_kept() -> None:
 def test_an_agent_renews_its_lease_until_it_leaves() -> None:
     told: list[tuple[str, bytes]] = []
     lease = Lease(lambda key, value: told.append((key, value)), 7)
-    lease.ask()
+    lease.ask(ASK)
     lease.hold()
     until(lambda: len(told) >= 3)
     lease.release()
+    until(lambda: told[-1][1].endswith(b" leaves"))  # it has a step in flight
+    lease.end()
     lease._thread.join(PATIENCE)
     assert not lease._thread.is_alive()
-    assert set(told[:-1]) == {(f"{KEY}7", b"waits"), (f"{KEY}7", b"held")}
-    assert told[-1] == (f"{KEY}7", b"")
+    assert {key for key, _ in told} == {f"{KEY}7"}
+    numbers, words = zip(*(value.split(b" ", 1) for _, value in told), strict=True)
+    assert list(dict.fromkeys(words)) == [b"waits elastic-training 7 1 2 4 1", b"held", b"leaves", b""]
+    assert sorted(map(int, numbers)) == list(range(1, len(told) + 1))
     assert Leases().told("torch.rendezvous/1", b"x") is False
 
 
@@ -114,16 +177,18 @@ def test_a_node_whose_workers_start_is_not_waited_for_until_it_is_in_a_world_aga
     lease = Lease(leases.told, 7)
     lease.hold()
     assert leases.members() == leases.held() == {7}
-    lease.ask()
+    lease.ask(ASK)
     assert leases.members() == leases.held() == {7}
     lease.pause()
     assert leases.held() == set()
-    lease.ask()
+    lease.ask(ASK)
+    assert leases.asks("elastic-training") == {7: ASK}
     assert (leases.members(), leases.held()) == (set(), {7})
     lease.hold()
     assert leases.held() == {7}
     lease.release()
-    lease._thread.join(PATIENCE)
+    until(lambda: leases.leaving() == {7})
+    lease.end()
     lease.hold()  # it leaves, whatever its rendezvous still comes to
     assert leases.held() == set()
 
@@ -164,13 +229,14 @@ def test_progress_comes_with_the_leases_into_the_masters_log(
     file = tmp_path / "elastic-gpt-progress-gpt-edljob-worker-0"
     lease = Lease(report, 0)
     lease.hold()
-    assert told == {f"{KEY}0": b"held"}  # before training has begun
+    assert told == {f"{KEY}0": b"1 held"}  # before training has begun
     file.write_text(Progress(1.0, 0, 9, workers=2).to_line())
     until(lambda: PROGRESS_KEY in told)
     assert written() == [(0, 2)]
     assert leases.held() == {0}
     lease.release()
     until(lambda: leases.held() == set())
+    lease.end()
     # The step in flight is finished after that, and told when the agent ends; nobody waits for this node again.
     file.write_text(Progress(2.0, 1, 9, workers=3).to_line())
     last_words[0]()
