@@ -45,6 +45,7 @@ EVERYTHING = JobSpec(
     spot=True,
     node_selector=(("gpu", "h200"),),
     env=(("NCCL_SOCKET_IFNAME", "eth0"),),
+    env_secret="keys",
     volume="big",
     storage_class="nfs",
     texts=("/workspace/c.txt",),

@@ -158,7 +158,7 @@ def test_ads_own_loader_and_job_builder_take_it() -> None:
     read = json.loads(done.stdout.splitlines()[-1])
     assert read["cluster"] == ["PYTORCH", 1, 1, "oci://<bucket>@<namespace>/elastic-gpt"]
     assert read["image"] == example()["spec"]["cluster"]["spec"]["image"]
-    given = {name: value for name, value in example()["spec"]["infrastructure"]["spec"].items()}
+    given = example()["spec"]["infrastructure"]["spec"]
     assert {name: value for name, value in read["infrastructure"].items() if name in given} == given
     for theirs, ours in zip(read["environments"], environments(example()), strict=True):
         assert theirs | ours == theirs
