@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -197,10 +198,13 @@ def test_a_node_without_a_place_for_its_data_says_so(words: list[str]) -> None:
     assert node.returncode == 2
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.slow
-def test_the_loss_of_the_main_node_resumes_from_object_storage(
-    data: Path, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_of_the_main_node_resumes_from_object_storage(data: Path, s3_server: str, tmp_path: Path) -> None:
     """An S3 server (moto) stands in for OCI's object storage, and two local processes for its nodes."""
     pytest.importorskip("torch")
     from tests.nanogpt.test_places import fetched, memory, steps
@@ -211,20 +215,20 @@ def test_the_loss_of_the_main_node_resumes_from_object_storage(
     # Two nodes at least, so that the main node does not end before the worker has come.
     [tree] = ads.job(JobSpec(nodes=2, min_nodes=2, gpus=0, tokenizer="char", arguments=flags))
 
-    def start(machines: str) -> list[subprocess.Popen[str]]:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machines))
-        more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-        return [
-            run(
-                EXAMPLES.parent / one["OCI__ENTRY_SCRIPT"],
-                one["OCI__ENTRY_SCRIPT_ARGS"].replace(ads.BUCKET, bucket).split(),
-                one | more,
-            )
-            for one in environments(tree)
-        ]
+    nodes: list[subprocess.Popen[str]] = []
 
-    nodes = start("machines")
+    def start(machines: str) -> None:
+        port = free_port()
+        more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        more["XDG_CACHE_HOME"] = str(tmp_path / machines)
+        for one in environments(tree):
+            words = one["OCI__ENTRY_SCRIPT_ARGS"].replace(ads.BUCKET, bucket).split()
+            nodes.append(run(EXAMPLES.parent / one["OCI__ENTRY_SCRIPT"], words, one | more))
+            # The address is that of both nodes here, so that the one that comes first would keep torchrun's store.
+            until(lambda: listens(port) or nodes[-1].poll() is not None)
+
     try:
+        start("machines")
         until(lambda: steps(f"{bucket}/elastic-gpt") >= 50 or nodes[0].poll() is not None)
         os.killpg(nodes[0].pid, signal.SIGKILL)
         said = nodes[1].communicate(timeout=PATIENCE)[0]
@@ -233,7 +237,7 @@ def test_the_loss_of_the_main_node_resumes_from_object_storage(
         prepared = fsspec.filesystem("s3").info(f"{bucket}/elastic-gpt/data/train.bin")["LastModified"]
         # The same job again, on machines that were never in it.
         shutil.rmtree(memory(f"{bucket}/elastic-gpt"))
-        nodes += start("others")
+        start("others")
         told = [node.communicate(timeout=PATIENCE)[0] for node in nodes[2:]]
     finally:
         for node in nodes:
