@@ -20,7 +20,7 @@ from elastic_gpt.jobs import commands, vertex
 from elastic_gpt.jobs.spec import JobSpec
 from elastic_gpt.settings import SettingsError
 from tests.conftest import PATIENCE, TINY, events, metrics
-from tests.examples.test_manifests import misspelt
+from tests.examples.schemas import lacking, misspelt, without
 from tests.examples.test_torchrun import free_port
 from tests.jobs.test_ads import run
 
@@ -35,20 +35,20 @@ DOCUMENTS: dict[str, Tree] = {
     for tree in yaml.safe_load_all((FOLDER / f"{name}.yaml").read_text())
 }
 # What the API's reference calls required.
-NEEDED = {
-    "CreateCustomJobRequest": [
+NEEDED: dict[str, tuple[str, ...]] = {
+    "CreateCustomJobRequest": (
         *("parent", "customJob.displayName", "customJob.jobSpec.workerPoolSpecs.machineSpec.machineType"),
         *(f"customJob.jobSpec.workerPoolSpecs.{name}" for name in ("replicaCount", "containerSpec.imageUri")),
-    ],
-    "UploadModelRequest": [
+    ),
+    "UploadModelRequest": (
         *("parent", "model.displayName", "model.artifactUri", "model.containerSpec.imageUri"),
         *("model.containerSpec.healthRoute", "model.containerSpec.predictRoute"),
-    ],
-    "CreateEndpointRequest": ["parent", "endpoint.displayName"],
-    "DeployModelRequest": [
+    ),
+    "CreateEndpointRequest": ("parent", "endpoint.displayName"),
+    "DeployModelRequest": (
         *("endpoint", "deployedModel.model", "trafficSplit"),
         *(f"deployedModel.dedicatedResources.{name}" for name in ("machineSpec.machineType", "minReplicaCount")),
-    ],
+    ),
 }
 every_request = pytest.mark.parametrize("tree", DOCUMENTS.values(), ids=DOCUMENTS)
 
@@ -63,18 +63,6 @@ def send() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def missing(tree: Tree) -> list[str]:
-    """The fields that the API asks for and that `tree` has not; proto-plus' types do not tell."""
-
-    def lacks(node: Any, path: str) -> bool:
-        step, _, rest = path.partition(".")
-        if isinstance(node, list):
-            return not node or any(lacks(one, path) for one in node)
-        return not node.get(step) or (bool(rest) and lacks(node[step], rest))
-
-    return [path for path in NEEDED[tree["kind"]] if lacks(tree, path)]
 
 
 @pytest.mark.parametrize("name", ["job.yaml", "serve.yaml"])
@@ -109,15 +97,10 @@ def test_a_misspelt_field_is_refused(send: Any, tree: Tree) -> None:
 
 @every_request
 def test_it_has_what_the_api_asks_for_and_a_missing_field_is_caught(tree: Tree) -> None:
-    assert missing(tree) == []
-    for path in NEEDED[tree["kind"]]:
-        broken = copy.deepcopy(tree)
-        node: Any = broken
-        *steps, last = path.split(".")
-        for step in steps:
-            node = node[step] if isinstance(node[step], dict) else node[step][0]
-        del node[last]
-        assert path in missing(broken)
+    needed = NEEDED[tree["kind"]]  # proto-plus' types do not tell
+    assert lacking(tree, needed) == []
+    for path in needed:
+        assert path in lacking(without(tree, path), needed)
 
 
 class Google:
