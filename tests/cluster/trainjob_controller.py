@@ -79,6 +79,8 @@ class Controller:
                 "PET_NODE_RANK": str(index),
                 "PET_MASTER_ADDR": "127.0.0.1",
                 "PET_MASTER_PORT": str(port),
+                # torchrun knows a node by its name and process id, and pods here have both in common.
+                "PET_LOCAL_ADDR": f"127.0.0.{index + 2}",
             }
             container["env"] = [*container["env"], *({"name": key, "value": value} for key, value in more.items())]
         owner = {"apiVersion": job["apiVersion"], "kind": "TrainJob", "name": name, "uid": uid}
