@@ -11,14 +11,16 @@ if not __package__:
     # repository root takes its place.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import math
 import re
+import shutil
 import signal
 from types import FrameType
 from typing import NoReturn
 
-from prepare import journal, pipeline, progress, tokens
+from prepare import journal, pipeline, progress, published, tokens
 from prepare.formats import FORMATS
-from prepare.frontdoor import ArgumentTypeError, Namespace, Parser, command
+from prepare.frontdoor import TIMED_OUT, ArgumentTypeError, Namespace, Parser, command, number
 from prepare.plan import Settings
 from prepare.ranks import KNOWN, PATTERNS
 from prepare.sources import find, matching
@@ -37,6 +39,7 @@ examples:
   %(prog)s data.txt --tokenizer char                 a character, a token: for small models
   %(prog)s data.txt --tokenizer bpe --vocab-size 4096   merges learned from data.txt itself
   %(prog)s data.txt --tokenizer tiktoken --tokenizer-file my.tiktoken --pattern cl100k_base
+  %(prog)s data.txt --output_dir s3://bucket/data    to an object store: made here, copied there
 
 reads text, JSON lines, a JSON array of objects, CSV, TSV and Parquet, plain or packed with gzip, zstd,
 bzip2 or xz. What else a file is, is named, with the command that makes text of it.
@@ -50,8 +53,10 @@ val.bin; of many (100 and more, with a val fraction of 0.1) a tenth of them by a
 
 @command
 def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
-    """The command line. Returns the exit status: 0, 1 if --verify finds something wrong, 2, or 128 + signal number."""
+    """The command line. Returns the exit status: 0, 1 if --verify finds something wrong, 2, 124, or 128 + signal number."""
     flags = _parse(argv, prog)
+    if flags.wait is not None:
+        return 0 if published.wait(flags.output_dir, flags.wait, lambda note: _tell([note])) else TIMED_OUT
     defaults = Settings()
     settings = Settings(**{name: getattr(flags, name) for name in vars(defaults)})
     output_dir: Path | None = None
@@ -62,7 +67,11 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        output_dir = flags.output_dir or _beside(flags.inputs)
+        place = flags.output_dir or _beside(flags.inputs)
+        output_dir = place
+        if isinstance(place, str):
+            published.is_there(place)  # a store that refuses us says so before the work
+            output_dir = published.workplace(place)
         meta = pipeline.prepare(
             flags.inputs,
             output_dir,
@@ -72,7 +81,9 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
             phase=progress.phase(),
             say=notes.append,
         )
-        print(_summary(meta, output_dir, settings.vocab_size), flush=True)
+        if isinstance(place, str):
+            published.put(output_dir, place, meta, progress.phase())
+        print(_summary(meta, place, settings.vocab_size), flush=True)
     except KeyboardInterrupt as error:
         goes_on = output_dir is not None and (output_dir / journal.STAGE).exists()
         left = "the same command goes on from here" if goes_on else "nothing half-written is left"
@@ -81,9 +92,10 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         _tell(notes)  # last, where they are seen
-    if flags.verify:
-        return _check(flags.inputs, settings, meta, output_dir)
-    return 0
+    code = _check(flags.inputs, settings, meta, output_dir) if flags.verify else 0
+    if isinstance(place, str):
+        shutil.rmtree(output_dir)
+    return code
 
 
 def _check(inputs: list[str], settings: Settings, meta: Meta, output_dir: Path) -> int:
@@ -150,7 +162,21 @@ def _parse(argv: list[str] | None, prog: str) -> Namespace:
         help="for bpe: text to learn from, taken evenly (default: 100MB)",
     )
     add = parser.add_argument_group("what to write").add_argument
-    add("--output_dir", "--output-dir", type=Path, metavar="DIR", help="default: beside the input; ./data/sample")
+    add(
+        "--output_dir",
+        "--output-dir",
+        type=_place,
+        metavar="DIR",
+        help="a folder, or a URL to copy it to (default: beside the input; ./data/sample)",
+    )
+    add(
+        "--wait",
+        nargs="?",
+        type=number(0),
+        const=math.inf,
+        metavar="S",
+        help="make nothing: wait until another machine has filled DIR, S seconds at most (exit code 124 then)",
+    )
     add("--val-fraction", type=float, default=0.1, metavar="F", help="share of the text for val.bin (default: 0.1)")
     add(
         "--split",
@@ -174,6 +200,10 @@ def _parse(argv: list[str] | None, prog: str) -> Namespace:
     add("--workers", type=int, default=0, metavar="N", help="default: as many as there are cores")
     flags = parser.parse_args(argv)
     # --- what no flag can check by itself
+    if flags.wait is not None:
+        if flags.inputs or flags.src_data_path or flags.sample or not flags.output_dir:
+            parser.error("--wait goes with --output_dir alone: it reads nothing and waits for what another prepares")
+        return flags
     if flags.src_data_path is not None:
         flags.inputs.insert(0, flags.src_data_path)
     if bool(flags.inputs) == flags.sample:
@@ -201,6 +231,11 @@ def _parse(argv: list[str] | None, prog: str) -> Namespace:
     return flags
 
 
+def _place(text: str) -> Path | str:
+    """A folder of this machine, or a URL."""
+    return text if "://" in text else Path(text)
+
+
 def _size(text: str) -> int:
     """Bytes, from 5000000, 5000kB, 5MB or 5GB."""
     found = re.fullmatch(r"([0-9.]+)\s*([kMG]?)B?", text, re.IGNORECASE)
@@ -225,14 +260,13 @@ def _beside(inputs: list[str]) -> Path:
     return folders.pop()
 
 
-def _summary(meta: Meta, folder: Path, asked: int) -> str:
+def _summary(meta: Meta, place: Path | str, asked: int) -> str:
+    where = (lambda name: place / name) if isinstance(place, Path) else (lambda name: f"{place.rstrip('/')}/{name}")
     lines = [f"{'':5}  {'tokens':>13}  {'bytes/token':>11}  {'documents':>9}  file"]
     for name, split in meta.splits.items():
         ratio = split.bytes_in / split.tokens
-        lines.append(f"{name:5}  {split.tokens:13,}  {ratio:11.2f}  {split.documents:9,}  {folder / split.file}")
-    lines.append(
-        f"{meta.tokenizer.name} tokenizer, vocabulary {meta.vocab_size:,}, {meta.dtype}: {folder / tokens.META}"
-    )
+        lines.append(f"{name:5}  {split.tokens:13,}  {ratio:11.2f}  {split.documents:9,}  {where(split.file)}")
+    lines.append(f"{meta.tokenizer.name} tokenizer, vocabulary {meta.vocab_size:,}, {meta.dtype}: {where(tokens.META)}")
     if asked > meta.vocab_size:
         why = "has no more pairs to merge" if meta.tokenizer.kind == "bpe" else "has no more words"
         lines.append(f"note: the text {why}, so {meta.vocab_size:,} ids and not {asked:,}")

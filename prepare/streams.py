@@ -274,12 +274,14 @@ def store_of(url: str) -> tuple[Any, str]:
     return store, path
 
 
-def unreachable(url: str, error: Exception, after: int | None = None) -> DataError | TransferError:
+def unreachable(
+    url: str, error: Exception, after: int | None = None, *, doing: str = "read"
+) -> DataError | TransferError:
     """What to say of a store's error; each has kinds of its own. `after` so many bytes, where some had come."""
     cause = error.__cause__ or error
     reason = str(cause).splitlines()[0] if str(cause).strip() else type(cause).__name__
     place = "" if after is None else f" after {after:,} bytes"
-    message = f"{url} cannot be read{place} ({reason}): check the address, your credentials, and try again"
+    message = f"{url} cannot be {doing}{place} ({reason}): check the address, your credentials, and try again"
     own = isinstance(cause, PermissionError | FileNotFoundError | ValueError)
     refused = after is None and (own or 400 <= (getattr(cause, "status", 0) or 0) < 500)
     return DataError(message) if refused else TransferError(message)

@@ -23,7 +23,8 @@ FORMAT_VERSION = 1
 META = "meta.json"
 PACKAGE = "elastic-gpt"
 """Among the tools of meta.json: its version is what a newer format needs."""
-_UNFINISHED = b'{"unfinished": true}\n'
+UNFINISHED = b'{"unfinished": true}\n'
+"""What meta.json says while the files beside it are being exchanged."""
 
 
 class DataError(ValueError):
@@ -234,7 +235,7 @@ def publish(stage: Path, folder: Path, meta: Meta) -> None:
     if meta.tokenizer.file is not None:
         files.append(meta.tokenizer.file)
 
-    write_file(stage / "unfinished", _UNFINISHED)
+    write_file(stage / "unfinished", UNFINISHED)
     os.replace(stage / "unfinished", folder / META)  # noqa: PTH105 - Path.replace is the same call; this says rename(2)
     _flush_folder(folder)
     for file in files:

@@ -114,8 +114,8 @@ def _keep(cluster: Cluster, tree: Tree, *, dry_run: bool) -> str:
             now = status.job_state(there, [])
         if now.ended:
             raise ClusterError(
-                f"job {name} is there and has ended ({now.phase}): `elastic-gpt job delete {name}` first; its checkpoints stay"
-                " on the volume, and the same name goes on from them"
+                f"job {name} is there and has ended ({now.phase}): `elastic-gpt job delete {name}` first; its checkpoints stay,"
+                " and the same name goes on from them"
             )
     if covers(there, wanted):
         return "unchanged"
@@ -245,6 +245,8 @@ def delete(cluster: Cluster, name: str, *, volume: bool, timeout: float, wait: b
     if volume:
         if not job:
             raise ClusterError(f"no job '{name}' tells which volume was its: kubectl -n {cluster.namespace} get pvc")
+        if not claim:
+            raise ClusterError(f"job {name} has no volume: leave --volume out; its run stays on the object store")
         others = [one["metadata"]["name"] for one in cluster.select("ElasticJob")
                   if one["metadata"]["name"] != name and claim_of(one) == claim]  # fmt: skip
         if others:

@@ -6,32 +6,24 @@ elastic run. What only a tenancy knows is left as <words in brackets>.
 
 import shlex
 from collections.abc import Callable
+from pathlib import PurePosixPath
 
 from elastic_gpt.jobs.manifest import Tree
 from elastic_gpt.jobs.spec import WORKSPACE, JobSpec
 from elastic_gpt.settings import SettingsError
 
 HOME = "/home/datascience"  # where the block storage of each node is mounted
-SHARED = "/mnt/elastic-gpt"  # a file system that all nodes mount: run directory and data
 BUCKET = "oci://<bucket>@<namespace>"
 REPOSITORY = "https://<host>/<you>/elastic-gpt.git"
 
 
 def job(spec: JobSpec) -> list[Tree]:
-    """Raises SettingsError for text that is here, which does not travel to OCI."""
-    if spec.upload:
+    """Raises SettingsError for text that is here, which does not travel to OCI, and for what OCI has not."""
+    check_texts(spec, "OCI", BUCKET)
+    if spec.network_check or spec.spot or spec.node_selector or spec.env_secret:
         raise SettingsError(
-            f"--text {spec.upload[0][0]}: OCI takes no file from here; name a URL, as {BUCKET}/{spec.upload[0][0]}"
+            "--network-check, --spot, --node-selector, --env-secret: these are Kubernetes'; leave them out for OCI"
         )
-    if spec.network_check or spec.spot or spec.node_selector:
-        raise SettingsError("--network-check, --spot, --node-selector: these are Kubernetes'; leave them out for OCI")
-    arguments = [
-        spec.used_preset,
-        f"--data.dir={_there(spec.data_dir)}",
-        f"--run-dir={_there(spec.run_dir)}",
-        f"--checkpoint.dir={BUCKET}/{spec.name}/checkpoints",
-        *spec.arguments,
-    ]
     runtime = {
         "apiVersion": "v1",
         "kind": "python",
@@ -41,7 +33,7 @@ def job(spec: JobSpec) -> list[Tree]:
             "branch": "main",
             "entryPoint": "examples/oci/main.py",
             "codeDir": f"{HOME}/elastic-gpt",
-            "args": arguments,
+            "args": in_bucket(spec.training, BUCKET),
             "env": [{"name": name, "value": value} for name, value in environment(spec).items()],
         },
     }
@@ -57,8 +49,21 @@ def environment(spec: JobSpec) -> dict[str, str]:
         "PROCESSES": str(spec.workers),
         "NODES": f"{spec.min_nodes}:{spec.nodes}",
         "RUN_ID": spec.name,
-        "PREPARE": shlex.join(prepare),
+        **({"PREPARE": shlex.join(prepare)} if spec.prepares else {}),
     } | dict(spec.env)
+
+
+def check_texts(spec: JobSpec, where: str, bucket: str) -> None:
+    """Raises SettingsError for a text that nodes without a volume of ours do not see."""
+    names = [name for name, _ in spec.upload] + [path for path in spec.texts if "://" not in path]
+    if names:
+        url = f"{bucket}/{PurePosixPath(names[0]).name}"
+        raise SettingsError(f"--text {names[0]}: {where} takes no file from here; name a URL, as {url}")
+
+
+def in_bucket(words: tuple[str, ...], bucket: str) -> list[str]:
+    """`words` with what is on the volume elsewhere in a bucket."""
+    return [word.replace(str(WORKSPACE), bucket) for word in words]
 
 
 def _infrastructure(spec: JobSpec) -> Tree:
@@ -75,7 +80,6 @@ def _infrastructure(spec: JobSpec) -> Tree:
             "shapeName": f"VM.GPU.A10.{spec.gpus}" if spec.gpus else "VM.Standard.E4.Flex",
             **({} if spec.gpus else {"shapeConfigDetails": {"ocpus": spec.used_cpus, "memoryInGBs": spec.memory_gib}}),
             "blockStorageSize": 50,
-            "storageMount": [{"src": "<mount target>@<export>", "dest": SHARED}],
         },
     }
 
@@ -94,10 +98,6 @@ def _cluster(spec: JobSpec) -> Tree:
             **worker,
         },
     }
-
-
-def _there(path: str) -> str:
-    return path.replace(str(WORKSPACE), SHARED)
 
 
 PARTS: dict[str, Callable[[JobSpec], list[Tree]]] = {"job": job}

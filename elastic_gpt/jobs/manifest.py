@@ -1,6 +1,7 @@
 """JobSpec -> manifests: plain dicts from pure functions. Nothing here knows a cluster."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from elastic_gpt.jobs.spec import UPLOADED, WORKSPACE, JobSpec
@@ -45,6 +46,9 @@ def namespace(spec: JobSpec) -> list[Tree]:
 
 
 def volume(spec: JobSpec) -> list[Tree]:
+    """The claim, if anything of the job lies on it."""
+    if not spec.needs_volume:
+        return []
     claim: Tree = {"accessModes": [spec.access_mode], "resources": {"requests": {"storage": spec.volume_size}}}
     if spec.storage_class:
         claim["storageClassName"] = spec.storage_class
@@ -71,14 +75,14 @@ def text(spec: JobSpec) -> list[Tree]:
 
 
 def prepare(spec: JobSpec) -> list[Tree]:
-    """Text to tokens, once. None for a job that takes the data of another."""
-    if spec.data_of:
+    """Text to tokens, once. None for a job whose data are there."""
+    if not spec.prepares:
         return []
     texts = [*spec.texts, *(str(UPLOADED / name) for name, _ in spec.upload)] or ["--sample"]
     args = ["elastic-gpt", "prepare", *texts, f"--output-dir={spec.data_dir}", f"--tokenizer={spec.tokenizer}"]
     args += [f"--vocab-size={spec.vocab_size}"] if spec.vocab_size else []
-    container = _container(spec, "prepare", args, cpu="2", memory="2Gi", mounts=[_mount("workspace", str(WORKSPACE))])
-    volumes = [_workspace(spec)]
+    container = _container(spec, "prepare", args, cpu="2", memory="2Gi", mounts=_workspace_mounts(spec))
+    volumes = _workspace(spec)
     if spec.upload:
         container["volumeMounts"].append({**_mount("text", str(UPLOADED)), "readOnly": True})
         volumes.append({"name": "text", "configMap": {"name": f"{spec.name}-text"}})
@@ -105,17 +109,17 @@ def elasticjob(spec: JobSpec) -> list[Tree]:
 def prompt(spec: JobSpec) -> list[Tree]:
     """A pod in which a person talks to the model."""
     args = ["elastic-gpt", "generate", spec.run_dir]
-    mount = {**_mount("workspace", str(WORKSPACE)), "readOnly": True}
-    container = _container(spec, "prompt", args, cpu="1", memory=_memory_of_a_model(spec), mounts=[mount])
+    mounts = _workspace_mounts(spec, readOnly=True)
+    container = _container(spec, "prompt", args, cpu="1", memory=_memory_of_a_model(spec), mounts=mounts)
     container |= {"stdin": True, "stdinOnce": True, "tty": True}
-    return [_object("v1", "Pod", spec, f"{spec.name}-prompt", {"spec": _pod(spec, [container], [_workspace(spec)])})]
+    return [_object("v1", "Pod", spec, f"{spec.name}-prompt", {"spec": _pod(spec, [container], _workspace(spec))})]
 
 
 def serve(spec: JobSpec) -> list[Tree]:
     """The model over HTTP: a Deployment that follows the run, and a Service in front of it."""
     args = ["elastic-gpt", "serve", spec.run_dir, "--follow", f"--name={spec.name}", "--host=0.0.0.0"]
-    mount = {**_mount("workspace", str(WORKSPACE)), "readOnly": True}
-    container = _container(spec, "serve", args, cpu="2", memory=_memory_of_a_model(spec), mounts=[mount])
+    mounts = _workspace_mounts(spec, readOnly=True)
+    container = _container(spec, "serve", args, cpu="2", memory=_memory_of_a_model(spec), mounts=mounts)
     name = f"{spec.name}-serve"
     token = {"secretKeyRef": {"name": name, "key": "token", "optional": True}}
     container["env"] += [{"name": "OMP_NUM_THREADS", "value": "2"}, {"name": "ELASTIC_GPT_TOKEN", "valueFrom": token}]
@@ -126,9 +130,7 @@ def serve(spec: JobSpec) -> list[Tree]:
         "readinessProbe": _probe("/ready", periodSeconds=2, failureThreshold=2),
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(LEAVE_SECONDS)]}}},
     }
-    pod = _pod(
-        spec, [container], [_workspace(spec)], restartPolicy="Always", terminationGracePeriodSeconds=DRAIN_SECONDS
-    )
+    pod = _pod(spec, [container], _workspace(spec), restartPolicy="Always", terminationGracePeriodSeconds=DRAIN_SECONDS)
     labels = {SERVE_LABEL: spec.name}
     deployment = {
         "replicas": 1,
@@ -144,9 +146,9 @@ def serve(spec: JobSpec) -> list[Tree]:
 
 def shell(spec: JobSpec) -> list[Tree]:
     """A pod that only holds the volume: to copy texts to it, and to look at runs."""
-    mounts = [_mount("workspace", str(WORKSPACE))]
+    mounts = _workspace_mounts(spec)
     container = _container(spec, "shell", ["sleep", "infinity"], cpu="1", memory="2Gi", mounts=mounts)
-    return [_object("v1", "Pod", spec, f"{spec.name}-shell", {"spec": _pod(spec, [container], [_workspace(spec)])})]
+    return [_object("v1", "Pod", spec, f"{spec.name}-shell", {"spec": _pod(spec, [container], _workspace(spec))})]
 
 
 PARTS: dict[str, Callable[[JobSpec], list[Tree]]] = {
@@ -173,7 +175,8 @@ def _master(spec: JobSpec) -> Tree:
     args = ["elastic-gpt", "master", f"--namespace={spec.namespace}", f"--job-name={spec.name}"]
     if spec.oom_restarts != JobSpec.oom_restarts:
         args.append(f"--oom-restarts={spec.oom_restarts}")
-    container = _container(spec, "main", args, **MASTER_NEEDS, mounts=[])
+    keyless = replace(spec, env_secret="")  # it reads neither data nor runs
+    container = _container(keyless, "main", args, **MASTER_NEEDS, mounts=[])
     account = {"serviceAccountName": MASTER, "automountServiceAccountToken": True}
     return _pod(spec, [container], [], **account, affinity=_prefer("NotIn") if spec.spot else {})
 
@@ -181,16 +184,8 @@ def _master(spec: JobSpec) -> Tree:
 def _worker(spec: JobSpec) -> Tree:
     args = ["elastic-gpt", "launch", f"--nnodes={spec.min_nodes}:{spec.max_nodes}", f"--nproc={spec.workers}"]
     args += ["--network-check"] if spec.network_check else []
-    args += [
-        "--",
-        "train",
-        spec.used_preset,
-        f"--data.dir={spec.data_dir}",
-        f"--run-dir={spec.run_dir}",
-        *spec.arguments,
-    ]
-    workspace = _mount("workspace", str(WORKSPACE))
-    mounts = [workspace, _mount("snapshots", "/dev/shm")]
+    args += ["--", "train", *spec.training]
+    mounts = [*_workspace_mounts(spec), _mount("snapshots", "/dev/shm")]
     # DLRover adds its environment to the container that is called main.
     main = _container(spec, "main", args, cpu=str(spec.used_cpus), memory=f"{spec.memory_gib}Gi", mounts=mounts)
     # Torch counts the machine's cores, not the pod's share of them.
@@ -199,21 +194,29 @@ def _worker(spec: JobSpec) -> Tree:
     if spec.gpus:
         for bound in ("requests", "limits"):
             main["resources"][bound]["nvidia.com/gpu"] = str(spec.gpus)
-    wait = ["sh", "-c", f"until test -e {spec.data_dir}/meta.json; do sleep 2; done"]
-    waiting = _container(
-        spec, "wait-for-data", wait, cpu="100m", memory="64Mi", mounts=[{**workspace, "readOnly": True}]
-    )
     snapshots = {"name": "snapshots", "emptyDir": {"medium": "Memory", "sizeLimit": f"{spec.shm_gib}Gi"}}
     return _pod(
         spec,
         [main],
-        [_workspace(spec), snapshots],
+        [*_workspace(spec), snapshots],
         terminationGracePeriodSeconds=30,
-        initContainers=[waiting],
+        initContainers=_wait_for_data(spec),
         nodeSelector=dict(spec.node_selector),
         affinity=_prefer("In") if spec.spot else {},
         tolerations=[GPU_TAINT] * bool(spec.gpus) + SPOT_TAINTS * spec.spot,
     )
+
+
+def _wait_for_data(spec: JobSpec) -> list[Tree]:
+    """The init container for data that may still be made: on the volume, or on an object store by this job."""
+    if "://" not in spec.data_dir:
+        wait = ["sh", "-c", f"until test -e {spec.data_dir}/meta.json; do sleep 2; done"]
+        mounts = _workspace_mounts(spec, readOnly=True)
+        return [_container(spec, "wait-for-data", wait, cpu="100m", memory="64Mi", mounts=mounts)]
+    if not spec.prepares:
+        return []
+    wait = ["elastic-gpt", "prepare", "--wait", f"--output-dir={spec.data_dir}"]
+    return [_container(spec, "wait-for-data", wait, cpu="100m", memory="512Mi", mounts=[])]
 
 
 def _object(version: str, kind: str, spec: JobSpec, name: str, rest: Tree, labels: Tree | None = None) -> Tree:
@@ -249,6 +252,7 @@ def _container(spec: JobSpec, name: str, args: list[str], *, cpu: str, memory: s
         "args": args,
         # What is written outside the volume (compiled kernels, sockets) goes to a folder that ends with the pod.
         "env": [{"name": "HOME", "value": "/tmp"}],
+        **({"envFrom": [{"secretRef": {"name": spec.env_secret}}]} if spec.env_secret else {}),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -272,8 +276,14 @@ def _mount(name: str, path: str) -> Tree:
     return {"name": name, "mountPath": path}
 
 
-def _workspace(spec: JobSpec) -> Tree:
-    return {"name": "workspace", "persistentVolumeClaim": {"claimName": spec.volume}}
+def _workspace(spec: JobSpec) -> list[Tree]:
+    """The volume of a pod, if the job has one."""
+    claim = {"name": "workspace", "persistentVolumeClaim": {"claimName": spec.volume}}
+    return [claim] if spec.needs_volume else []
+
+
+def _workspace_mounts(spec: JobSpec, **more: bool) -> list[Tree]:
+    return [{**_mount("workspace", str(WORKSPACE)), **more}] if spec.needs_volume else []
 
 
 def _prefer(operator: str) -> Tree:

@@ -16,19 +16,14 @@ def using(job: Tree, make: Callable[[JobSpec], list[Tree]]) -> list[Tree]:
     if "train" not in words:
         raise ClusterError(f"{job['metadata']['name']} does not run `elastic-gpt train`: there is no model to talk to")
     preset, *arguments = words[words.index("train") + 1 :]
-    spec = JobSpec(
+    spec = JobSpec(  # run directory and data are among the arguments
         name=job["metadata"]["name"],
         namespace=job["metadata"]["namespace"],
         image=main["image"],
         preset=preset,
         arguments=tuple(arguments),
-        volume=claim_of(job),
+        volume=claim_of(job) or JobSpec.volume,
+        env_secret=next((one["secretRef"]["name"] for one in main.get("envFrom", []) if "secretRef" in one), ""),
         pull_secret=next((one["name"] for one in pod.get("imagePullSecrets", [])), ""),
     )
-    run = next((word.partition("=")[2] for word in arguments if word.startswith("--run-dir=")), spec.run_dir)
-    trees = make(spec)
-    for tree in trees:
-        pod = tree["spec"].get("template", tree).get("spec", {})
-        for container in pod.get("containers", []):
-            container["args"] = [run if word == spec.run_dir else word for word in container["args"]]
-    return trees
+    return make(spec)

@@ -61,13 +61,14 @@ NOTES: dict[str, dict[str, str]] = {
     },
     "distributed": {
         "": "For `ads opctl run -f`. What stands in <brackets> only your tenancy knows.",
-        "spec/infrastructure/spec/storageMount": "A file system of the File Storage service: run directory and data are one\n"
-        "for all nodes.",
+        "spec/runtime/spec/args": "Preset and settings of `elastic-gpt train`. Data and run directory are\n"
+        "one for all nodes, in object storage; no file system is shared.",
         "spec/cluster/spec/main/replicas": "Always 1; the main node keeps torchrun's store, and the job ends with it.",
     },
     "CreateCustomJobRequest": {
         "": "For examples/vertex/send.py. What stands in <brackets> only your project knows.",
-        "customJob/jobSpec/network": "The one in which the Filestore is; Vertex AI has to be peered with it.",
+        "customJob/jobSpec/workerPoolSpecs": "Data and run directory are one for all replicas, in\n"
+        "Cloud Storage; no file system is shared.",
     },
     "UploadModelRequest": {
         "model/artifactUri": "What `elastic-gpt export` wrote: weights, configuration and tokenizer.",

@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.resources
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -68,8 +68,10 @@ class JobSpec:
     """Labels that a worker's machine must have."""
     env: tuple[tuple[str, str], ...] = ()
     """Environment variables of the workers."""
+    env_secret: str = ""
+    """Name of a secret whose entries are environment variables of all pods but the master: keys of an object store, say."""
     volume: str = "elastic-gpt"
-    """The PersistentVolumeClaim that all pods mount."""
+    """The PersistentVolumeClaim that all pods mount. None is where data and run directory are URLs."""
     volume_size: str = "20Gi"
     """Of a claim that is made."""
     access_mode: AccessMode = "ReadWriteMany"
@@ -79,7 +81,8 @@ class JobSpec:
     data_of: str = ""
     """The job on this volume whose data are used. Empty: this one's own, which a prepare Job makes."""
     texts: tuple[str, ...] = ()
-    """Text files on the volume, below /workspace, or URLs. None, and no upload: Python's own documentation."""
+    """Text files on the volume, below /workspace, or URLs. None, and no upload: what lies at --data.dir, if the arguments
+    give one, else Python's own documentation."""
     upload: tuple[tuple[str, str], ...] = ()
     """Names and contents of text files that travel in a ConfigMap."""
     tokenizer: Tokenizer = "gpt2"
@@ -122,6 +125,8 @@ class JobSpec:
                 raise SettingsError(f"--text {path}: pods see what is on the volume, which is below {WORKSPACE}")
         if self.data_of and (self.texts or self.upload):
             raise SettingsError("--text and --data-of: the text is prepared, or the data of another job are taken")
+        if self.data_of and self.given("data.dir"):
+            raise SettingsError(f"--data-of {self.data_of} and --data.dir {self.given('data.dir')}: leave one out")
         if self.data_of and (self.tokenizer != JobSpec.tokenizer or self.vocab_size):
             raise SettingsError(
                 f"--tokenizer and --data-of: the data of {self.data_of} have a tokenizer; leave one out"
@@ -150,13 +155,37 @@ class JobSpec:
         version = importlib.metadata.version("elastic-gpt")
         return self.image or f"elastic-gpt:{version}{'' if self.gpus else '-cpu'}"
 
+    def given(self, setting: str) -> str:
+        """The value of a setting of `elastic-gpt train` among the arguments, empty if it is not: `data.dir`."""
+        return dict(_flags(self.arguments)).get(setting, "")
+
     @property
     def data_dir(self) -> str:
-        return str(WORKSPACE / (self.data_of or self.name) / "data")
+        """A folder below /workspace, or what the arguments say: a URL, perhaps."""
+        return self.given("data.dir") or str(WORKSPACE / (self.data_of or self.name) / "data")
 
     @property
     def run_dir(self) -> str:
-        return str(WORKSPACE / self.name / "run")
+        """As `data_dir`."""
+        return self.given("run_dir") or str(WORKSPACE / self.name / "run")
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """What follows `elastic-gpt train`."""
+        data = () if self.given("data.dir") else (f"--data.dir={self.data_dir}",)
+        run = () if self.given("run_dir") else (f"--run-dir={self.run_dir}",)
+        return (self.used_preset, *data, *run, *self.arguments)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether it makes its data. Those of another job, and those at a --data.dir for which no text is named, are there."""
+        return not self.data_of and bool(self.texts or self.upload or not self.given("data.dir"))
+
+    @property
+    def needs_volume(self) -> bool:
+        """Whether anything that it reads or writes lies on the volume."""
+        places = (self.data_dir, self.run_dir, *self.texts, *self.arguments, *(value for _, value in self.env))
+        return any(str(WORKSPACE) in place for place in places)
 
     @property
     def workers(self) -> int:
@@ -210,17 +239,21 @@ def preset_model(name: str) -> Mapping[str, int]:
 def _shape_in(arguments: tuple[str, ...], shape: Mapping[str, int]) -> dict[str, int]:
     """`--model.n-layer=6`, or the same in two words, as {"n_layer": 6}."""
     found: dict[str, int] = {}
-    if not arguments:
-        return found
-    for word, following in zip(arguments, (*arguments[1:], ""), strict=True):
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--model.").replace("-", "_")
-        if flag.startswith("--model.") and name in shape:
-            value = value if equals else following
+    for flag, value in _flags(arguments):
+        name = flag.removeprefix("model.")
+        if flag.startswith("model.") and name in shape:
             if not value.isdecimal():
-                raise SettingsError(f"{flag} '{value}': give a number")
+                raise SettingsError(f"--{flag.replace('_', '-')} '{value}': give a number")
             found[name] = int(value)
     return found
+
+
+def _flags(arguments: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """`--model.n-layer=6`, or the same in two words, as ("model.n_layer", "6")."""
+    for word, following in zip(arguments, (*arguments[1:], ""), strict=False):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            yield flag.removeprefix("--").replace("-", "_"), value if equals else following
 
 
 def _elsewhere(path: str) -> bool:

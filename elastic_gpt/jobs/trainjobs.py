@@ -92,8 +92,10 @@ def delete(cluster: Cluster, name: str, *, volume: bool, timeout: float, wait: b
     """Delete the job's TrainJobs, their runtimes and its text, and wait until no pod is left; the volume only if asked to."""
     names = [trainjob.named(name, step) for step in trainjob.STEPS]
     claim = next(filter(None, (_claim(cluster.find("TrainingRuntime", trainjob.runtime_of(one))) for one in names)), "")
+    if volume and not claim and _steps(cluster, name):
+        raise ClusterError(f"job {name} has no volume: leave --volume out; its run stays on the object store")
     made = [("TrainJob", one) for one in names] + [("TrainingRuntime", trainjob.runtime_of(one)) for one in names]
-    made += [("ConfigMap", f"{name}-text")] + [("PersistentVolumeClaim", claim)] * (volume and bool(claim))
+    made += [("ConfigMap", f"{name}-text")] + [("PersistentVolumeClaim", claim)] * volume
     gone = [f"{kind.lower()}/{one}" for kind, one in made if cluster.delete(kind, one)]
     if not gone:
         _steps(cluster, name)

@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 from elastic_gpt.jobs import ads
 from elastic_gpt.jobs.manifest import Tree
-from elastic_gpt.jobs.spec import WORKSPACE, JobSpec
+from elastic_gpt.jobs.spec import JobSpec
 from elastic_gpt.settings import SettingsError
 
 PARENT = "projects/<project>/locations/<region>"
 BUCKET = "gs://<bucket>"
-FOLDER = "elastic-gpt"  # below /mnt/nfs, where Vertex AI mounts
 REPLICA = "/opt/elastic-gpt/vertex/replica.py"  # where examples/vertex/Dockerfile puts it
 L4_MACHINES = {1: "g2-standard-12", 2: "g2-standard-24", 4: "g2-standard-48", 8: "g2-standard-96"}
 CPU_MACHINES = {cpus: f"e2-standard-{cpus}" for cpus in (2, 4, 8, 16, 32)}  # with 4 GiB for each CPU
@@ -21,25 +20,16 @@ CPU_MACHINES = {cpus: f"e2-standard-{cpus}" for cpus in (2, 4, 8, 16, 32)}  # wi
 
 def job(spec: JobSpec) -> list[Tree]:
     """Raises SettingsError for what Vertex AI has not: text that is here, a node selector, other machines."""
-    if spec.upload:
+    ads.check_texts(spec, "Vertex AI", BUCKET)
+    if spec.network_check or spec.node_selector or spec.env_secret:
         raise SettingsError(
-            f"--text {spec.upload[0][0]}: Vertex AI takes no file from here; name a URL, as {BUCKET}/{spec.upload[0][0]}"
+            "--network-check, --node-selector, --env-secret: these are Kubernetes'; leave them out for Vertex AI"
         )
-    if spec.network_check or spec.node_selector:
-        raise SettingsError("--network-check, --node-selector: these are Kubernetes'; leave them out for Vertex AI")
-    arguments = [
-        *("python3", REPLICA, spec.used_preset),
-        f"--data.dir={_there(spec.data_dir)}",
-        f"--run-dir={_there(spec.run_dir)}",
-        f"--checkpoint.dir={BUCKET}/{spec.name}/checkpoints",
-        *spec.arguments,
-    ]
     pool = {
         "machineSpec": _machine(spec),
-        "nfsMounts": [{"server": "<address of the Filestore>", "path": "<its share>", "mountPoint": FOLDER}],
         "containerSpec": {
             "imageUri": _image(spec),
-            "args": arguments,
+            "args": ["python3", REPLICA, *ads.in_bucket(spec.training, BUCKET)],
             "env": [{"name": name, "value": value} for name, value in ads.environment(spec).items()],
         },
     }
@@ -47,7 +37,6 @@ def job(spec: JobSpec) -> list[Tree]:
     pools = [{"replicaCount": 1, **pool}] + [{"replicaCount": spec.nodes - 1, **pool}] * (spec.nodes > 1)
     body = {
         "workerPoolSpecs": pools,
-        "network": "projects/<number of the project>/global/networks/<network>",
         **({"scheduling": {"strategy": "SPOT"}} if spec.spot else {}),
     }
     tree = {"displayName": spec.name, "jobSpec": body}
@@ -93,10 +82,6 @@ def _machine(spec: JobSpec) -> Tree:
 
 def _image(spec: JobSpec) -> str:
     return spec.image or f"<region>-docker.pkg.dev/<project>/<repository>/{spec.used_image}"
-
-
-def _there(path: str) -> str:
-    return path.replace(str(WORKSPACE), f"/mnt/nfs/{FOLDER}")
 
 
 PARTS: dict[str, Callable[[JobSpec], list[Tree]]] = {

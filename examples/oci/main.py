@@ -1,7 +1,7 @@
 """What a node of an OCI Data Science job runs: from the environment that ADS gives it to a node of an elastic run.
 
 ADS sets OCI__MODE (MAIN or WORKER), OCI__WORKER_COUNT, MASTER_ADDR, MASTER_PORT and RANK. The main node keeps torchrun's
-store; ranks are torchrun's business here, for they change when nodes come and go. All nodes mount the folders of data and run.
+store; ranks are torchrun's business here, for they change when nodes come and go. Data and run directory are URLs.
 """
 
 import os

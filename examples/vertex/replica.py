@@ -1,7 +1,7 @@
 """What a replica of a Vertex AI CustomJob runs: from CLUSTER_SPEC, which Vertex AI sets, to a node of an elastic run.
 
 Workerpool 0 is one replica: it prepares the text and keeps torchrun's store, and the job ends with it. The replicas of the
-other pools may be restarted; ranks are torchrun's business. All replicas mount the folders of data and run.
+other pools may be restarted; ranks are torchrun's business. Data and run directory are URLs.
 """
 
 import json

@@ -53,6 +53,29 @@ def closed(schema: Any) -> Any:
     return schema
 
 
+def lacking(tree: Tree, needed: tuple[str, ...]) -> list[str]:
+    """Which of the fields `needed` (a.b; of a list, of each element) `tree` has not. Schemas call few fields required."""
+
+    def lacks(node: Any, path: str) -> bool:
+        step, _, rest = path.partition(".")
+        if isinstance(node, list):
+            return not node or any(lacks(one, path) for one in node)
+        return node.get(step) in (None, "", [], {}) or (bool(rest) and lacks(node[step], rest))
+
+    return [path for path in needed if lacks(tree, path)]
+
+
+def without(tree: Tree, path: str) -> Tree:
+    """A copy of `tree` without one field, in the first element of lists."""
+    broken = copy.deepcopy(tree)
+    node: Any = broken
+    *steps, last = path.split(".")
+    for step in steps:
+        node = node[step] if isinstance(node[step], dict) else node[step][0]
+    del node[last]
+    return broken
+
+
 def misspelt(tree: Tree, free: tuple[str, ...]) -> list[tuple[str, Tree]]:
     """Copies of `tree`, each with one field misspelt; below the fields `free` any name goes."""
     found: list[tuple[str, Tree]] = []

@@ -4,6 +4,7 @@ Everything in examples/elasticjob is held against the schemas, and so are jobs w
 """
 
 import copy
+import json
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import yaml
 from elastic_gpt.jobs.manifest import GROUP, JOB_LABEL, MASTER_RULES, PARTS, manifests
 from elastic_gpt.jobs.render import to_yaml
 from elastic_gpt.jobs.spec import JobSpec
-from tests.examples.schemas import assert_first_line_renders, crd_validator, misspelt
+from tests.examples.schemas import assert_first_line_renders, crd_validator, lacking, misspelt, without
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "examples" / "elasticjob"
@@ -45,6 +46,7 @@ EVERYTHING = JobSpec(
     spot=True,
     node_selector=(("gpu", "h200"),),
     env=(("NCCL_SOCKET_IFNAME", "eth0"),),
+    env_secret="keys",
     volume="big",
     storage_class="nfs",
     texts=("/workspace/c.txt",),
@@ -132,6 +134,39 @@ def test_a_misspelt_field_of_the_elasticjob_is_caught(job: Tree) -> None:
     cases = [case for case in misspelt(job, free) if case[0].startswith("spec.") and ".template." not in case[0]]
     assert len(cases) >= 10
     assert [where for where, broken in cases if not elasticjob_errors(broken)] == []
+
+
+MASTER, WORKER = "spec.replicaSpecs.dlrover-master", "spec.replicaSpecs.worker"
+NEEDED = (
+    *("metadata.name", "spec.distributionStrategy", "spec.optimizeMode", f"{MASTER}.restartCount"),
+    *(f"{WORKER}.{field}" for field in ("replicas", "restartCount")),
+    *(f"{MASTER}.template.spec.{field}" for field in ("serviceAccountName", "automountServiceAccountToken")),
+    *(f"{one}.template.spec.{field}" for one in (MASTER, WORKER) for field in ("securityContext", "restartPolicy")),
+    *(
+        f"{one}.template.spec.containers.{field}"
+        for one in (MASTER, WORKER)
+        for field in ("image", "args", "resources")
+    ),
+    *(f"{WORKER}.template.spec.{field}" for field in ("initContainers", "volumes", "containers.volumeMounts")),
+)
+
+
+@every_elasticjob
+def test_it_has_what_dlrover_and_its_pods_need_and_a_missing_field_is_caught(job: Tree) -> None:
+    assert lacking(job, NEEDED) == []
+    for path in NEEDED:
+        assert path in lacking(without(job, path), NEEDED)
+
+
+@every_elasticjob
+def test_dlrovers_master_keeps_the_secret_of_a_workers_environment(job: Tree) -> None:
+    kubernetes = pytest.importorskip("kubernetes").client
+    pod = as_pod(job["spec"]["replicaSpecs"]["worker"]["template"])
+    answer = SimpleNamespace(data=json.dumps(pod))
+    read = kubernetes.ApiClient().deserialize(answer, "V1Pod")  # as DLRover's PodScaler reads the template
+    back = kubernetes.ApiClient().sanitize_for_serialization(read)["spec"]["containers"][0]
+    assert back.get("envFrom") == main_container(job).get("envFrom")
+    assert bool(back.get("envFrom")) == (job["metadata"]["name"] == EVERYTHING.name)
 
 
 @every_elasticjob

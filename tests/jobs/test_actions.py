@@ -622,3 +622,95 @@ def test_prompt_shows_why_the_pod_ended(stub: StubCluster, job: Job, capsys: Out
     output = capsys.readouterr()
     assert "no checkpoint" in output.out
     assert "has ended before anything was asked" in output.err
+
+
+URLS = ("--data.dir=s3://bucket/data", "--run-dir", "s3://bucket/run")
+
+
+def pods_of(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pods' specifications in a manifest."""
+    spec = tree.get("spec", {})
+    replicas = [one["template"]["spec"] for one in spec.get("replicaSpecs", {}).values()]
+    return [*replicas, spec["template"]["spec"]] if "template" in spec else replicas
+
+
+def test_a_job_whose_data_and_run_are_urls_needs_no_volume_and_waits_for_nothing(
+    stub: StubCluster, job: Job, capsys: Output
+) -> None:
+    assert job("submit", "mine", "--env-secret=keys", "--", *URLS) == 0
+    assert {kind for kind, _, _ in stub.objects} == {"Namespace", "ServiceAccount", "Role", "RoleBinding", "ElasticJob"}
+    tree = stub.get("ElasticJob", "mine")
+    assert tree
+    master, worker = pods_of(tree)
+    assert "initContainers" not in worker
+    assert {volume["name"] for volume in worker["volumes"]} == {"snapshots", "scratch"}
+    assert {mount["name"] for mount in worker["containers"][0]["volumeMounts"]} == {"snapshots", "scratch"}
+    assert worker["containers"][0]["args"][-3:] == [*URLS]
+    assert worker["containers"][0]["args"].count("--run-dir") == 1
+    assert worker["containers"][0]["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert "envFrom" not in master["containers"][0]
+    # Progress is in the pods' logs, wherever metrics.jsonl is.
+    tree["status"] = {"phase": "Running"}
+    stub.master("mine")
+    stub.worker("mine", 0)
+    stub.logs["mine-edljob-worker-0"] = [progress(1, 1, step=10, loss=2.5), entry(2, "hello")]
+    capsys.readouterr()
+    assert job("status", "mine") == 0
+    assert "step 10/100 · loss 2.5000" in capsys.readouterr().out
+    assert job("logs", "mine") == 0
+    assert "hello" in capsys.readouterr().out
+    tree["status"] = {"phase": "Succeeded"}
+    assert job("wait", "mine") == 0
+    capsys.readouterr()
+    assert job("delete", "mine", "--volume", "--no-wait") == 2
+    assert "job mine has no volume: leave --volume out" in capsys.readouterr().err
+    assert job("delete", "mine") == 0
+    assert "volume" not in capsys.readouterr().out
+
+
+def test_text_for_data_at_a_url_is_prepared_there_and_waited_for(stub: StubCluster, job: Job) -> None:
+    assert job("submit", "mine", "--env-secret=keys", "--text=https://example.com/a.txt", "--", *URLS) == 0
+    made, tree = stub.get("Job", "mine-prepare"), stub.get("ElasticJob", "mine")
+    assert made
+    assert tree
+    [container] = pods_of(made)[0]["containers"]
+    assert "--output-dir=s3://bucket/data" in container["args"]
+    [waiting] = pods_of(tree)[1]["initContainers"]
+    assert waiting["args"] == ["elastic-gpt", "prepare", "--wait", "--output-dir=s3://bucket/data"]
+    assert container["envFrom"] == waiting["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert stub.get("PersistentVolumeClaim", "elastic-gpt") is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--", "--data.dir=s3://bucket/data"],
+        ["--", "--run-dir=s3://bucket/run"],
+        ["--text=/workspace/a.txt", "--", *URLS],
+        ["--", *URLS, "--checkpoint.dir=/workspace/checkpoints"],
+    ],
+    ids=["its run", "its data", "its text", "its checkpoints"],
+)
+def test_what_is_left_on_the_volume_needs_it(stub: StubCluster, job: Job, words: list[str]) -> None:
+    assert job("submit", "mine", *words) == 0
+    assert stub.get("PersistentVolumeClaim", "elastic-gpt")
+    tree = stub.get("ElasticJob", "mine")
+    assert tree
+    assert actions.claim_of(tree) == "elastic-gpt"
+
+
+def test_the_model_of_a_run_on_an_object_store_is_talked_to_and_served_from_there(stub: StubCluster, job: Job) -> None:
+    job("submit", "mine", "--env-secret=keys", "--", *URLS)
+    assert job("serve", "mine", "--no-wait") == 0
+    served = stub.get("Deployment", "mine-serve")
+    assert served
+    [pod] = pods_of(served)
+    assert pod["containers"][0]["args"][:3] == ["elastic-gpt", "serve", "s3://bucket/run"]
+    assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert {volume["name"] for volume in pod["volumes"]} == {"scratch"}
+
+
+def test_data_of_another_job_and_data_at_a_url_exclude_each_other(stub: StubCluster, job: Job, capsys: Output) -> None:
+    assert stub
+    assert job("submit", "mine", "--data-of=other", "--", *URLS) == 2
+    assert "--data-of other and --data.dir s3://bucket/data: leave one out" in capsys.readouterr().err

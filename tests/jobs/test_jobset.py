@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from elastic_gpt.jobs.jobset import PARTS
-from tests.examples.schemas import assert_first_line_renders, crd_validator, misspelt
+from tests.examples.schemas import assert_first_line_renders, crd_validator, lacking, misspelt, without
 from tests.examples.test_manifests import EVERYTHING, as_pod, validate
 from tests.jobs.test_trainjob import CRDS
 
@@ -42,6 +42,23 @@ def test_jobset_takes_every_field_and_no_misspelt_one(tree: Tree) -> None:
     cases = misspelt(tree, free=("requests", "limits", "metadata", "nodeSelector"))
     missed = [where for where, broken in cases if where.startswith("spec.") and not errors(broken)]
     assert missed == []
+
+
+POD = "spec.replicatedJobs.template.spec.template.spec"
+NEEDED = (
+    *("metadata.name", "spec.network.enableDNSHostnames", "spec.network.publishNotReadyAddresses"),
+    *("spec.replicatedJobs.name", "spec.replicatedJobs.replicas"),
+    *(f"spec.replicatedJobs.template.spec.{field}" for field in ("parallelism", "completions", "completionMode")),
+    *("spec.replicatedJobs.template.spec.backoffLimit", f"{POD}.initContainers", f"{POD}.restartPolicy"),
+    *(f"{POD}.containers.{field}" for field in ("name", "image", "args", "env", "resources", "volumeMounts")),
+)
+
+
+@every
+def test_it_has_what_jobset_reads_and_a_missing_field_is_caught(tree: Tree) -> None:
+    assert lacking(tree, NEEDED) == []
+    for path in NEEDED:
+        assert lacking(without(tree, path), NEEDED) == [path]
 
 
 @every

@@ -16,7 +16,7 @@ import yaml
 from elastic_gpt.jobs.spec import JobSpec
 from elastic_gpt.jobs.trainjob import PARTS
 from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, metrics
-from tests.examples.schemas import assert_first_line_renders, crd_validator, misspelt
+from tests.examples.schemas import assert_first_line_renders, crd_validator, lacking, misspelt, without
 from tests.examples.test_manifests import EVERYTHING, as_pod, validate
 from tests.examples.test_torchrun import free_port
 
@@ -62,6 +62,28 @@ def test_a_misspelt_field_is_caught(tree: Tree) -> None:
     cases = [case for case in misspelt(tree, free) if case[0].startswith("spec.")]
     assert len(cases) >= 4
     assert [where for where, broken in cases if not errors(broken)] == []
+
+
+POD = "spec.template.spec.replicatedJobs.template.spec.template.spec"
+NEEDED = {
+    "TrainJob": ("metadata.name", "spec.runtimeRef.name", "spec.runtimeRef.kind", "spec.trainer.args"),
+    "TrainingRuntime": (
+        *("metadata.name", "spec.mlPolicy.numNodes", "spec.template.spec.replicatedJobs.name"),
+        *(f"{POD}.containers.{field}" for field in ("name", "image", "command", "resources", "volumeMounts")),
+        *(f"{POD}.{field}" for field in ("restartPolicy", "securityContext", "volumes")),
+    ),
+}
+
+
+@every_kubeflow
+def test_it_has_what_the_controller_reads_and_a_missing_field_is_caught(tree: Tree) -> None:
+    needed = NEEDED[tree["kind"]]
+    if "train-gpt" in tree["metadata"]["name"]:
+        needed += ("spec.trainer.numNodes", "spec.trainer.numProcPerNode") * (tree["kind"] == "TrainJob")
+        needed += (f"{POD}.containers.env", f"{POD}.initContainers") * (tree["kind"] == "TrainingRuntime")
+    assert lacking(tree, needed) == []
+    for path in needed:
+        assert lacking(without(tree, path), (path,)) == [path]
 
 
 @every_kubeflow

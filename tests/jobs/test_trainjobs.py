@@ -199,3 +199,28 @@ def test_the_phase_is_what_the_conditions_say_or_else_the_pods(
     tree = {"metadata": {"name": "one"}, "status": {"conditions": conditions}}
     made = [{"metadata": {"name": "p"}, "spec": {}, "status": {"phase": one}} for one in pods]
     assert step_state(tree, made).phase == phase
+
+
+def test_a_job_whose_data_and_run_are_urls_needs_neither_volume_nor_load_corpus(
+    stub: StubCluster, controller: Controller, job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--as=trainjob", "--gpus=0", "--env-secret=keys", "--", "--data.dir=s3://b/data", "--run-dir=s3://b/run")
+    assert job("submit", "toy", *words) == 0
+    assert {kind for kind, _, _ in stub.objects} == {"Namespace", "TrainingRuntime", "TrainJob"}
+    runtime, train = stub.get("TrainingRuntime", "toy-train-gpt-runtime"), stub.get("TrainJob", "toy-train-gpt")
+    assert runtime
+    assert train
+    [replicated] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    assert "initContainers" not in pod
+    assert {volume["name"] for volume in pod["volumes"]} == {"snapshots", "scratch"}
+    assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert {"--data.dir=s3://b/data", "--run-dir=s3://b/run"} <= set(train["spec"]["trainer"]["args"])
+    controller.end("toy-train-gpt", "Complete")
+    assert job("wait", "toy", "--as=trainjob") == 0
+    controller.collect("toy-train-gpt")
+    capsys.readouterr()
+    assert job("delete", "toy", "--as=trainjob", "--volume") == 2
+    assert "job toy has no volume: leave --volume out" in capsys.readouterr().err
+    assert job("delete", "toy", "--as=trainjob") == 0
+    assert "volume" not in capsys.readouterr().out
