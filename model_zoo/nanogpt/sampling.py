@@ -39,7 +39,8 @@ def next_token(
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest is 0, so nothing can overflow
+    # The likeliest is 0, so nothing can overflow; and a temperature that float32 does not know would make it 0 / 0.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is None and top_p is None:
         return _draw(logits.softmax(-1), generator)
     vocab_size = logits.size(-1)
