@@ -15,6 +15,7 @@ from torch import nn
 from model_zoo.nanogpt.model import GPT, GPTConfig
 from model_zoo.nanogpt.serving.app import create_app
 from model_zoo.nanogpt.serving.completions import Limits, Service
+from model_zoo.nanogpt.serving.connections import Connection
 from model_zoo.nanogpt.serving.metrics import Metrics
 from model_zoo.nanogpt.serving.scheduler import Scheduler
 from prepare.tokenizer import Bytes, Characters, Tokenizer
@@ -68,7 +69,9 @@ def serving(
         limits=limits,
         metrics=metrics,
     )
-    config = uvicorn.Config(create_app(service, **app), log_config=None, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        create_app(service, **app), http=Connection, ws="none", log_config=None, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(
