@@ -174,9 +174,7 @@ class MultiheadAttention(nn.Module):
         )
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, past: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, past: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value projections, (B,H,T,D) and (B,G,S,D), in as few matrix products as the inputs allow.
 
         `past` is the position of the first token.

@@ -1,8 +1,8 @@
 """One more token for each of several texts, with as little as possible around the matrix products.
 
-What the model's `forward` computes with a cache, for rows of different lengths. At one token a row a product takes microseconds,
-and what leads to it counts as much; so rows are vectors here and not sequences of one, and a layer's keys and values are
-written in one go. docs/BENCHMARKS.md has what that is worth.
+What the model's `forward` computes with a cache, for rows of different lengths. At one token a row a product takes
+microseconds, and what leads to it counts as much; so rows are vectors here and not sequences of one, and a layer's keys and
+values are written in one go. dev/LOG.md has what that is worth.
 
 Letters in comments: B rows, S slots, L layers, H heads, G heads of keys and values, T block_size, D width of a head,
 E embedding, V vocabulary.

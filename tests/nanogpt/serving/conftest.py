@@ -22,6 +22,8 @@ from prepare.tokenizer import Bytes, Characters, Tokenizer
 from tests.conftest import PATIENCE, until
 from tests.nanogpt.test_generate import ALPHABET, reciter
 
+FOREVER = 100_000_000
+
 
 class Served:
     """A server that answers at `url`."""
@@ -87,6 +89,23 @@ def serving(
         served.http.close()
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def small(**limits: Any) -> Iterator[Served]:
+    """A server with one slot, whose answers have no end."""
+    tokenizer = Characters(ALPHABET)
+    given = {"slots": 1, "queue": 1, "tokens": FOREVER} | limits
+    token = given.pop("token", None)
+    with serving(
+        reciter(tokenizer.encode(ALPHABET).tolist(), 27), tokenizer, limits=Limits(**given), token=token
+    ) as one:
+        yield one
+
+
+def endless(served: Served, **more: Any) -> contextlib.AbstractContextManager[Any]:
+    wanted = {"model": "gpt", "prompt": "a", "max_tokens": FOREVER, "stream": True} | more
+    return served.http.stream("POST", "/v1/completions", json=wanted)
 
 
 @pytest.fixture(scope="package")

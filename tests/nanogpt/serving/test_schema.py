@@ -21,7 +21,7 @@ UNSAID = (
     "best_of",
     "stream_options is for stream: true",
 )
-"""Why a request may be refused that the document allows: what no schema can say, for it is about two fields, or about tokens."""
+"""Why a request may be refused that the document allows: it is about two fields, or about tokens."""
 
 
 def test_what_the_document_allows_is_taken_and_each_answer_is_one_that_it_has(random_bytes: Served) -> None:
