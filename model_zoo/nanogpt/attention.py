@@ -23,18 +23,11 @@ class KeyValueCache:
     (so that autocast needs no special care); or it is `memory` (2,B,H,max_length,D), keys then values.
     """
 
-    beyond: Tensor | None = None
-    """Bool, (B,1,1,S): True where a row does not hold a key, though others do. None where all rows are as long."""
-
     def __init__(self, max_length: int, memory: Tensor | None = None) -> None:
         self.max_length = max_length
         self.length = 0
         """Tokens held so far: the position of the next one."""
         self._memory = memory
-
-    def positions(self, tokens: int) -> slice | Tensor:
-        """The places of the next `tokens` tokens, as an index of the position embeddings."""
-        return slice(self.length, self.length + tokens)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add `k` and `v`, each (B,H,T,D), and return views of all keys and values so far, each (B,H,S,D).
@@ -56,47 +49,6 @@ class KeyValueCache:
         """Views of all keys and values so far, each (B,H,S,D)."""
         assert self._memory is not None, "nothing has been appended"
         return self._memory[0, :, :, : self.length], self._memory[1, :, :, : self.length]
-
-
-class RowsCache(KeyValueCache):
-    """A cache whose rows are of different lengths, for one more token each.
-
-    Made anew for each token, over memory that stays; `layers` makes one for each layer.
-    """
-
-    def __init__(
-        self, memory: Tensor, rows: Tensor, lengths: Tensor, longest: int, beyond: Tensor | None, in_order: bool
-    ) -> None:
-        super().__init__(memory.size(-2), memory)
-        self.length, self.beyond = longest, beyond
-        self._rows, self._lengths, self._in_order = rows, lengths, in_order
-
-    @classmethod
-    def layers(cls, memory: Tensor, rows: list[int], lengths: list[int]) -> list[KeyValueCache]:
-        """Caches of the `rows` of `memory` (L,2,S,H,T,D), which hold `lengths` tokens."""
-        longest = max(lengths)
-        index, held = torch.tensor(rows, device=memory.device), torch.tensor(lengths, device=memory.device)
-        beyond = None
-        if min(lengths) < longest:
-            beyond = (torch.arange(longest + 1, device=memory.device) > held[:, None])[:, None, None, :]
-        in_order = rows == list(range(len(rows)))
-        return [cls(layer, index, held, longest, beyond, in_order) for layer in memory]
-
-    def positions(self, tokens: int) -> Tensor:
-        assert tokens == 1, "a row of its own length takes one token at a time"
-        return self._lengths[:, None]
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        assert self._memory is not None
-        end = self.length + 1
-        if end > self.max_length:
-            raise ValueError(f"{end} tokens do not fit a key-value cache of {self.max_length}; make it larger")
-        keys, values = self._memory  # each SxHxTxD
-        keys[self._rows, :, self._lengths] = k[:, :, 0]
-        values[self._rows, :, self._lengths] = v[:, :, 0]
-        if self._in_order:  # read where they lie
-            return keys[: len(k), :, :end], values[: len(k), :, :end]
-        return keys[self._rows, :, :end], values[self._rows, :, :end]
 
 
 class MultiheadAttention(nn.Module):
@@ -189,14 +141,13 @@ class MultiheadAttention(nn.Module):
         value = key if value is None else value
         if self.rotary and key is not query:
             raise ValueError("rotary positions are those of one sequence: use them in self-attention only")
-        past, beyond = 0, None
+        past = 0
         if cache is None:
             q, k, v = self._project(query, key, value)
         elif key is query:
             past = cache.length
-            q, k, v = self._project(query, key, value, cache.positions(query.size(1)))
+            q, k, v = self._project(query, key, value, past)
             k, v = cache.append(k, v)
-            beyond = cache.beyond
         elif cache.length == 0:
             q, k, v = self._project(query, key, value)
             cache.append(k, v)
@@ -209,8 +160,6 @@ class MultiheadAttention(nn.Module):
             mask = mask.unflatten(0, (-1, self.num_heads))  # BxHxTxS
         if key_padding_mask is not None:
             mask = _block(mask, key_padding_mask[:, None, None, :])
-        if beyond is not None:
-            mask = _block(mask, beyond)
         is_causal = is_causal and past + 1 < k.size(2)  # else the first query, so every query, sees every key
         if is_causal and (mask is not None or past > 0):
             # SDPA takes no mask beside is_causal, and its is_causal counts queries from position 0.
@@ -225,12 +174,10 @@ class MultiheadAttention(nn.Module):
         )
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, places: slice | Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, past: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value projections, (B,H,T,D) and (B,G,S,D), in as few matrix products as the inputs allow.
 
-        `places` are the positions of the tokens, as KeyValueCache.positions gives them; None: from 0 on.
+        `past` is the position of the first token.
         """
         if self.in_proj_weight is not None and key is value:
             if query is key:
@@ -244,11 +191,9 @@ class MultiheadAttention(nn.Module):
             q, k, v = self._linear(query, 0), self._linear(key, 1), self._linear(value, 2)
         q, k = self._normalized(self._split_heads(q)), self._normalized(self._split_heads(k))
         if self.rotary:
-            if places is None:
-                places = slice(0, query.size(1))
-            if isinstance(places, slice):
-                places = torch.arange(places.start, places.stop, device=query.device)
-            q, k = _rotate(q, places), _rotate(k, places)
+            places = torch.arange(past, past + query.size(1), device=query.device)
+            turned = rotation(places, self.head_dim)
+            q, k = turn(q, *turned), turn(k, *turned)
         return q, k, self._split_heads(v)
 
     def _linear(self, x: Tensor, part: int) -> Tensor:
@@ -266,14 +211,22 @@ class MultiheadAttention(nn.Module):
         return F.rms_norm(x, (self.head_dim,)) if self.qk_norm else x
 
 
-def _rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """`x` (B,H,T,D) with pair (i, i + D/2) of the token at position p turned by p / 10000^(2i/D); positions (T) or (B,T)."""
-    half = x.size(-1) // 2
-    speed = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions.float().unsqueeze(-1) * speed  # TxD/2 or BxTxD/2, in float32 whatever x is
+def rotation(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by which pairs are turned at `positions`, (T) or (B,T): (T,D/2) or (B,1,T,D/2).
+
+    The angle of pair i at position p is p / 10000^(2i/D), in float32 whatever the model computes in.
+    """
+    half = head_dim // 2
+    speed = 10000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angle = positions.float().unsqueeze(-1) * speed
     if angle.dim() == 3:
         angle = angle.unsqueeze(1)  # the same for all heads of a row
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    return angle.cos(), angle.sin()
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` (B,H,T,D) with each pair (i, i + D/2) turned by what `rotation` gives."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 

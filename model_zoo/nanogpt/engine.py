@@ -1,8 +1,8 @@
 """Many generations at once, each as if it were alone: a batch that requests join and leave at any token.
 
 A fixed number of cache slots, taken once; each running generation has one, and the running ones are always the first
-slots, so that a forward pass reads the cache where it lies. A request that comes in is computed alone (prefill) and from
-the next token on with the others. Knows tokens, not text; one thread at a time.
+slots, so that a forward pass reads the cache where it lies. Of a request that comes in, all but the last token are computed
+alone (prefill), the last one with the others. Knows tokens, not text; one thread at a time.
 
 Letters in comments: B batch (running generations), S slots, L layers, H heads of keys,
 T block_size, D width of a head, V vocabulary.
@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .attention import KeyValueCache, RowsCache
+from .attention import KeyValueCache
+from .decode import next_logits
 from .model import GPT
 from .sampling import check_sampling, next_token, window_start
 
@@ -91,8 +92,8 @@ class Engine:
         self.waiting: collections.deque[Generation] = collections.deque()
         config = model.config
         heads = config.n_kv_head or config.n_head
-        shape = (config.n_layer, 2, slots, heads, config.block_size, config.n_embd // config.n_head)
-        # Lx2xSxHxTxD, keys then values. Zeros: a place that is masked out still counts 0 times what it holds, and 0 times
+        shape = (config.n_layer, slots, 2, heads, config.block_size, config.n_embd // config.n_head)
+        # LxSx2xHxTxD, keys then values. Zeros: a place that is masked out still counts 0 times what it holds, and 0 times
         # the NaN that fresh memory may hold is NaN.
         self._memory = model.wte.weight.new_zeros(shape)
 
@@ -112,7 +113,7 @@ class Engine:
             slot, last = self.running.index(generation), len(self.running) - 1
             if slot != last:  # the first slots stay the running ones
                 length = self.running[last].cached[1] - self.running[last].cached[0]
-                self._memory[:, :, slot, :, :length] = self._memory[:, :, last, :, :length]
+                self._memory[:, slot, :, :, :length] = self._memory[:, last, :, :, :length]
                 self.running[slot] = self.running[last]
             self.running.pop()
 
@@ -140,51 +141,59 @@ class Engine:
         """One token for each running generation. Those that are over have left their slots."""
         while self.waiting and len(self.running) < self.slots:
             self.running.append(self.waiting.popleft())
-        together: list[int] = []
-        logits: dict[int, Tensor] = {}
+        if not self.running:
+            return []
         for slot, generation in enumerate(self.running):
-            length = len(generation.tokens)
-            if generation.cached == (window_start(length, self.model.config.block_size), length - 1):
-                together.append(slot)
-            else:
-                logits[slot] = self._prefill(slot, generation)
-        if together:
-            rows = self._next(together)
-            logits |= {slot: rows[row : row + 1] for row, slot in enumerate(together)}
-        drawn = [(generation, self._draw(generation, logits[slot])) for slot, generation in enumerate(self.running)]
+            place = window_start(len(generation.tokens), self.model.config.block_size), len(generation.tokens) - 1
+            if generation.cached != place:
+                self._prefill(slot, *place)
+        drawn = list(zip(self.running, self._draw(self._next()), strict=True))
         for generation, token in drawn:
             if token.finished:
                 self.drop(generation)
         return drawn
 
-    def _prefill(self, slot: int, generation: Generation) -> Tensor:
-        """Logits (1,V) after all that the window holds, computed from its start."""
-        start, end = window_start(len(generation.tokens), self.model.config.block_size), len(generation.tokens)
-        window = torch.tensor([generation.tokens[start:]], device=self._memory.device)
-        cache = [KeyValueCache(memory.size(-2), memory[:, slot : slot + 1]) for memory in self._memory]
+    def _prefill(self, slot: int, start: int, end: int) -> None:
+        """Have the slot hold what its generation has from `start` up to `end`, all of it computed anew."""
+        generation = self.running[slot]
+        if start < end:
+            window = torch.tensor([generation.tokens[start:end]], device=self._memory.device)
+            layers = self._memory[:, slot : slot + 1].transpose(1, 2)  # each 2x1xHxTxD
+            self.model.hidden(window, [KeyValueCache(layer.size(-2), layer) for layer in layers])
         generation.cached = (start, end)
-        return self.model.next_logits(window, cache)
 
-    def _next(self, slots: list[int]) -> Tensor:
-        """Logits (B,V) after the last token of each of `slots`, all but that one being cached."""
-        device = self._memory.device
-        running = [self.running[slot] for slot in slots]
-        lengths = [generation.cached[1] - generation.cached[0] for generation in running]
-        last = torch.tensor([[generation.tokens[-1]] for generation in running], device=device)
-        for generation in running:
+    def _next(self) -> Tensor:
+        """Logits (B,V) after the last token of each running generation, all but that one being cached."""
+        tokens = [generation.tokens[-1] for generation in self.running]
+        places = [end - start for start, end in (generation.cached for generation in self.running)]
+        for generation in self.running:
             generation.cached = (generation.cached[0], generation.cached[1] + 1)
-        return self.model.next_logits(last, RowsCache.layers(self._memory, slots, lengths))
+        return next_logits(self.model, self._memory, tokens, places)
 
-    def _draw(self, generation: Generation, logits: Tensor) -> Token:
-        request, logits = generation.request, logits[:, : self.vocab_size]
-        drawn = next_token(
-            logits,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            generator=generation.generator,
-        )
-        id_ = int(drawn.item())
+    def _draw(self, logits: Tensor) -> list[Token]:
+        """A token for each running generation from its row of `logits` (B,V)."""
+        logits = logits[:, : self.vocab_size]
+        # Rows with the same settings are drawn together: a row alone costs as much as all of them.
+        alike: dict[tuple[float, int | None, float | None], list[int]] = {}
+        for row, generation in enumerate(self.running):
+            request = generation.request
+            alike.setdefault((request.temperature, request.top_k, request.top_p), []).append(row)
+        ids = [0] * len(self.running)
+        for (temperature, top_k, top_p), rows in alike.items():
+            drawn = next_token(
+                logits if len(alike) == 1 else logits[rows],
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                generator=[self.running[row].generator for row in rows],
+            )
+            for row, [id_] in zip(rows, drawn.tolist(), strict=True):
+                ids[row] = id_
+        return [self._token(*one) for one in zip(self.running, ids, logits, strict=True)]
+
+    def _token(self, generation: Generation, id_: int, logits: Tensor) -> Token:
+        """The token `id_` of a generation, whose logits were `logits` (V)."""
+        request = generation.request
         generation.tokens.append(id_)
         finished: Literal["stop", "length"] | None = None
         if id_ in request.stop_ids:
@@ -193,7 +202,7 @@ class Engine:
             finished = "length"
         if request.logprobs is None:
             return Token(id_, finished)
-        logs = logits[0].float().log_softmax(-1)
+        logs = logits.float().log_softmax(-1)
         best = logs.topk(min(request.logprobs, logs.numel()))
         likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         return Token(id_, finished, float(logs[id_]), likeliest)

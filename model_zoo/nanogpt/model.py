@@ -124,34 +124,30 @@ class GPT(nn.Module):
         the token count of the whole step, which no single forward knows. `cache` (see `new_cache`) holds what came
         before `tokens`. Raises ValueError where the tokens, with those of the cache, are more than block_size.
         """
-        x = self._hidden(tokens, cache)
+        x = self.hidden(tokens, cache)
         if targets is None:
-            return self._logits(x)
+            return self.logits(x)
         return self._loss(x.flatten(0, 1), targets.flatten())
-
-    def next_logits(self, tokens: Tensor, cache: list[KeyValueCache]) -> Tensor:
-        """Logits (B,V) of the token after the last of `tokens` (B,T): the head, a third of GPT-2's work at a single
-        token, is spared on all positions but that one."""
-        return self._logits(self._hidden(tokens, cache)[:, -1])
 
     def new_cache(self) -> list[KeyValueCache]:
         """An empty cache for one generation of up to block_size tokens, an entry a layer."""
         return [KeyValueCache(self.config.block_size) for _ in self.h]
 
-    def _hidden(self, tokens: Tensor, cache: list[KeyValueCache] | None) -> Tensor:
-        """The normalized output of the last block, (B,T,D)."""
+    def hidden(self, tokens: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
+        """The normalized output of the last block, (B,T,D); arguments as in `forward`."""
         end = tokens.size(1) + (cache[0].length if cache is not None else 0)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}; give fewer")
         x = self.wte(tokens)  # BxTxD
         if self.wpe is not None:
-            x = x + self.wpe.weight[slice(0, end) if cache is None else cache[0].positions(tokens.size(1))]
+            x = x + self.wpe.weight[end - tokens.size(1) : end]
         x = self.dropout(x)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache[i])
         return self.ln_f(x)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (...,V) of what `hidden` gives (...,D)."""
         return F.linear(x, self._head_weight(), self.lm_head.bias)
 
     def _head_weight(self) -> Tensor:
@@ -173,7 +169,7 @@ class GPT(nn.Module):
                 options=nn.LinearCrossEntropyOptions(batch_chunk_size=256, allow_retain_graph=True),
             )
         # In float32 whatever the logits are: a sum of thousands has no digits left in bfloat16.
-        return F.cross_entropy(self._logits(x).float(), targets, reduction="sum")
+        return F.cross_entropy(self.logits(x).float(), targets, reduction="sum")
 
     def parameter_count(self) -> int:
         """All parameters, position embeddings included; a tied head counts once."""

@@ -3,6 +3,8 @@
 Letters in comments: B batch, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,13 @@ def next_token(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Draw one token for each row: logits (B,V) to ids (B,1), int64.
 
     `temperature` divides the logits; 0 takes the likeliest. `top_k` keeps the k likeliest; `top_p` then keeps the
     fewest of the likeliest whose probabilities sum to at least top_p (nucleus sampling, arXiv 1904.09751), never none.
+    With a sequence of generators each row has its own, and gets what it would get alone.
     Raises ValueError for logits that are not finite.
     """
     if not logits.amax(-1).isfinite().all():  # NaN and infinity are the largest; ids may be barred with -inf
@@ -36,16 +39,31 @@ def next_token(
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest is 0, so nothing can overflow
+    # The likeliest is 0, so nothing can overflow; and a temperature that float32 does not know would make it 0 / 0.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is None and top_p is None:
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        return _draw(logits.softmax(-1), generator)
     vocab_size = logits.size(-1)
     kept, ids = logits.topk(vocab_size if top_k is None else min(top_k, vocab_size))  # sorted, likeliest first
     probabilities = kept.softmax(-1)
     if top_p is not None:
         likelier = probabilities.cumsum(-1) - probabilities  # what is likelier than each; 0 for the first
         probabilities = probabilities.masked_fill(likelier >= top_p, 0.0)
-    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
+    return ids.gather(-1, _draw(probabilities, generator))
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """One index for each row of `probabilities` (B,V), (B,1): what torch.multinomial draws, without its checks.
+
+    The first of exponential clocks that run as fast as the probabilities; each clock is one number of the generator.
+    """
+    clocks = torch.empty_like(probabilities)
+    if isinstance(generator, Sequence):
+        for row, own in zip(clocks, generator, strict=True):
+            row.exponential_(generator=own)
+    else:
+        clocks.exponential_(generator=generator)
+    return (probabilities / clocks).argmax(-1, keepdim=True)
 
 
 def window_start(length: int, block_size: int) -> int:

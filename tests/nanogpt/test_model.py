@@ -130,12 +130,6 @@ def test_a_cache_filled_in_any_chunks_gives_the_logits_of_one_pass(chunks: list[
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_next_logits_are_the_last_of_all() -> None:
-    model = tiny().eval()
-    tokens = some_tokens(model, 9)
-    torch.testing.assert_close(model.next_logits(tokens, model.new_cache()), model(tokens)[:, -1])
-
-
 def test_no_token_sees_a_later_one() -> None:
     model = tiny().eval()
     tokens = some_tokens(model, 12)
@@ -339,7 +333,7 @@ def test_rotary_positions_know_distances_only() -> None:
     attention = tiny(**MODERN).h[0].attn
     x = torch.randn(2, 5, 32)
     for start in (0, 3, 700):
-        q, k, v = attention._project(x, x, x, slice(start, start + 5))
+        q, k, v = attention._project(x, x, x, start)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         here = attention.out_proj(y.transpose(1, 2).flatten(2))
         torch.testing.assert_close(here, attention(x, is_causal=True), rtol=1e-3, atol=1e-3)

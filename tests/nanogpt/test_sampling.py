@@ -90,3 +90,23 @@ def test_the_window_jumps_only_when_full_and_keeps_half_a_block(block_size: int)
 def test_settings_that_make_no_sense_are_refused(options: tuple[float, int | None, float | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_sampling(*options)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}])
+def test_rows_with_generators_of_their_own_get_what_each_gets_alone(options: dict[str, Any]) -> None:
+    logits = torch.randn(6, 20)
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in range(6)]
+
+    together = next_token(logits, generator=generators(), **options)
+    alone = [next_token(row[None], generator=own, **options) for row, own in zip(logits, generators(), strict=True)]
+    assert together.tolist() == torch.cat(alone).tolist()
+    if not options:
+        pairs = zip(logits.softmax(-1), generators(), strict=True)
+        assert together[:, 0].tolist() == [int(torch.multinomial(row, 1, generator=own)) for row, own in pairs]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 1e-300}])
+def test_a_temperature_that_float32_does_not_know_takes_the_likeliest(options: dict[str, Any]) -> None:
+    assert set(draws(torch.tensor([0.0, 2.0, 1.0]), 50, temperature=5e-324, **options).tolist()) == {1}

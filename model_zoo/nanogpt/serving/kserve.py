@@ -12,7 +12,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from model_zoo.nanogpt.serving.completions import Options, Service, Wanted, wholes
-from model_zoo.nanogpt.serving.openai import SEED, Stop, Strict
+from model_zoo.nanogpt.serving.openai import SEED, WHOLE, Stop, Strict
 from model_zoo.nanogpt.serving.refusal import Refusal
 
 INPUT, OUTPUT = "text_input", "text_output"
@@ -43,18 +43,18 @@ class ModelMetadata(BaseModel):
 class Parameters(Strict):
     """How to generate. What is left out is as in `elastic-gpt generate`."""
 
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: float = Field(default=0.8, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1, lt=SEED)
-    seed: int | None = Field(default=None, ge=-SEED, lt=SEED)
+    top_k: Annotated[int, Field(ge=1, lt=SEED), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-SEED, lt=SEED), WHOLE] | None = None
     stop: Stop | None = None
 
 
 class Input(Strict):
     name: Literal["text_input"]
     datatype: Literal["BYTES"]
-    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=2)]
+    shape: Annotated[list[Annotated[int, Field(ge=1), WHOLE]], Field(min_length=1, max_length=2)]
     data: Annotated[list[str], Field(min_length=1)]
     parameters: dict[str, Any] | None = None
 
@@ -132,24 +132,38 @@ def router(service: Service, dependencies: Sequence[Any], responses: Mapping[int
         response.status_code = 503 if service.scheduler.failed else 200
         return Ready(ready=not service.scheduler.failed)
 
+    # Without a version and with one: two routes each, for of one an optional number would be a query parameter.
+
     @models.get("")
-    @models.get("/versions/{number}")
-    async def metadata(name: str, number: str | None = None) -> ModelMetadata:
-        check(name, number)
+    async def metadata(name: str) -> ModelMetadata:
+        check(name)
         step = _version(service)
         return ModelMetadata(name=name, versions=[] if step is None else [step])
 
-    @models.get("/ready", responses={503: {"model": ModelReady}})
-    @models.get("/versions/{number}/ready", responses={503: {"model": ModelReady}})
-    async def model_ready(response: Response, name: str, number: str | None = None) -> ModelReady:
+    @models.get("/versions/{number}")
+    async def version_metadata(name: str, number: str) -> ModelMetadata:
         check(name, number)
+        return await metadata(name)
+
+    @models.get("/ready", responses={503: {"model": ModelReady}})
+    async def model_ready(response: Response, name: str) -> ModelReady:
+        check(name)
         response.status_code = 503 if service.scheduler.failed else 200
         return ModelReady(name=name, ready=not service.scheduler.failed)
 
-    @models.post("/infer")
-    @models.post("/versions/{number}/infer")
-    async def infer(wanted: InferRequest, name: str, number: str | None = None) -> InferAnswer:
+    @models.get("/versions/{number}/ready", responses={503: {"model": ModelReady}})
+    async def version_ready(response: Response, name: str, number: str) -> ModelReady:
         check(name, number)
+        return await model_ready(response, name)
+
+    @models.post("/versions/{number}/infer")
+    async def version_infer(wanted: InferRequest, name: str, number: str) -> InferAnswer:
+        check(name, number)
+        return await infer(wanted, name)
+
+    @models.post("/infer")
+    async def infer(wanted: InferRequest, name: str) -> InferAnswer:
+        check(name)
         [given] = wanted.inputs
         count = 1
         for size in given.shape:

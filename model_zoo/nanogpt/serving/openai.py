@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from model_zoo.nanogpt.serving.completions import Completion, Options, Part, Service, Text, Wanted, wholes
@@ -22,7 +22,14 @@ from model_zoo.nanogpt.serving.refusal import Refusal
 MOST_PROMPTS = 128
 SEED = 2**53  # JSON carries larger numbers exactly to some, and not to others
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+def _without_point(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_without_point)
+"""A whole number, 1.0 as well: to JSON, and to JSON Schema, that is the same number."""
+Ids = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
 Prompts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
 IdPrompts = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
 Stop = Annotated[str, Field(min_length=1)]
@@ -44,18 +51,18 @@ class CompletionRequest(Strict):
 
     model: str
     prompt: str | Prompts | Ids | IdPrompts | None = None
-    max_tokens: int | None = Field(default=16, ge=0)
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = 16
     temperature: float | None = Field(default=1.0, ge=0, le=2)
     top_p: float | None = Field(default=1.0, ge=0, le=1)
-    n: int | None = Field(default=1, ge=1, le=128)
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
     echo: bool | None = False
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    seed: int | None = Field(default=None, ge=-SEED, lt=SEED)
+    seed: Annotated[int, Field(ge=-SEED, lt=SEED), WHOLE] | None = None
     user: str | None = None
-    best_of: int | None = Field(default=None, ge=1, le=20)
+    best_of: Annotated[int, Field(ge=1, le=20), WHOLE] | None = None
     suffix: str | None = None
     logit_bias: dict[str, float] | None = None
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)

@@ -21,6 +21,7 @@ from elastic_gpt.devices import find_device
 from model_zoo.nanogpt.loading import Loaded, load
 from model_zoo.nanogpt.serving.app import GRACE, create_app
 from model_zoo.nanogpt.serving.completions import Limits, Service
+from model_zoo.nanogpt.serving.connections import Connection
 from model_zoo.nanogpt.serving.follow import POLL_SECONDS, follow
 from model_zoo.nanogpt.serving.metrics import Metrics
 from model_zoo.nanogpt.serving.scheduler import Scheduler
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt serve") -> 
     server = uvicorn.Server(
         uvicorn.Config(
             app,
+            http=Connection,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

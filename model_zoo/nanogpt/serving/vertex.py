@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from model_zoo.nanogpt.serving.completions import Options, Service, Wanted, wholes
-from model_zoo.nanogpt.serving.openai import SEED, Stop, Strict
+from model_zoo.nanogpt.serving.openai import SEED, WHOLE, Stop, Strict
 from model_zoo.nanogpt.serving.refusal import Refusal
 
 STATUSES = {
@@ -29,11 +29,11 @@ STATUSES = {
 class Parameters(Strict):
     """How to generate, in the words of Vertex AI's own text models. What is left out is as in `elastic-gpt generate`."""
 
-    maxOutputTokens: int | None = Field(default=None, ge=1)
+    maxOutputTokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     topP: float | None = Field(default=None, gt=0, le=1)
-    topK: int | None = Field(default=None, ge=1, lt=SEED)
-    seed: int | None = Field(default=None, ge=-SEED, lt=SEED)
+    topK: Annotated[int, Field(ge=1, lt=SEED), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-SEED, lt=SEED), WHOLE] | None = None
     stopSequences: Annotated[list[Stop], Field(max_length=16)] | None = None
 
 

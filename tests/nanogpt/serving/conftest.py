@@ -15,11 +15,14 @@ from torch import nn
 from model_zoo.nanogpt.model import GPT, GPTConfig
 from model_zoo.nanogpt.serving.app import create_app
 from model_zoo.nanogpt.serving.completions import Limits, Service
+from model_zoo.nanogpt.serving.connections import Connection
 from model_zoo.nanogpt.serving.metrics import Metrics
 from model_zoo.nanogpt.serving.scheduler import Scheduler
 from prepare.tokenizer import Bytes, Characters, Tokenizer
 from tests.conftest import PATIENCE, until
 from tests.nanogpt.test_generate import ALPHABET, reciter
+
+FOREVER = 100_000_000
 
 
 class Served:
@@ -68,7 +71,9 @@ def serving(
         limits=limits,
         metrics=metrics,
     )
-    config = uvicorn.Config(create_app(service, **app), log_config=None, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        create_app(service, **app), http=Connection, ws="none", log_config=None, timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(
@@ -84,6 +89,23 @@ def serving(
         served.http.close()
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def small(**limits: Any) -> Iterator[Served]:
+    """A server with one slot, whose answers have no end."""
+    tokenizer = Characters(ALPHABET)
+    given = {"slots": 1, "queue": 1, "tokens": FOREVER} | limits
+    token = given.pop("token", None)
+    with serving(
+        reciter(tokenizer.encode(ALPHABET).tolist(), 27), tokenizer, limits=Limits(**given), token=token
+    ) as one:
+        yield one
+
+
+def endless(served: Served, **more: Any) -> contextlib.AbstractContextManager[Any]:
+    wanted = {"model": "gpt", "prompt": "a", "max_tokens": FOREVER, "stream": True} | more
+    return served.http.stream("POST", "/v1/completions", json=wanted)
 
 
 @pytest.fixture(scope="package")

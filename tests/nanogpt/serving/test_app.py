@@ -5,37 +5,12 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from model_zoo.nanogpt.serving import app, openai
-from model_zoo.nanogpt.serving.completions import Limits
-from prepare.tokenizer import Characters
 from tests.conftest import until
-from tests.nanogpt.serving.conftest import Served, serving
-from tests.nanogpt.test_generate import ALPHABET, reciter
-
-FOREVER = 100_000_000
-
-
-@contextlib.contextmanager
-def small(**limits: Any) -> Iterator[Served]:
-    """A server with one slot, whose answers have no end."""
-    tokenizer = Characters(ALPHABET)
-    given = {"slots": 1, "queue": 1, "tokens": FOREVER} | limits
-    token = given.pop("token", None)
-    with serving(
-        reciter(tokenizer.encode(ALPHABET).tolist(), 27), tokenizer, limits=Limits(**given), token=token
-    ) as one:
-        yield one
-
-
-def endless(served: Served, **more: Any) -> contextlib.AbstractContextManager[Any]:
-    wanted = {"model": "gpt", "prompt": "a", "max_tokens": FOREVER, "stream": True} | more
-    return served.http.stream("POST", "/v1/completions", json=wanted)
+from tests.nanogpt.serving.conftest import FOREVER, Served, endless, small
 
 
 def raw(served: Served, body: bytes, *, length: int | None = None) -> socket.socket:
@@ -127,17 +102,6 @@ def test_an_answer_that_nobody_reads_holds_no_slot() -> None:
         unread.close()
 
 
-def test_time_that_is_over_ends_an_answer_in_the_form_that_it_has() -> None:
-    with small(seconds=0.3) as served:
-        answer = served.http.post("/v1/completions", json={"model": "gpt", "prompt": "a", "max_tokens": FOREVER})
-        assert answer.status_code == 503
-        assert "more than 0.3 s: ask for fewer tokens" in answer.json()["error"]["message"]
-        with endless(served) as streamed:
-            *_, last = [line for line in streamed.iter_lines() if line]
-        assert "more than 0.3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
-        until(served.idle)
-
-
 def test_a_request_that_never_comes_whole_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "GRACE", 0.1)
     with small(seconds=0.1) as served, raw(served, b"{", length=100) as connection:
@@ -181,30 +145,6 @@ def test_a_model_that_fails_is_told_of_and_the_server_lives_on(
         assert "ZeroDivisionError" in capfd.readouterr().err
         assert served.complete(prompt="a", max_tokens=1, temperature=0)["choices"][0]["text"] == "b"
         assert served.http.get("/health").json() == {"status": "ok", "model": "gpt", "step": 7}
-
-
-def test_metrics_are_prometheus_and_count_what_happened() -> None:
-    with small(slots=2) as served:
-        served.complete(prompt="abc", max_tokens=5, n=2)
-        served.http.post("/v1/completions", json={})
-        answer = served.http.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
-    samples = {
-        (sample.name, *sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-    }
-    route = ("route", "/v1/completions")
-    assert samples["elastic_gpt_requests_total", route, ("status", "200")] == 1
-    assert samples["elastic_gpt_requests_total", route, ("status", "400")] == 1
-    assert samples["elastic_gpt_request_seconds_count", route] == 2
-    assert samples[("elastic_gpt_prompt_tokens_total",)] == 6
-    assert samples[("elastic_gpt_generated_tokens_total",)] == 10
-    assert samples[("elastic_gpt_first_token_seconds_count",)] == 2
-    assert samples[("elastic_gpt_token_seconds_count",)] == 8
-    assert samples[("elastic_gpt_batch_size_sum",)] == 10
-    assert samples[("elastic_gpt_model_step",)] == 7
-    assert samples[("elastic_gpt_queue_length",)] == samples[("elastic_gpt_running_generations",)] == 0
 
 
 def test_nothing_of_the_page_comes_from_elsewhere(alphabet: Served) -> None:
