@@ -69,7 +69,7 @@ def start(workers: int, rounds: int, first: str, interface: str, prefixes: list[
         for rank, prefix in enumerate(prefixes)
     ]
     try:
-        if any([rank.wait() for rank in ranks]):
+        if any(rank.wait() for rank in ranks):
             sys.exit("a worker failed")
     finally:
         for rank in ranks:
