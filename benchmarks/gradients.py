@@ -49,7 +49,7 @@ def main() -> None:
     for rate in arguments.link:
         print(f"a link of {rate} each way:", flush=True)
         with network(arguments.workers, rate) as prefixes:
-            start(arguments.workers, arguments.rounds, address(0), "link", prefixes)
+            start(arguments.workers, arguments.rounds, address(0), "eth0", prefixes)
 
 
 def start(workers: int, rounds: int, first: str, interface: str, prefixes: list[list[str]]) -> None:
@@ -100,13 +100,13 @@ def network(workers: int, rate: str) -> Iterator[list[list[str]]]:
         ip(f"-n {name} link add switch type bridge")
         ip(f"-n {name} link set switch up")
         for rank, one in enumerate(names):
-            ip(f"-n {name} link add port{rank} type veth peer name link netns {one}")
+            ip(f"-n {name} link add port{rank} type veth peer name eth0 netns {one}")
             ip(f"-n {name} link set port{rank} master switch up")
-            ip(f"-n {one} address add {address(rank)}/24 dev link")
-            ip(f"-n {one} link set link up")
+            ip(f"-n {one} address add {address(rank)}/24 dev eth0")
+            ip(f"-n {one} link set eth0 up")
             ip(f"-n {one} link set lo up")
             limit(["ip", "netns", "exec", name], f"port{rank}")
-            limit(["ip", "netns", "exec", one], "link")
+            limit(["ip", "netns", "exec", one], "eth0")
         yield [["ip", "netns", "exec", one] for one in names]
     finally:
         for one in (name, *names):

@@ -188,8 +188,8 @@ def rounded(world: World, traffic: Traffic) -> tuple[torch.Tensor, torch.Tensor,
     gradients.backward(world.rank, ids, (parameter * values[world.rank]).sum() + 1 / 3)
     sums = gradients.reduce(stop=False, leave=False)
     true = torch.stack(values).double().sum(0)
-    # Each rank's part is rounded to 8 bits once, and so is the sum.
-    bound = 2.0**-9 * (torch.stack(values).abs().sum(0) * (1 + 2.0**-9) + true.abs()) + 1e-6
+    # Each rank's part is rounded once to 8 bits, half a unit of the last one off at most, and so is the sum.
+    bound = 2.0**-8 * (torch.stack(values).abs().sum(0) * (1 + 2.0**-8) + true.abs()) + 1e-6
     return (gradients.gradient - true).abs(), bound, [sums.loss.item(), *sums.ids.flatten().tolist()]
 
 
