@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from elastic_gpt.gradients import Gradients
@@ -119,7 +118,6 @@ def measure(workers: int, rounds: int) -> None:
     for micro_batches in (workers, 4 * workers):
         steps = {
             "DDP, no_sync until the last": ddp_step(world, micro_batches),
-            "DDP, bfloat16 hook": ddp_step(world, micro_batches, rounded=True),
             "sent after the backward pass": our_step(world, micro_batches, overlapped=False),
             "flat buffer": our_step(world, micro_batches),
             "flat buffer, exact": our_step(world, micro_batches, exact=True),
@@ -184,10 +182,8 @@ def our_step(
     return step
 
 
-def ddp_step(world: World, micro_batches: int, *, rounded: bool = False) -> Callable[[], None]:
+def ddp_step(world: World, micro_batches: int) -> Callable[[], None]:
     model, (tokens, targets) = DistributedDataParallel(GPT(CONFIG)), data(micro_batches)
-    if rounded:
-        model.register_comm_hook(None, bf16_compress_hook)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     mine = share(micro_batches, world.rank, world.size)
 
