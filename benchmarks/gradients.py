@@ -10,6 +10,7 @@ With --link each worker is in a network namespace of its own, whose only way to 
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -40,6 +41,7 @@ def main() -> None:
     if arguments.rank is not None:
         measure(arguments.workers, arguments.rounds)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the network is taken down then, too
     print(
         f"torch {torch.__version__}, {arguments.workers} gloo processes, 1 thread each, medians of {arguments.rounds}"
     )
