@@ -1,25 +1,40 @@
 """Any number of micro-batches on any number of ranks, and the one true mean gradient of the global batch (law 3).
 
 All gradients live in one flat buffer, and each parameter's `.grad` is a view of it. A step is: `zero`, one `backward` for
-each micro-batch of this rank's share, then `reduce`: one all_reduce of the buffer. A rank may have no micro-batch at all,
-and nothing is rebuilt when the world changes. Each loss is divided by the tokens of the *global* batch before its backward
-pass, so the sum over all ranks is the mean over all tokens, however unevenly the micro-batches are shared out.
+each micro-batch of this rank's share, then `reduce`. A rank may have no micro-batch at all, and nothing is rebuilt when the
+world changes. Each loss is divided by the tokens of the *global* batch before its backward pass, so the sum over all ranks
+is the mean over all tokens, however unevenly the micro-batches are shared out.
 
-The buffer's tail carries what the ranks must agree on in the same step anyway: the loss of each micro-batch and the ids of
-its sequences, in slots of their own, and how many workers were asked to stop, and of these how many leave for good.
+The sum over the ranks is made in pieces of the buffer, from its end to its beginning, while the backward pass of the last
+micro-batch goes on: a thread sends one piece after the other as soon as all gradients in it are there. The order is that of
+the buffer, on every rank the same, whatever order gradients come in.
+
+What the ranks must agree on in the same step anyway travels behind the last piece: the loss of each micro-batch and the ids
+of its sequences, in slots of their own, and how many workers were asked to stop, and of these how many leave for good.
 """
 
-from collections.abc import Iterable
+import contextlib
+import functools
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from elastic_gpt.order import share
+from elastic_gpt.settings import Traffic
 from elastic_gpt.world import World
 
-# In exact mode a gradient is counted in whole multiples of this. Sums of whole numbers held in float64 are exact while they
-# stay below 2**53 multiples, that is |gradient| < 512; so the order of summation, hence the world, cannot change them.
+# In exact mode a gradient is counted in whole multiples of this. Sums of such multiples held in float64 are exact while they
+# stay below 2**53 of them, that is |gradient| < 512; so the order of summation, hence the world, cannot change them.
 QUANTUM = 2.0**-44
+# A float64 between 2**8 and 2**9 counts in multiples of QUANTUM: to add this number and take it away again rounds to them.
+# What is too large for that, 2**7 and more, has no bits below QUANTUM, since a gradient comes as a float32.
+ROUNDER = 1.5 * 2.0**52 * QUANTUM
 HALF = 24  # bits of a sequence id in one slot: whole numbers up to 2**24 are exact in float32
+PIECE = 1 << 18  # gradients that are sent together: 1 MB, which a link of 100 Mbit/s carries in 0.1 s
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,7 @@ class Gradients:
         global_batch: sequences in a step.
         tokens: targets in a global batch, over all ranks.
         exact: sum in whole numbers, so that the result is the same bit for bit at every world size (law 4).
+        traffic: type in which gradients travel; bfloat16 is half the bytes, and rounds. Not in exact mode.
     """
 
     def __init__(
@@ -54,33 +70,47 @@ class Gradients:
         global_batch: int,
         tokens: int,
         exact: bool,
+        traffic: Traffic = "float32",
     ) -> None:
+        assert not (exact and traffic == "bfloat16"), "a rounded sum is not exact"
         self.parameters = list(parameters)
         self.world = world
         self.tokens = tokens
-        size = sum(parameter.numel() for parameter in self.parameters)
-        # The tail is part of the buffer so that one message carries both.
-        sizes = [size, micro_batches, 2 * global_batch, 2]
-        self.buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=world.device)
-        self.gradient, self.losses, ids, self.stops = self.buffer.split(sizes)
+        self.traffic = traffic
+        *starts, size = itertools.accumulate((parameter.numel() for parameter in self.parameters), initial=0)
+        # What the ranks agree on is a tensor of its own: it is always exact, and sent last.
+        sizes = [micro_batches, 2 * global_batch, 2]
+        self.agreed = torch.zeros(sum(sizes), dtype=torch.float32, device=world.device)
+        self.losses, ids, self.stops = self.agreed.split(sizes)
         self.ids = ids.view(2, micro_batches, -1)
-        self.total = torch.zeros_like(self.buffer, dtype=torch.float64) if exact else None
-        self.scratch = torch.zeros_like(self.gradient, dtype=torch.float64) if exact else None
-        start = 0
-        for parameter in self.parameters:
+        self.gradient = torch.zeros(size, dtype=torch.float32, device=world.device)
+        for start, parameter in zip(starts, self.parameters, strict=True):
             parameter.grad = self.gradient[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        # A backward pass comes to the last parameters first. The last piece is at the beginning, and may be shorter.
+        borders = [*range(size, 0, -PIECE), 0]
+        self.pieces = [slice(start, end) for end, start in itertools.pairwise(borders)]
+        self.total = torch.zeros_like(self.gradient, dtype=torch.float64) if exact else None
+        self.scratch = torch.empty(min(size, PIECE), dtype=torch.float64, device=world.device) if exact else None
+        self._starts = [*starts, size]
+        self._missing = len(self.parameters)  # all gradients of parameters from this one on are there
+        self._came: set[int] = set()  # others, which came out of order
+        self._sender = Sender()
+        self._sent = 0  # pieces
 
     def zero(self) -> None:
         """Begin a step."""
-        self.buffer.zero_()
+        self.gradient.zero_()
+        self.agreed.zero_()
         if self.total is not None:
             self.total.zero_()
+        self._sent = 0
 
     def backward(
         self, micro_batch: int, ids: torch.Tensor, loss_sum: torch.Tensor, scale: torch.Tensor | float = 1.0
     ) -> None:
         """Add the gradient of one micro-batch, or of some that went through the model together (not in exact mode).
+
+        With the last one of this rank's share the sum over the ranks begins.
 
         Args:
             micro_batch: its index in the global batch; the first one's, which then has the loss of all in its slot.
@@ -88,16 +118,18 @@ class Gradients:
             loss_sum: sum of the cross-entropy over its targets, a scalar.
             scale: what a float16 run multiplies its losses by.
         """
+        if self._sent:
+            raise RuntimeError(f"micro-batch {micro_batch} comes after the last one of this rank's share")
         mean = loss_sum / self.tokens
-        (mean * scale).backward()
+        merged = max(1, len(ids) // self.ids.size(2))
+        last = micro_batch + merged == share(len(self.losses), self.world.rank, self.world.size).stop
+        with self._sending() if last and self.world.size > 1 else contextlib.nullcontext():
+            (mean * scale).backward()
         self.losses[micro_batch] = mean.detach()
         halves = torch.stack((ids >> HALF, ids & ((1 << HALF) - 1)))
-        merged = max(1, len(ids) // self.ids.size(2))
         self.ids[:, micro_batch : micro_batch + merged] = halves.view(2, merged, -1)
-        if self.total is not None and self.scratch is not None:
-            self.scratch.copy_(self.gradient).div_(QUANTUM).round_()  # NaN and infinity pass through, to be seen
-            self.total[: len(self.scratch)].add_(self.scratch)
-            self.gradient.zero_()
+        for piece in self.pieces[self._sent :] if self.total is not None else ():
+            self._count(piece)
 
     def reduce(self, stop: bool, leave: bool) -> StepSums:
         """Sum over all ranks. Afterwards every `.grad` is the mean gradient over the global batch's tokens.
@@ -107,19 +139,86 @@ class Gradients:
             leave: whether it then leaves for good.
 
         Raises:
-            PeerLost: if a peer died; the step is then dropped whole.
+            PeerLost: if a peer died; the step is then dropped whole. Nothing is on its way any more.
         """
         self.stops[0], self.stops[1] = float(stop), float(leave)
-        if self.total is None:
-            self.world.sum(self.buffer)
-        else:
+        if self.world.size > 1:
+            self._send_from(0)
             # Slots that one rank fills and the others leave zero are exact in any order as they are.
-            self.total[len(self.gradient) :].copy_(self.buffer[len(self.gradient) :])
-            self.world.sum(self.total)
-            self.total[: len(self.gradient)].mul_(QUANTUM)
-            self.buffer.copy_(self.total)
+            self._sender.send(functools.partial(self.world.sum, self.agreed))
+            self._sender.wait()
+        elif self.total is not None:
+            self.gradient.copy_(self.total)
         # One slot per micro-batch, added up in the same order everywhere: the loss does not depend on the world either.
         return StepSums(self.losses.sum(), self.ids.flatten(1).clone(), self.stops.clone())
+
+    # --- the sum over the ranks, piece by piece
+
+    @contextlib.contextmanager
+    def _sending(self) -> Iterator[None]:
+        """Within it, each piece is sent as soon as its gradients are there."""
+        trained = [number for number, parameter in enumerate(self.parameters) if parameter.requires_grad]
+        self._missing = len(self.parameters)
+        self._came = set(range(self._missing)).difference(trained)  # nothing comes of those that are frozen
+        hooks = [
+            self.parameters[number].register_post_accumulate_grad_hook(functools.partial(self._comes, number))
+            for number in trained
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _comes(self, number: int, parameter: torch.Tensor) -> None:
+        """The gradient of a parameter is there."""
+        if self._sent and self._starts[number + 1] > self.pieces[self._sent - 1].start:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(parameter.shape)} got a second gradient in one backward pass, when the"
+                " first was sent: torch.utils.checkpoint needs use_reentrant=False"
+            )
+        self._came.add(number)
+        while self._missing - 1 in self._came:
+            self._missing -= 1
+        self._send_from(self._starts[self._missing])
+
+    def _send_from(self, start: int) -> None:
+        """Send the pieces from the buffer's end to `start`, unless they were."""
+        while self._sent < len(self.pieces) and self.pieces[self._sent].start >= start:
+            piece = self.pieces[self._sent]
+            if self.total is not None:
+                self._count(piece)
+            self._sent += 1
+            self._sender.send(functools.partial(self._sum, piece))
+
+    def _count(self, piece: slice) -> None:
+        """Exact mode: add the gradient of a micro-batch to the total, in whole multiples of QUANTUM."""
+        assert self.total is not None
+        assert self.scratch is not None
+        gradient = self.gradient[piece]
+        rounded = self.scratch[: len(gradient)]
+        rounded.copy_(gradient).add_(ROUNDER).sub_(ROUNDER)  # NaN and infinity pass through, to be seen
+        self.total[piece].add_(rounded)
+        gradient.zero_()
+
+    def _sum(self, piece: slice) -> None:
+        """Sum a piece over the ranks, in the sender's thread."""
+        if self.total is None and self.traffic == "float32":
+            self.world.sum(self.gradient[piece])
+            return
+        # Each rank adds up one part, with more digits than travel, and gives the sum to all: in exact mode it goes back as the
+        # float32 that is wanted. And a total of one micro-batch is a float32: then nothing travels as float64.
+        size = self.world.size
+        if self.total is None:
+            values, there, back, digits = self.gradient[piece], torch.bfloat16, torch.bfloat16, torch.float32
+        else:
+            one_each = len(self.losses) <= size
+            values, digits, back = self.total[piece], torch.float64, torch.float32
+            there = torch.float32 if one_each else torch.float64
+        parts = values.new_zeros((size, -(-len(values) // size)), dtype=there)
+        parts.view(-1)[: len(values)].copy_(values)
+        mine = self.world.exchange(parts).sum(0, dtype=digits).to(back)
+        self.gradient[piece].copy_(self.world.exchange(mine.repeat(size, 1)).view(-1)[: len(values)])
 
     def clip(self, limit: float) -> torch.Tensor:
         """Scale the gradient down to the norm `limit` (0: leave it); return its norm before, a scalar on the device."""
@@ -127,6 +226,45 @@ class Gradients:
         if limit > 0:
             self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+
+class Sender:
+    """A thread that works off what it is given, one after the other, until something fails: the rest is then dropped.
+
+    So the order of collectives is that in which they were given, and after a failed one nothing is on its way.
+    """
+
+    def __init__(self) -> None:
+        self._given: queue.SimpleQueue[Callable[[], None] | threading.Event] = queue.SimpleQueue()
+        self._failed: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def send(self, work: Callable[[], None]) -> None:
+        if self._thread is None:
+            # A daemon: a process that ends by an error in the middle of a step does not wait for its peers.
+            self._thread = threading.Thread(target=self._work, name="gradients", daemon=True)
+            self._thread.start()
+        self._given.put(work)
+
+    def wait(self) -> None:
+        """Until all is done, or dropped. Raises what the first failure was."""
+        done = threading.Event()
+        self._given.put(done)
+        done.wait()
+        failed, self._failed = self._failed, None
+        if failed:
+            raise failed
+
+    def _work(self) -> None:
+        while True:
+            work = self._given.get()
+            if isinstance(work, threading.Event):
+                work.set()
+            elif self._failed is None:
+                try:
+                    work()
+                except BaseException as error:
+                    self._failed = error
 
 
 def not_finite(sums: StepSums, norm: torch.Tensor) -> torch.Tensor:

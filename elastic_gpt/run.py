@@ -54,7 +54,7 @@ from elastic_gpt.observers import (
 from elastic_gpt.order import Order, micro_batch_seed
 from elastic_gpt.reports import Observer, Reporter
 from elastic_gpt.rundir import open_together, settings_before
-from elastic_gpt.settings import SettingsError, flatten
+from elastic_gpt.settings import SettingsError, Traffic, flatten, refuse_rounded
 from elastic_gpt.snapshot import SnapshotError, Snapshots
 from elastic_gpt.state import Held, NotFinite, Restored, Resume, broken, restore, training_state
 from elastic_gpt.storage import LocalStorage, Unreachable
@@ -89,6 +89,8 @@ class Plan:
     """Updates in a row that are not finite, after which the run ends."""
     exact: bool = False
     """Parameters equal bit for bit at every world size on the same kind of device."""
+    traffic: Traffic = "float32"
+    """Type in which gradients travel between workers; bfloat16 is half the bytes and rounds them, so not in exact mode."""
     snapshot_interval: int = 10
     checkpoint_interval: int = 100
     checkpoint_keep: int = 2
@@ -107,6 +109,7 @@ class Plan:
         if self.global_batch % self.micro_batch:
             raise SettingsError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
         devices.refuse(self.device, exact=self.exact)
+        refuse_rounded(self.traffic, exact=self.exact)
 
 
 class Step:
@@ -193,6 +196,7 @@ class Worlds(abc.ABC):
             global_batch=plan.global_batch,
             tokens=plan.global_batch * plan.targets,
             exact=plan.exact,
+            traffic=plan.traffic,
         )
         self.tensors = training_state(model, optimizer, scale.state if scale else None)
         self.snapshots: Snapshots | None = None
@@ -630,7 +634,12 @@ class Elastic(Worlds):
             yield step
 
     def open(self, world: World) -> tuple[Run, Claim | None]:
-        mine = {"format_version": RUN_FORMAT_VERSION, "writer": writer(), "identity": self.identity}
+        mine = {
+            "format_version": RUN_FORMAT_VERSION,
+            "writer": writer(),
+            "traffic": self.plan.traffic,
+            "identity": self.identity,
+        }
         path = self.plan.run_dir / CONFIG
 
         def make(take: Callable[[], tuple[Run, Ledger]]) -> Run:

@@ -32,6 +32,7 @@ from prepare.frontdoor import utf8
 # Values of settings that several rooms know, none of which should need torch for that.
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Resume = Literal["auto", "storage", "memory"]
+Traffic = Literal["float32", "bfloat16"]
 
 PREFIX = "EGPT__"
 MOST_BYTES = 1 << 20  # of a preset; a corpus that is named in its place is not read
@@ -57,6 +58,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     close.sort(key=lambda other: other.rpartition(".")[0] != section)  # the section that was named comes first
     return f": did you mean '{close[0]}'?" if close else f": choose from {', '.join(names)}"
+
+
+def refuse_rounded(traffic: Traffic, *, exact: bool) -> None:
+    """Raise SettingsError where gradients would be rounded on their way in a run that is to be exact."""
+    if exact and traffic != "float32":
+        raise SettingsError(f"traffic {traffic} rounds gradients, and exact mode does not: leave one of the two out")
 
 
 def node_range(nnodes: str) -> tuple[int, int]:

@@ -69,6 +69,12 @@ class World:
         if self.size > 1:
             self._collective(lambda: dist.all_reduce(values))
 
+    def exchange(self, rows: torch.Tensor) -> torch.Tensor:
+        """Give the n-th of `rows` (size, ...) to rank n; return the rows that the ranks gave this one, in order of rank."""
+        came = torch.empty_like(rows)
+        self._collective(lambda: dist.all_to_all_single(came, rows))
+        return came
+
     def gather(self, value: Any) -> list[Any]:
         """`value` (picklable, small) of every rank, in order of rank, on every rank."""
         if self.size == 1:

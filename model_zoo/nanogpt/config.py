@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from elastic_gpt.settings import Device, Resume, SettingsError
+from elastic_gpt.settings import Device, Resume, SettingsError, Traffic, refuse_rounded
 from model_zoo.nanogpt.shape import GPTConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -80,6 +80,8 @@ class CheckpointConfig:
 class ElasticConfig:
     exact: bool = False
     """Sum gradients so that parameters are equal bit for bit at every world size on the same kind of device."""
+    traffic: Traffic = "float32"
+    """Type in which gradients travel between workers: bfloat16 is half the bytes, and rounds them. Not in exact mode."""
     snapshot_interval: int = 10
     """Steps between snapshots in host memory: the most that the death of all workers at once costs."""
     grace_seconds: float = 25.0
@@ -182,6 +184,7 @@ class TrainConfig:
             raise SettingsError(
                 f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}: take {closest}"
             )
+        refuse_rounded(self.elastic.traffic, exact=self.elastic.exact)
         if self.elastic.exact and self.dtype == "float16":
             raise SettingsError(
                 "elastic.exact works with float32 and bfloat16, not with dtype float16 and its loss scaling"

@@ -31,6 +31,7 @@ def plan(config: TrainConfig) -> Plan:
         clip=config.optimizer.clip,
         max_skipped=config.optimizer.max_skipped,
         exact=config.elastic.exact,
+        traffic=config.elastic.traffic,
         snapshot_interval=config.elastic.snapshot_interval,
         checkpoint_interval=config.checkpoint.interval,
         checkpoint_keep=config.checkpoint.keep,

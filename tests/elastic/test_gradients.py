@@ -1,15 +1,22 @@
 """The one true mean gradient, on any number of ranks, in real gloo worlds."""
 
 import functools
+import itertools
 import operator
+import os
+import threading
+from typing import Any
 
 import pytest
 import torch
 
-from elastic_gpt.gradients import Gradients, LossScale
+from elastic_gpt import gradients as module
+from elastic_gpt.gradients import Gradients, LossScale, not_finite
 from elastic_gpt.order import micro_batch_seed, share
-from elastic_gpt.world import World
+from elastic_gpt.settings import Traffic
+from elastic_gpt.world import PeerLost, World, leave
 from model_zoo.nanogpt.model import GPT, GPTConfig
+from tests.conftest import PATIENCE
 from tests.elastic.worlds import run_world
 
 CONFIG = GPTConfig(vocab_size=31, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.2)
@@ -25,11 +32,22 @@ def make(
     size: int = 1,
     tokens: int = 1,
     exact: bool = False,
+    traffic: Traffic = "float32",
+    piece: int = 500,
 ) -> Gradients:
+    """Gradients that travel in pieces of `piece` numbers."""
     parameters = [model] if isinstance(model, torch.nn.Parameter) else model.parameters()
-    return Gradients(
-        parameters, world, micro_batches=micro_batches, global_batch=micro_batches * size, tokens=tokens, exact=exact
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", piece)
+        return Gradients(
+            parameters,
+            world,
+            micro_batches=micro_batches,
+            global_batch=micro_batches * size,
+            tokens=tokens,
+            exact=exact,
+            traffic=traffic,
+        )
 
 
 def step(world: World, micro_batches: int, exact: bool, steps: int = 1) -> tuple[list[float], torch.Tensor, float]:
@@ -109,6 +127,197 @@ def test_exact_sums_do_not_depend_on_the_order_even_where_float64_sums_do() -> N
         gradients.reduce(stop=False, leave=False)
         results.append(gradients.gradient.item())
     assert results[0] == results[1]
+
+
+class Waits(torch.autograd.Function):
+    """Nothing, whose backward pass goes on when `event` is set."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, event: threading.Event) -> torch.Tensor:
+        ctx.event = event
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        assert ctx.event.wait(PATIENCE), "no piece was summed while the backward pass went on"
+        return gradient, None
+
+
+def pieces(world: World, exact: bool, traffic: Traffic) -> tuple[list[tuple[int, int]], list[float]]:
+    """The pieces in the order in which they were summed, on four parameters whose gradients come in another one."""
+    parts = torch.nn.ParameterList([torch.nn.Parameter(torch.full((100,), float(number))) for number in range(4)])
+    gradients = make(parts, world, micro_batches=2, exact=exact, traffic=traffic, piece=60)
+    summed, first, sum_piece = [], threading.Event(), gradients._sum
+
+    def seen(piece: slice) -> None:
+        sum_piece(piece)
+        summed.append((piece.start, piece.stop))
+        first.set()
+
+    gradients._sum = seen  # type: ignore[method-assign]
+    for _ in range(2):
+        summed.clear()
+        first.clear()
+        gradients.zero()
+        for index in share(2, world.rank, world.size):
+            # What is made last comes first in the backward pass: here the third parameter is last, and waits for a sum.
+            third = Waits.apply(parts[2], first)  # type: ignore[no-untyped-call]
+            loss = (third + (parts[3] + (parts[1] + parts[0]))).sum()
+            gradients.backward(index, NO_IDS, (index + 1.0) * loss)
+        gradients.reduce(stop=False, leave=False)
+    return summed, gradients.gradient.tolist()
+
+
+@pytest.mark.parametrize(("exact", "traffic"), [(False, "float32"), (True, "float32"), (False, "bfloat16")])
+@pytest.mark.parametrize("size", [2, 3])
+def test_pieces_travel_in_one_order_while_a_backward_pass_goes_on(size: int, exact: bool, traffic: Traffic) -> None:
+    borders = [400, 340, 280, 220, 160, 100, 40, 0]
+    expected = [(start, end) for end, start in itertools.pairwise(borders)]
+    for summed, gradient in run_world(size, pieces, exact, traffic):  # of three ranks one has no micro-batch
+        assert summed == expected
+        assert gradient == [3.0] * 400
+
+
+def rounded(world: World, traffic: Traffic) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """The gradient, its bound on the error by rounding, and what the ranks agree on."""
+    values = [torch.randn(1001, generator=torch.Generator().manual_seed(rank)) for rank in range(world.size)]
+    parameter = torch.nn.Parameter(torch.zeros(1001))
+    gradients = make(parameter, world, micro_batches=world.size, traffic=traffic)
+    gradients.zero()
+    ids = torch.tensor([(1 << 30) + world.rank])
+    gradients.backward(world.rank, ids, (parameter * values[world.rank]).sum() + 1 / 3)
+    sums = gradients.reduce(stop=False, leave=False)
+    true = torch.stack(values).double().sum(0)
+    # Each rank's part is rounded once to 8 bits, half a unit of the last one off at most, and so is the sum.
+    bound = 2.0**-8 * (torch.stack(values).abs().sum(0) * (1 + 2.0**-8) + true.abs()) + 1e-6
+    return (gradients.gradient - true).abs(), bound, [sums.loss.item(), *sums.ids.flatten().tolist()]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_bfloat16_traffic_rounds_each_part_and_the_sum_once_and_nothing_else(size: int) -> None:
+    plain = run_world(size, rounded, "float32")
+    for (error, bound, agreed), (small, _, expected) in zip(run_world(size, rounded, "bfloat16"), plain, strict=True):
+        assert (error <= bound).all()
+        assert error.max() > 100 * small.max()  # it was rounded
+        assert agreed == expected == [pytest.approx(size / 3), *[64.0] * size, *map(float, range(size))]
+
+
+def one_is_infinite(world: World, exact: bool, traffic: Traffic, infinite: int) -> float:
+    parameter = torch.nn.Parameter(torch.ones(1200))
+    gradients = make(parameter, world, micro_batches=4, exact=exact, traffic=traffic)
+    gradients.zero()
+    for index in share(4, world.rank, world.size):
+        loss = Bad.apply(parameter) if index == infinite else parameter.sum()  # type: ignore[no-untyped-call]
+        gradients.backward(index, NO_IDS, loss)
+    return not_finite(gradients.reduce(stop=False, leave=False), gradients.clip(1.0)).item()
+
+
+class Bad(torch.autograd.Function):
+    """A finite loss with a gradient that is not finite in one place."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        ctx.like = values
+        return values.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        bad = torch.ones_like(ctx.like)
+        bad[700] = float("inf")
+        return bad * gradient
+
+
+@pytest.mark.parametrize(("exact", "traffic"), [(False, "float32"), (True, "float32"), (False, "bfloat16")])
+def test_an_infinite_gradient_of_one_micro_batch_skips_the_update_everywhere(exact: bool, traffic: Traffic) -> None:
+    assert run_world(3, one_is_infinite, exact, traffic, 1) == [1.0] * 3
+    assert run_world(3, one_is_infinite, exact, traffic, -1) == [0.0] * 3
+
+
+def in_the_middle(world: World, exact: bool, traffic: Traffic) -> tuple[str, list[bool], list[float], list[float]]:
+    """Rank 2 dies after two of its pieces; the others leave and do the step again alone."""
+    parameter = torch.nn.Parameter(torch.ones(3000))
+    gradients = make(parameter, world, micro_batches=4, exact=exact, traffic=traffic)
+    sum_piece, summed = gradients._sum, []
+
+    def dying(piece: slice) -> None:
+        if world.rank == 2 and len(summed) == 2:
+            os._exit(0)
+        sum_piece(piece)
+        summed.append(piece)
+
+    gradients._sum = dying  # type: ignore[method-assign]
+
+    def whole_step() -> None:
+        gradients.zero()
+        for index in share(4, gradients.world.rank, gradients.world.size):
+            gradients.backward(index, NO_IDS, (parameter * (index + 1.0)).sum())
+        gradients.reduce(stop=False, leave=False)
+
+    with pytest.raises(PeerLost) as lost:
+        whole_step()
+    assert leave()
+    gradients.zero()
+    quiet = gradients.gradient.clone()
+    gradients.world = single()
+    whole_step()
+    return str(lost.value), [len(summed) < 6, not quiet.any()], gradients.gradient.unique().tolist(), parameter.tolist()
+
+
+@pytest.mark.parametrize(("exact", "traffic"), [(False, "float32"), (True, "float32"), (False, "bfloat16")])
+def test_a_rank_that_dies_between_two_pieces_costs_the_step_and_nothing_of_it_is_left(
+    exact: bool, traffic: Traffic
+) -> None:
+    survivors = run_world(3, in_the_middle, exact, traffic, dies=[2])
+    assert len(survivors) == 2
+    for rank, (why, clean, gradient, parameter) in enumerate(survivors):
+        assert f"rank {rank} of 3 lost a peer" in why
+        assert clean == [True, True]
+        assert gradient == [10.0]
+        assert parameter == [1.0] * 3000
+
+
+def test_after_a_failure_nothing_more_is_sent_and_the_next_step_begins_anew() -> None:
+    sender, done = module.Sender(), []
+
+    def fails() -> None:
+        raise PeerLost("gone")
+
+    for work in (lambda: done.append(1), fails, lambda: done.append(2)):
+        sender.send(work)
+    with pytest.raises(PeerLost, match="gone"):
+        sender.wait()
+    sender.send(lambda: done.append(3))
+    sender.wait()
+    assert done == [1, 3]
+
+
+def with_a_frozen_part(world: World) -> list[float]:
+    parts = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(600)) for _ in range(3)])
+    parts[2].requires_grad_(False)
+    gradients = make(parts, world, micro_batches=2)
+    gradients.zero()
+    gradients.backward(world.rank, NO_IDS, (parts[0] * parts[2]).sum())  # the second has no part in the loss
+    gradients.reduce(stop=False, leave=False)
+    return [part.grad.unique().item() for part in parts]
+
+
+def test_parameters_without_a_gradient_hold_up_nobody() -> None:
+    assert run_world(2, with_a_frozen_part) == [[2.0, 0.0, 0.0]] * 2
+
+
+def twice(world: World) -> str:
+    parameter = torch.nn.Parameter(torch.ones(1000))
+    gradients = make(parameter, world, micro_batches=2)
+    gradients.zero()
+    inputs = torch.ones(1000, requires_grad=True)
+    inside = torch.utils.checkpoint.checkpoint(lambda one: one * parameter, inputs, use_reentrant=True)
+    with pytest.raises(RuntimeError) as error:
+        gradients.backward(world.rank, NO_IDS, (inside + parameter).sum())
+    return str(error.value)
+
+
+def test_a_gradient_that_comes_after_it_was_sent_is_an_error() -> None:
+    assert all("use_reentrant=False" in error for error in run_world(2, twice))
 
 
 def stops(world: World) -> list[float]:

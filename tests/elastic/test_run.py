@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,11 +78,15 @@ def test_a_run_goes_on_where_it_was_and_another_one_is_refused(
     [
         ({"steps": 5, "global_batch": 16, "micro_batch": 5}, "micro_batch 5 does not divide global_batch 16"),
         ({"steps": 0, "global_batch": 16, "micro_batch": 4}, "steps is 0: it must be at least 1"),
+        (
+            {"steps": 5, "global_batch": 16, "micro_batch": 4, "exact": True, "traffic": "bfloat16"},
+            "traffic bfloat16 rounds",
+        ),
         ({"steps": 5, "global_batch": 128, "micro_batch": 4}, "global_batch 128 is more than the data's 64 examples"),
     ],
 )
 def test_a_mistake_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], sizes: dict[str, int], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sizes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         Elastic(tmp_path, *model(), DATA, **sizes)

@@ -22,6 +22,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from elastic_gpt import gradients as sums
+from elastic_gpt import run as loop
 from elastic_gpt import rundir as folders_of_runs
 from elastic_gpt.checkpoint import Checkpoints
 from elastic_gpt.contract import shared_memory
@@ -618,10 +620,14 @@ def test_a_broken_checkpoint_of_an_older_version_is_named_by_training_and_by_gen
         assert "not finite" in line
 
 
-def in_two_worlds(world: World, arguments: list[str]) -> list[int]:
-    """Train in a world of two, then, as one whose peer has gone, alone; the number of compiled graphs at each step."""
+def in_two_worlds(world: World, arguments: list[str], pieces: int) -> list[int]:
+    """Train in a world of two, then, as one whose peer has gone, alone; the number of compiled graphs at each step.
+
+    The peer dies in the sum of the fifth step, after `pieces` of the gradient.
+    """
     import torch._dynamo
 
+    sums.PIECE = 1000
     config, meta = train.check(arguments)
     config = dataclasses.replace(config, compile=True)
     compiler = torch.compile
@@ -635,20 +641,32 @@ def in_two_worlds(world: World, arguments: list[str]) -> list[int]:
             step.update(1e-3)
 
     places = [tensor.data_ptr() for tensor in training.tensors.values()]
-    reduce, graphs = Gradients.reduce, []
+    reduce, sum_piece, graphs, left = Gradients.reduce, Gradients._sum, [], [pieces]
 
-    def until_a_peer_dies(self: Gradients, stop: bool, leave: bool) -> StepSums:
+    def counted(self: Gradients, stop: bool, leave: bool) -> StepSums:
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        if len(graphs) == 5:
-            if world.rank == 1:
-                os._exit(0)
-            time.sleep(0.1)
         return reduce(self, stop, leave)
 
-    Gradients.reduce = until_a_peer_dies  # type: ignore[method-assign]
+    def until_a_peer_dies(self: Gradients, piece: slice) -> None:
+        if training.held.step == 4 and world.rank == 1:
+            if not left[0]:
+                os._exit(0)
+            left[0] -= 1
+        sum_piece(self, piece)
+
+    before: list[torch.Tensor] = []
+    update = loop.update
+
+    def seen(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
+        update(optimizer, skip)
+        before[:] = [tensor.clone() for tensor in training.tensors.values()]
+
+    loop.update = seen
+    Gradients.reduce, Gradients._sum = counted, until_a_peer_dies  # type: ignore[method-assign]
     with pytest.raises(PeerLost):
         steps(world)
     assert training.held.step == 4
+    assert all(torch.equal(one, other) for one, other in zip(training.tensors.values(), before, strict=True))
     assert leave()
     assert training.keep()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
@@ -657,11 +675,12 @@ def in_two_worlds(world: World, arguments: list[str]) -> list[int]:
     return graphs
 
 
+@pytest.mark.parametrize("pieces", [0, 3])
 def test_a_survivor_keeps_its_tensors_and_its_compiled_graph_and_does_the_dropped_step_again(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, pieces: int
 ) -> None:
     flags = arguments(data, tmp_path / "run", "--steps=8", "--evaluate.interval=0")
-    (graphs,) = run_world(2, in_two_worlds, flags, dies=[1])
+    (graphs,) = run_world(2, in_two_worlds, flags, pieces, dies=[1])
     assert graphs == [1] * (8 + 1)  # the step that was dropped has been done again, and no other
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
     assert [event["dropped"] for event in events(tmp_path / "run", "restored")] == [0, 0]
