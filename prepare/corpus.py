@@ -12,15 +12,13 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from prepare import records
+from prepare.marks import Row, without_marks
 from prepare.records import Tally, Texts
 from prepare.sources import Source, sample_texts, state
 from prepare.streams import Advance, opened, read_up_to
 from prepare.tokens import DataError, Input
 
 PIECE_BYTES = 1 << 19
-
-Row = tuple[int, int, bool, bytes]
-"""A Piece without its source."""
 
 
 class Piece(NamedTuple):
@@ -126,16 +124,17 @@ class Reading:
                         read += len(block)
                         yield block
 
-                for row in _separated(blocks(), self._layout.separator, start):
-                    text += len(row[3])
-                    yield row
+                def rows() -> Iterator[Row]:
+                    nonlocal text
+                    for row in _separated(blocks(), self._layout.separator, start):
+                        text += len(row[3])
+                        yield row
+
+                yield from without_marks(rows(), self.tallies[number].marks)
                 if text == read > 0:
                     self.undivided.append(number)
             else:
-                offset = start
-                for block in _blocks(file):
-                    yield 0, offset, offset == start, block
-                    offset += len(block)
+                yield from without_marks(_undivided(file, start), self.tallies[number].marks)
         if state(source) != now:
             raise DataError(f"{source.name} changed while it was being read: try again when nobody writes to it")
 
@@ -164,6 +163,14 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
     """All of a file in blocks of PIECE_BYTES, the last one shorter, however few a read gives."""
     while block := read_up_to(file, PIECE_BYTES):
         yield block
+
+
+def _undivided(file: IO[bytes], offset: int) -> Iterator[Row]:
+    """All of a file as one document. `offset`: of its first byte."""
+    begins = True
+    for block in _blocks(file):
+        yield 0, offset, begins, block
+        offset, begins = offset + len(block), False
 
 
 def _separated(blocks: Iterator[bytes], separator: bytes, start: int = 0) -> Iterator[Row]:

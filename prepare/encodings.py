@@ -33,7 +33,8 @@ def is_binary(head: bytes) -> bool:
 def wide_encoding(head: bytes) -> str:
     """UTF-16 or UTF-32, as iconv calls them, with their byte order where there is no mark that tells; else ""."""
     for mark, name in _MARKS:
-        if head.startswith(mark) and _likeness(head, name.lower()) > 0:
+        # No text begins with FF FE or FE FF but in UTF-16. UTF-32's mark could be the one of UTF-16 and a NUL.
+        if head.startswith(mark) and (name == "UTF-16" or head == mark or _likeness(head, name.lower()) > 0):
             return name
     if not head.count(0) or (is_utf8(head) and not is_binary(head)):
         return ""

@@ -11,6 +11,7 @@ import shlex
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
+from prepare.marks import BOM
 from prepare.refusals import About, NoText, refuse_binary
 from prepare.streams import PACKINGS
 
@@ -27,8 +28,6 @@ NAMES = {
 }
 """Format by the ending of the name; of a folder's files, those with these are read."""
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
-BOM = b"\xef\xbb\xbf"
-"""A byte order mark in UTF-8. At the beginning of a file it is not part of the text."""
 
 JSON = json.JSONDecoder(parse_int=float)  # Python refuses integers of more than 4,300 digits; nobody wants them here
 

@@ -27,7 +27,7 @@ from prepare.tokens import DataError, write_file
 
 STAGE = ".prepare"
 STDIN = "stdin"
-VERSION = 3
+VERSION = 4
 """Of plan.json and journal.jsonl, and of how text is cut into chunks: a run of another one starts afresh."""
 SIDES = ("train.bin", "val.bin")
 _BLOCK = 1 << 20

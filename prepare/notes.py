@@ -58,7 +58,7 @@ def _recoding(name: str, place: str, packing: str, data: bytes) -> str:
 
 
 def left_out(reading: Reading, sources: Sequence[Source], separator: str, say: Say) -> None:
-    """Say which records gave no text, and what the separator did not divide."""
+    """Say which records gave no text, which byte order marks were found, and what the separator did not divide."""
     if broken := [tally for tally in reading.tallies if tally.broken]:
         number = sum(tally.broken for tally in broken)
         say(f"{number:,} broken records left out (first: {broken[0].name}:{broken[0].first_broken})")
@@ -71,6 +71,13 @@ def left_out(reading: Reading, sources: Sequence[Source], separator: str, say: S
             f"{sum(reasons.values()):,} records without text in {without[0].wanted!r} left out: {why} "
             f"(first: {without[0].name}:{without[0].first})"
         )
+    marked = [(source, tally.marks) for source, tally in zip(sources, reading.tallies, strict=True) if tally.marks]
+    if marked:
+        dropped, kept = (sum(getattr(marks, what) for _, marks in marked) for what in ("dropped", "kept"))
+        source, marks = marked[0]
+        told = [f"{dropped:,} at the beginning of lines left out"] * (dropped > 0)
+        told += [f"{kept:,} within lines kept as characters of the text"] * (kept > 0)
+        say(f"byte order marks (U+FEFF): {', '.join(told)} (first: {source.where(*marks.first)} of {source.name})")
     if reading.undivided:
         source = sources[reading.undivided[0]]
         number = len(reading.undivided)

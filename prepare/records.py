@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from prepare.formats import BOM, JSON
+from prepare.formats import JSON
+from prepare.marks import BOM, Marks, without_marks
 from prepare.streams import TransferError
 from prepare.tokens import DataError
 
@@ -45,13 +46,19 @@ class Tally:
     """The first record without text."""
     has: list[str] = field(default_factory=list)
     """Fields of the first record that lacks the one wanted."""
+    marks: Marks = field(default_factory=Marks)
 
     def take(self, row: int, value: object) -> Texts:
         """The text of a record, if it has one."""
-        if isinstance(value, str | bytes) and value:
-            self.texts += 1
-            yield row, value if isinstance(value, bytes) else utf8(value)
-            return
+        if isinstance(value, str | bytes):
+            data = value if isinstance(value, bytes) else utf8(value)
+            if BOM in data:
+                whole = iter([(row, 0, True, data)])
+                value = data = b"".join(text for *_, text in without_marks(whole, self.marks))
+            if data:
+                self.texts += 1
+                yield row, data
+                return
         if value is _MISSING:
             reason = "missing"
         elif value is None:
@@ -105,7 +112,9 @@ class Tally:
 
 def json_lines(file: IO[bytes], tally: Tally) -> Texts:
     for at, line in enumerate(file, 1):
-        line = line.removeprefix(BOM).strip()  # files with a mark each may have been put together
+        if line.startswith(BOM):  # files that each begin with a mark were joined
+            tally.marks.count(at, 0, dropped=1)
+        line = line.removeprefix(BOM).strip()
         if not line:
             continue
         try:
@@ -180,7 +189,7 @@ def csv_rows(file: IO[bytes], tally: Tally, delimiter: str) -> Texts:
     head = text.readline()
     if delimiter == ",":
         delimiter = max(",;\t|", key=lambda sign: (tally.wanted in head.strip().split(sign), head.count(sign)))
-    lines = _Again(head, text)
+    lines = _Lines(head, text, tally.marks)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         names = next(rows, [])
@@ -214,16 +223,19 @@ def csv_rows(file: IO[bytes], tally: Tally, delimiter: str) -> Texts:
         yield from tally.take(at, row[column] if column < len(row) else _MISSING)
 
 
-class _Again:
-    """The lines of a file of which the first was read already."""
+class _Lines:
+    """The lines of a file of which the first was read already, without marks before them: a quote has to come first."""
 
-    def __init__(self, first: str, file: io.TextIOWrapper) -> None:
-        self._first, self._file = first, file
+    def __init__(self, first: str, file: io.TextIOWrapper, marks: Marks) -> None:
+        self._first, self._file, self._marks = first, file, marks
 
     def __iter__(self) -> Iterator[str]:
         if self._first:
             yield self._first
-        yield from self._file
+        for number, line in enumerate(self._file, 2):
+            if line.startswith("\ufeff"):
+                self._marks.count(number, 0, dropped=1)
+            yield line.removeprefix("\ufeff")
 
 
 def parquet(file: IO[bytes], tally: Tally) -> Texts:

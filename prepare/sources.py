@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prepare import formats, streams
-from prepare.formats import BOM, NAMES, suffixes
+from prepare.formats import NAMES, suffixes
 from prepare.frontdoor import printable
+from prepare.marks import BOM
 from prepare.refusals import NoText
 from prepare.streams import PACKINGS, store_of, unreachable
 from prepare.tokens import META, DataError

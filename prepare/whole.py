@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from backports import zstd
 
+from prepare.marks import Marks, without_marks
 from prepare.sources import Source
 from prepare.streams import store_of
 from prepare.tokens import Input
@@ -64,7 +65,7 @@ def _raw(source: Source) -> IO[bytes]:
 
 
 def _digest(source: Source, file: IO[bytes]) -> tuple[str, int]:
-    """The sha256 and the number of the unpacked bytes, without a byte order mark."""
+    """The sha256 and the number of the unpacked bytes, without byte order marks."""
     readers: dict[str, Any] = {
         "gzip": lambda: gzip.GzipFile(fileobj=file),
         "bzip2": lambda: bz2.BZ2File(file),
@@ -74,7 +75,8 @@ def _digest(source: Source, file: IO[bytes]) -> tuple[str, int]:
     unpacked = readers[source.packing]() if source.packing else file
     digest, size = hashlib.sha256(), 0
     unpacked.read(source.mark)
-    while block := unpacked.read(1 << 20):
+    blocks = ((0, 0, number == 0, block) for number, block in enumerate(iter(lambda: unpacked.read(1 << 20), b"")))
+    for *_, block in without_marks(blocks, Marks()):
         digest.update(block)
         size += len(block)
     return digest.hexdigest(), size

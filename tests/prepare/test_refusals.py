@@ -207,6 +207,16 @@ def test_halves_of_characters_are_joined_by_the_line_as_printed(
     assert (tmp_path / "a.utf8.txt").read_text() == text
 
 
+@pytest.mark.parametrize("mark", [b"\xff\xfe", b"\xfe\xff"])
+@pytest.mark.parametrize("behind", [b"", b"\n", b"\xd0\x01", b"\0\xd8a\0", b"caf\xe9 \xcf\xf0\xe8\xe2\xe5\xf2"])
+def test_what_begins_with_a_mark_of_utf_16_is_called_that_however_little_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mark: bytes, behind: bytes
+) -> None:
+    (tmp_path / "a.txt").write_bytes(mark + behind)
+    assert room.main([str(tmp_path / "a.txt")]) == 2
+    assert "seems to be UTF-16 text with a byte order mark: iconv -f UTF-16 -t utf-8" in capsys.readouterr().err
+
+
 def test_utf_16_behind_utf_8_is_told_as_files_that_were_joined(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
