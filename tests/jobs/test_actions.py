@@ -119,7 +119,7 @@ def test_delete_waits_until_the_pods_are_gone_and_submit_for_whoever_did_not(
     stub: StubCluster, job: Job, capsys: Output
 ) -> None:
     running(stub)
-    stub.grace = 0.3
+    stub.grace = 5
     assert job("delete", "elastic-gpt", "--timeout", PATIENCE) == 0
     assert "waiting until pod/elastic-gpt-edljob-worker-0" in capsys.readouterr().out
     assert not [key for key in stub.objects if key[0] == "Pod"]
@@ -167,7 +167,7 @@ def test_submit_waits_for_a_job_that_is_being_deleted(stub: StubCluster, job: Jo
 
 def test_delete_says_what_is_left_when_its_time_is_over(stub: StubCluster, job: Job, capsys: Output) -> None:
     running(stub)
-    stub.grace = 60
+    stub.grace = 1_000_000
     assert job("delete", "elastic-gpt", "--timeout", 0.2) == 124
     assert "pods of it are there still" in capsys.readouterr().err
 
