@@ -32,7 +32,7 @@ def llmc_header(dtype: str, tokens: int) -> bytes:
 
 
 def meta_pkl(vocab_size: int, characters: Sequence[str] = ()) -> bytes:
-    """meta.pkl as nanoGPT and DLRover write it, for `characters` in the order of their ids; none where ids are others."""
+    """meta.pkl as nanoGPT and DLRover write it, for `characters` in the order of their ids (none: ids are not characters)."""
     fields: dict[str, Any] = {"vocab_size": vocab_size}
     if characters:
         fields["itos"] = dict(enumerate(characters))

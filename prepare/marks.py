@@ -13,7 +13,7 @@ BOM = b"\xef\xbb\xbf"
 _AT_LINE_START = re.compile(rb"(?<![^\r\n])(?:\xef\xbb\xbf)+")
 
 Row = tuple[int, int, bool, bytes]
-"""Some text: the number of its record, where it begins, whether a document begins with it, and its bytes."""
+"""Some text: number of its record, byte at which it begins, whether a document begins with it, and its bytes."""
 
 
 @dataclass

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 if not __package__:
-    # Run as a script, Python puts this folder first on the path, where prepare.py hides the package `prepare`. The
-    # repository root takes its place.
+    # When this file is run as a script, Python puts its folder first on the path, and there prepare.py hides the package
+    # `prepare`. So the repository root takes its place.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import re
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
     notes: list[str] = []
 
     def stop(signum: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt(signum)  # so that SIGTERM too unwinds, and ends its workers
+        raise KeyboardInterrupt(signum)  # SIGTERM unwinds as Ctrl-C does, which ends the workers
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -80,14 +80,14 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
-        _tell(notes)  # last, where they are seen
+        _tell(notes)  # notes come last, where they are seen
     if flags.verify:
         return _check(flags.inputs, settings, meta, output_dir)
     return 0
 
 
 def _check(inputs: list[str], settings: Settings, meta: Meta, output_dir: Path) -> int:
-    """What was written, and what it was made of; standard input cannot be read twice."""
+    """Checks the output, and the inputs once more (except standard input, which cannot be read twice)."""
     from prepare.look import check
     from prepare.whole import inputs_whole
 
@@ -173,7 +173,7 @@ def _parse(argv: list[str] | None, prog: str) -> Namespace:
     )
     add("--workers", type=int, default=0, metavar="N", help="default: as many as there are cores")
     flags = parser.parse_args(argv)
-    # --- what no flag can check by itself
+    # --- flags that do not go together
     if flags.src_data_path is not None:
         flags.inputs.insert(0, flags.src_data_path)
     if bool(flags.inputs) == flags.sample:
@@ -202,7 +202,7 @@ def _parse(argv: list[str] | None, prog: str) -> Namespace:
 
 
 def _size(text: str) -> int:
-    """Bytes, from 5000000, 5000kB, 5MB or 5GB."""
+    """A number of bytes, from text such as 5000000, 5000kB, 5MB or 5GB."""
     found = re.fullmatch(r"([0-9.]+)\s*([kMG]?)B?", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise ArgumentTypeError(f"{text!r} is not a size; say 100MB, for example")
@@ -211,7 +211,7 @@ def _size(text: str) -> int:
 
 
 def _beside(inputs: list[str]) -> Path:
-    """The folder to write to where none is given."""
+    """The folder to write to if no --output-dir is given."""
     if not inputs:
         return Path("data/sample")
     if any(name == "-" or "://" in name for name in inputs):
