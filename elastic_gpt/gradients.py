@@ -24,14 +24,14 @@ HALF = 24  # bits of a sequence id in one slot: whole numbers up to 2**24 are ex
 
 @dataclass(frozen=True)
 class StepSums:
-    """What all ranks know after `reduce`."""
+    """What all ranks know after `reduce`, the same on each."""
 
     loss: torch.Tensor
     """Mean cross-entropy of the global batch, a scalar on the device (reading it waits for the device)."""
     ids: torch.Tensor
-    """Of the sequences that went into the gradient, in order: upper and lower `HALF` bits, (2, global batch) on the device."""
+    """Ids of the sequences in the gradient, in order: upper and lower `HALF` bits, (2, global batch) on the device."""
     stops: torch.Tensor
-    """Workers that were asked to stop, and how many of them leave for good; (2,) on the device."""
+    """How many workers were asked to stop, and how many of them leave for good; (2,) on the device."""
 
 
 class Gradients:
@@ -39,9 +39,9 @@ class Gradients:
 
     Args:
         parameters: those that are trained; their `.grad` become views of the buffer.
-        micro_batches: in a global batch.
+        micro_batches: number of micro-batches in a global batch.
         global_batch: sequences in a step.
-        tokens: targets in a global batch, over all ranks.
+        tokens: number of targets in a global batch, over all ranks.
         exact: sum in whole numbers, so that the result is the same bit for bit at every world size (law 4).
     """
 
@@ -83,10 +83,10 @@ class Gradients:
         """Add the gradient of one micro-batch, or of some that went through the model together (not in exact mode).
 
         Args:
-            micro_batch: its index in the global batch; the first one's, which then has the loss of all in its slot.
-            ids: of its sequences, int64 (B,).
+            micro_batch: its index in the global batch; of several, the first one's, whose slot gets the loss of all.
+            ids: ids of its sequences, int64 (B,).
             loss_sum: sum of the cross-entropy over its targets, a scalar.
-            scale: what a float16 run multiplies its losses by.
+            scale: the factor by which a float16 run multiplies its losses.
         """
         mean = loss_sum / self.tokens
         (mean * scale).backward()
@@ -95,7 +95,9 @@ class Gradients:
         merged = max(1, len(ids) // self.ids.size(2))
         self.ids[:, micro_batch : micro_batch + merged] = halves.view(2, merged, -1)
         if self.total is not None and self.scratch is not None:
-            self.scratch.copy_(self.gradient).div_(QUANTUM).round_()  # NaN and infinity pass through, to be seen
+            self.scratch.copy_(self.gradient).div_(
+                QUANTUM
+            ).round_()  # NaN and infinity stay what they are, so that the update is skipped
             self.total[: len(self.scratch)].add_(self.scratch)
             self.gradient.zero_()
 
@@ -113,7 +115,7 @@ class Gradients:
         if self.total is None:
             self.world.sum(self.buffer)
         else:
-            # Slots that one rank fills and the others leave zero are exact in any order as they are.
+            # The tail needs no rounding: one rank fills a slot and the others add zero.
             self.total[len(self.gradient) :].copy_(self.buffer[len(self.gradient) :])
             self.world.sum(self.total)
             self.total[: len(self.gradient)].mul_(QUANTUM)
@@ -122,7 +124,7 @@ class Gradients:
         return StepSums(self.losses.sum(), self.ids.flatten(1).clone(), self.stops.clone())
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Scale the gradient down to the norm `limit` (0: leave it); return its norm before, a scalar on the device."""
+        """Scale the gradient down to the norm `limit` (0: no limit). Returns its norm before, a scalar on the device."""
         norm = torch.linalg.vector_norm(self.gradient)
         if limit > 0:
             self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
@@ -135,7 +137,7 @@ def not_finite(sums: StepSums, norm: torch.Tensor) -> torch.Tensor:
 
 
 def update(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
-    """One update, or none if `skip` (`not_finite`) is 1.0: then parameters, moments and the optimizer's step stay."""
+    """Do one update. If `skip` (see `not_finite`) is 1.0, leave parameters, moments and the optimizer's step as they are."""
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler does: nobody waits for the device
         optimizer.step()
@@ -146,7 +148,7 @@ def update(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
 class LossScale:
     """The factor that keeps float16 gradients from vanishing: halved after an overflow, doubled after 2,000 good steps.
 
-    Its two numbers are part of the training state, so a restored run goes on with the same ones.
+    It is part of the training state, so a restored run goes on with the same factor.
     """
 
     def __init__(self, device: torch.device) -> None:
