@@ -6,7 +6,8 @@
             ◄── {"world": {...}} ──                the next world: RANK, WORLD_SIZE and so on
             ◄── {"come": true} ──                  the members change: finish the step in flight, then wait
 
-Without such an agent (torchrun, a single process) the environment names the only world that this process will be in.
+Without such an agent (torchrun, a single process) the environment names the only world that this
+process will be in.
 """
 
 import contextlib

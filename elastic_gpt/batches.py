@@ -44,7 +44,8 @@ class Batches:
     def step(self, step: int) -> Iterator[MicroBatch]:
         """The micro-batches of `step` on this rank, int64: index in the global batch, ids (B,), tokens and targets (B, T).
 
-        If some are merged, B counts the sequences of all of them, and the index is that of the first.
+        If some are merged, B counts the sequences of all of them, and the index is that of the
+        first.
         """
         ready = self.ahead[1] if self.ahead and self.ahead[0] == step else self.reader.submit(self._read, step)
         self.ahead = (step + 1, self.reader.submit(self._read, step + 1))

@@ -5,9 +5,10 @@
                                   MANIFEST.json           the run it belongs to, sizes and sha256 of both files; its rename
                                                           (or PUT) into place is the commit
 
-A folder without a manifest is not a checkpoint. Loading verifies each file; a damaged checkpoint is named and the one
-before it is taken. Tensors are safetensors and the rest is JSON, so nothing in it is code. (torch.distributed.checkpoint
-keeps its index as a pickle. All ranks have the same state, so its resharding would be of no use here.)
+A folder without a manifest is not a checkpoint. Loading verifies each file; a damaged checkpoint is
+named and the one before it is taken. Tensors are safetensors and the rest is JSON, so nothing in it
+is code. (torch.distributed.checkpoint keeps its index as a pickle. All ranks have the same state,
+so its resharding would be of no use here.)
 """
 
 import contextlib
@@ -138,7 +139,8 @@ class Checkpoints:
     ) -> None:
         """Copy the state to host memory and write it in a thread. `finished` tells how that ended.
 
-        Call `finished` first, since there is only one save at a time. `push_out`: whether older ones may be deleted.
+        Call `finished` first, since there is only one save at a time. `push_out`: whether older
+        ones may be deleted.
         """
         assert self.pending is None
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -1,8 +1,9 @@
 """One job at a time trains into a run directory: RUN/claim.json says which one.
 
-The first worker of each world writes the claim for its job and renews it every few seconds. All lives of a job have the same
-token, so the claim survives membership changes. A second job is refused at its start. The claim of a dead job expires: at once
-if its processes were on this machine, else when it has not been renewed for a while. Clocks are not compared.
+The first worker of each world writes the claim for its job and renews it every few seconds. All
+lives of a job have the same token, so the claim survives membership changes. A second job is
+refused at its start. The claim of a dead job expires: at once if its processes were on this
+machine, else when it has not been renewed for a while. Clocks are not compared.
 """
 
 import contextlib

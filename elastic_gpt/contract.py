@@ -2,11 +2,13 @@
 
 Exit codes of workers, beside those of all commands (prepare/frontdoor.py).
 
-Progress, from training to the Kubernetes client. The first worker of a world writes a line to its pod's log, and the same line
-to a file, which its agent sends to the job's master with each lease (nodes/rendezvous.py). The master writes it to its own log,
-which has no tracebacks of workers and is still there when the workers' pods are gone.
+Progress, from training to the Kubernetes client. The first worker of a world writes a line to its
+pod's log, and the same line to a file, which its agent sends to the job's master with each lease
+(nodes/rendezvous.py). The master writes it to its own log, which has no tracebacks of workers and
+is still there when the workers' pods are gone.
 
-The files of a run directory, the events of its ledger, and where snapshots are. (For a data folder see prepare/tokens.py.)
+The files of a run directory, the events of its ledger, and where snapshots are. (For a data folder
+see prepare/tokens.py.)
 """
 
 import contextlib
@@ -106,8 +108,8 @@ class Progress:
     def from_line(cls, text: str) -> "Progress | None":
         """The progress in a line of a log, whatever comes before it in the line; None if there is none.
 
-        The pods may run another version than the client: a field that is missing or not a number has its default, and an
-        unknown one is ignored. Without a step there is no progress.
+        The pods may run another version than the client: a field that is missing or not a number
+        has its default, and an unknown one is ignored. Without a step there is no progress.
         """
         _, found, told = text.partition(PROGRESS)
         try:
@@ -127,7 +129,8 @@ class Progress:
 def progress_file(environment: Mapping[str, str] = os.environ) -> Path | None:
     """The file with which training tells its agent the progress; None outside of the pods of an ElasticJob.
 
-    DLRover's master sets both variables in each pod. Local nodes have them too, but also one that names their launcher.
+    DLRover's master sets both variables in each pod. Local nodes have them too, but also one that
+    names their launcher.
     """
     names = [environment.get(name) for name in ("ELASTIC_JOB_NAME", "POD_NAME")]
     if not all(names) or "ELASTIC_GPT_LOCAL" in environment:

@@ -1,12 +1,14 @@
 """Any number of micro-batches on any number of ranks, and the one true mean gradient of the global batch (law 3).
 
-All gradients live in one flat buffer, and each parameter's `.grad` is a view of it. A step is: `zero`, one `backward` for
-each micro-batch of this rank's share, then `reduce`: one all_reduce of the buffer. A rank may have no micro-batch at all,
-and nothing is rebuilt when the world changes. Each loss is divided by the tokens of the *global* batch before its backward
-pass, so the sum over all ranks is the mean over all tokens, however unevenly the micro-batches are shared out.
+All gradients live in one flat buffer, and each parameter's `.grad` is a view of it. A step is:
+`zero`, one `backward` for each micro-batch of this rank's share, then `reduce`: one all_reduce of
+the buffer. A rank may have no micro-batch at all, and nothing is rebuilt when the world changes.
+Each loss is divided by the tokens of the *global* batch before its backward pass, so the sum over
+all ranks is the mean over all tokens, however unevenly the micro-batches are shared out.
 
-The buffer's tail carries what the ranks must agree on in the same step anyway: the loss of each micro-batch and the ids of
-its sequences, in slots of their own, and how many workers were asked to stop, and of these how many leave for good.
+The buffer's tail carries what the ranks must agree on in the same step anyway: the loss of each
+micro-batch and the ids of its sequences, in slots of their own, and how many workers were asked to
+stop, and of these how many leave for good.
 """
 
 from collections.abc import Iterable

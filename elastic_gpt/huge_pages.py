@@ -1,7 +1,8 @@
 """Huge pages for training on CPUs: glibc's malloc uses them if an environment variable says so when a process starts.
 
-Each step allocates and frees large tensors, and the kernel has to clear and map thousands of pages of 4 kB for them. With pages
-of 2 MB a step takes 0.8 to 0.9 of that time (docs/BENCHMARKS.md). The results are the same.
+Each step allocates and frees large tensors, and the kernel has to clear and map thousands of pages
+of 4 kB for them. With pages of 2 MB a step takes 0.8 to 0.9 of that time (docs/BENCHMARKS.md). The
+results are the same.
 """
 
 import os
@@ -16,8 +17,8 @@ ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def with_huge_pages(environment: Mapping[str, str], enabled: Path = ENABLED) -> dict[str, str]:
     """`environment` with the variable that makes malloc use huge pages.
 
-    It is unchanged if the kernel gives huge pages to all processes or to none, or if the user has set the variable already:
-    `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` turns them off.
+    It is unchanged if the kernel gives huge pages to all processes or to none, or if the user has
+    set the variable already: `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` turns them off.
     """
     tunables = environment.get("GLIBC_TUNABLES", "")
     try:
@@ -32,7 +33,8 @@ def with_huge_pages(environment: Mapping[str, str], enabled: Path = ENABLED) -> 
 def start_over_with_huge_pages() -> None:
     """Execute this command again in the same process, with huge pages. Returns if that is not necessary.
 
-    Does nothing in another program that calls a command's `main`: executing that again would be a surprise.
+    Does nothing in another program that calls a command's `main`: executing that again would be a
+    surprise.
     """
     mine = sys.argv[1:]
     is_this_command = sys.orig_argv[len(sys.orig_argv) - len(mine) :] == mine

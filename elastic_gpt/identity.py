@@ -1,9 +1,10 @@
 """Which run a state belongs to. A run belongs to its directory; a copy of the directory is another run (law 10).
 
-A run has an id, which is written when its directory is made, together with what identifies that directory in the file system. A
-copy (`cp -r`, a restored backup) is another directory: it gets an id of its own, and never takes the memory of the original. Each
-life of a run has a random name, which is in all its snapshots and checkpoints. A state of a life that the ledger does not know
-is not this run's. That also finds directories that were rolled back, which keep their id.
+A run has an id, which is written when its directory is made, together with what identifies that
+directory in the file system. A copy (`cp -r`, a restored backup) is another directory: it gets an
+id of its own, and never the memory of the original. Each life of a run has a random name, which is
+in all its snapshots and checkpoints. A state of a life that the ledger does not know is not this
+run's. That also finds directories that were rolled back, which keep their id.
 """
 
 import contextlib

@@ -2,8 +2,9 @@
 
     elastic-gpt ledger RUN
 
-Each rendezvous begins a *life* of the run. Its rank 0 writes who is in it, who has gone, and where the state came from. After
-its first step it writes what the change cost. Whoever notices the end of a life writes that.
+Each rendezvous begins a *life* of the run. Its rank 0 writes who is in it, who has gone, and where
+the state came from. After its first step it writes what the change cost. Whoever notices the end of
+a life writes that.
 """
 
 import contextlib
@@ -36,8 +37,8 @@ ASKED = {"stopped", "finished", "diverged"}  # ends of a life after which there 
 def is_pause(life: Sequence[dict[str, Any]], nodes: Sequence[str]) -> bool:
     """Whether a life was stopped on purpose or had finished, so that the time after it is not part of a recovery.
 
-    That is also so if a node left in good order and no node came back: when a job is suspended, nodes that are between two
-    worlds go without an event.
+    That is also so if a node left in good order and no node came back: when a job is suspended,
+    nodes that are between two worlds go without an event.
 
     Args:
         life: events of the life; the first one is `joined`.
@@ -107,7 +108,8 @@ class Ledger:
     def branches(self) -> list[tuple[int, int]]:
         """Number of each life, and the step at which it began. What earlier lives did after that step is abandoned.
 
-        If a life ended because its updates were not finite, all from the first of these updates on is abandoned.
+        If a life ended because its updates were not finite, all from the first of these updates on
+        is abandoned.
         """
         found, lives = [], 0
         for event in self.events():

@@ -5,9 +5,10 @@
     RUN/ledger.jsonl/notes/...                  lines of other workers than the first; the first of the next life adds them
     RUN/metrics.jsonl/0000000000000000, ...
 
-The store has the truth. A mirror belongs to one process, begins with what the store has, and is deleted with its process. Only
-the first worker of a world writes. An event is on the store when `Ledger.write_durably` returns. A thread writes the metrics,
-never further behind than the reports in a snapshot, so a kill loses none.
+The store has the truth. A mirror belongs to one process, begins with what the store has, and is
+deleted with its process. Only the first worker of a world writes. An event is on the store when
+`Ledger.write_durably` returns. A thread writes the metrics, never further behind than the reports
+in a snapshot, so a kill loses none.
 """
 
 import atexit
@@ -254,7 +255,8 @@ class Mirror:
 class Follower:
     """Uploads a growing file of lines from a thread. Makes the writer wait if the store is too far behind.
 
-    If the store does not answer, the writer does not wait: the lines are uploaded when it answers again.
+    If the store does not answer, the writer does not wait: the lines are uploaded when it answers
+    again.
 
     Args:
         lag: most lines that may be missing on the store.

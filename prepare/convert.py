@@ -2,7 +2,8 @@
 
     elastic-gpt convert data/mine data/for_llmc --format llm.c
 
-Reads what training reads (ours, nanoGPT's, DLRover's, llm.c's), and llm.c's shards too, which nanoGPT's format joins.
+Reads what training reads (ours, nanoGPT's, DLRover's, llm.c's), and llm.c's shards too, which
+nanoGPT's format joins.
 """
 
 import os
@@ -43,7 +44,8 @@ def meta_pkl(vocab_size: int, characters: Sequence[str] = ()) -> bytes:
 def write_nanogpt(folder: Path, target: Path) -> list[Path]:
     """Writes what nanoGPT and DLRover read into `target`: uint16 without a header, and meta.pkl unless it is GPT-2's ids.
 
-    Returns the files. Raises DataError where `target` has token files, or the ids of `folder` need uint32.
+    Returns the files. Raises DataError where `target` has token files, or the ids of `folder` need
+    uint32.
     """
     sides = _sides(folder)
     if any(ids.itemsize != 2 for side in sides.values() for ids in side):

@@ -1,7 +1,8 @@
 """The text of the sources, read document by document, in any of the formats that formats.py knows.
 
-Text passes through as bytes of UTF-8 in pieces of about 0.5 MiB. Their borders mean nothing: they may cut a character. No
-more than one piece of plain text is in memory at a time; a record (records.py) is held whole.
+Text passes through as bytes of UTF-8 in pieces of about 0.5 MiB. Their borders mean nothing: they
+may cut a character. No more than one piece of plain text is in memory at a time; a record
+(records.py) is held whole.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """Exact encoding in bounded memory, on all cores.
 
-The ids are those of the whole text and come in order, though no more than a few chunks are in memory at a time.
+The ids are those of the whole text and come in order, though no more than a few chunks are in
+memory at a time.
 """
 
 import codecs
@@ -109,8 +110,8 @@ class WrongIds(DataError):
 class Chunker:
     """Cuts text into chunks at places that do not change its ids, and counts the documents and bytes of both sides.
 
-    A chunk ends at the last safe cut of a piece. If a piece has none (Chinese, base64), the next piece is added to it.
-    The chunks of a text are always the same.
+    A chunk ends at the last safe cut of a piece. If a piece has none (Chinese, base64), the next
+    piece is added to it. The chunks of a text are always the same.
     """
 
     def __init__(self, *, cuts_anywhere: bool) -> None:
@@ -170,8 +171,8 @@ class Chunker:
 def decoded(data: bytes, errors: str) -> tuple[str, int]:
     """Decodes UTF-8. Returns the text and the number of places that were not valid UTF-8.
 
-    Such a place becomes U+FFFD if `errors` is "replace", and is left out if it is "skip". Raises UnicodeDecodeError at the
-    first one if it is "strict".
+    Such a place becomes U+FFFD if `errors` is "replace", and is left out if it is "skip". Raises
+    UnicodeDecodeError at the first one if it is "strict".
     """
     try:
         return data.decode(), 0
@@ -258,8 +259,9 @@ def encode(
 ) -> Iterator[tuple[Chunk, Coded]]:
     """Encodes numbered chunks with `workers` workers. Yields each chunk with its tokens, in order.
 
-    At most `workers` + 2 chunks are in memory. The fast engine works in threads, since it releases Python's lock; all other
-    tokenizers work in processes, which load the tokenizer that `section` describes from `folder`.
+    At most `workers` + 2 chunks are in memory. The fast engine works in threads, since it releases
+    Python's lock; all other tokenizers work in processes, which load the tokenizer that `section`
+    describes from `folder`.
     """
     if workers == 1:
         for number, chunk in chunks:

@@ -71,7 +71,8 @@ def _likeness(head: bytes, encoding: str) -> float:
 def narrow_encoding(data: bytes) -> str:
     """Guesses the 8-bit or older East Asian encoding of `data`, by the name that iconv has for it.
 
-    Returns "" for UTF-8, and for text with some valid UTF-8 beyond ASCII and some errors: that is damaged UTF-8.
+    Returns "" for UTF-8, and for text with some valid UTF-8 beyond ASCII and some errors: that is
+    damaged UTF-8.
     """
     if is_utf8(data):
         return ""

@@ -141,8 +141,8 @@ def _apart(
 ) -> bool:
     """Whether merging the bytes of `left` + `right`, up to `rank`, ends with just these two tokens.
 
-    Goes back through the merges at their border, the last one first. Each must have been done before any merge across
-    the border.
+    Goes back through the merges at their border, the last one first. Each must have been done
+    before any merge across the border.
     """
     while ranks.get(left + right, rank) >= rank:
         if left in halves and (right not in halves or ranks[left] > ranks[right]):

@@ -1,7 +1,8 @@
 """Finds out what a file is, by its first bytes and then its name: a format that can be read, or something to refuse.
 
-A refusal names what the file seems to be and the command that helps. Whatever is not surely something else is text: source
-code, logs, prose that begins with a bracket. To be taken for JSON it has to parse as JSON.
+A refusal names what the file seems to be and the command that helps. Whatever is not surely
+something else is text: source code, logs, prose that begins with a bracket. To be taken for JSON it
+has to parse as JSON.
 """
 
 import json

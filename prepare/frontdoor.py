@@ -1,6 +1,7 @@
 """The front door of every command: all answer typos, wrong values and `--help` alike, and tell errors in one line.
 
-A command is a function `main(argv, prog) -> int` decorated with `@command`. It reads its flags with a `Parser`.
+A command is a function `main(argv, prog) -> int` decorated with `@command`. It reads its flags with
+a `Parser`.
 """
 
 import argparse
@@ -56,8 +57,8 @@ P = ParamSpec("P")
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Decorates the `main` of a command. However it ends, a person sees at most one line, and the exit code says why.
 
-    SIGTERM unwinds it as Ctrl-C does, so that its processes end and half-written files go. A command may set its own
-    handlers.
+    SIGTERM unwinds it as Ctrl-C does, so that its processes end and half-written files go. A
+    command may set its own handlers.
     """
 
     @functools.wraps(main)
@@ -85,7 +86,8 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
 def fail(error: Exception) -> int:
     """Tells an error in one line on standard error, without a traceback. Returns the exit code.
 
-    Says nothing if the reader of standard output has left, as in `elastic-gpt ledger RUN | head -1`.
+    Says nothing if the reader of standard output has left, as in `elastic-gpt ledger RUN | head
+    -1`.
     """
     try:
         if sys.stdout is not None:

@@ -4,8 +4,8 @@ nanoGPT   train.bin, val.bin of uint16 without a header; meta.pkl where a token 
 DLRover   the same, always with meta.pkl
 llm.c     *train*.bin, *val*.bin: 256 int32 (magic, version, tokens, zeros), then ids; in shards where they are many
 
-None of them has a meta.json or a fingerprint, so their ids are read through once and what was found is remembered in
-the user's cache. Nothing is ever written into their folder.
+None of them has a meta.json or a fingerprint, so their ids are read through once and what was found
+is remembered in the user's cache. Nothing is ever written into their folder.
 """
 
 import functools
@@ -126,8 +126,8 @@ def header_bytes(path: Path) -> int:
 def read_meta_pkl(path: Path) -> tuple[int, list[str] | None]:
     """The vocabulary size in a meta.pkl, and its characters in order of their ids (None if they are not sorted).
 
-    A pickle is a program. This reader lets it make numbers, strings, lists and dicts, and raises DataError as soon as it
-    names anything else, before that is imported.
+    A pickle is a program. This reader lets it make numbers, strings, lists and dicts, and raises
+    DataError as soon as it names anything else, before that is imported.
     """
     if path.stat().st_size > _MAX_PICKLE_BYTES:
         raise DataError(

@@ -6,8 +6,8 @@
     .prepare/journal.jsonl   [text: bytes, crc32], [train: bytes, crc32], [val: ...], repaired, unknown; a line a chunk
     .prepare/tokenizer/      the tokenizer's files
 
-A line is written after the tokens that it describes. The next run checks both and cuts off whatever kill -9 or a power cut left
-behind the last good line. So nothing needs to be flushed on the way.
+A line is written after the tokens that it describes. The next run checks both and cuts off whatever
+kill -9 or a power cut left behind the last good line. So nothing needs to be flushed on the way.
 """
 
 import fcntl
@@ -37,7 +37,8 @@ _BLOCK = 1 << 20
 def stage(output_dir: Path) -> Iterator[Path]:
     """The folder to work in, locked for this process. It is still there afterwards; `remove` deletes it.
 
-    Makes `output_dir` if it is missing. Raises DataError if it cannot be written, or another process works there.
+    Makes `output_dir` if it is missing. Raises DataError if it cannot be written, or another
+    process works there.
     """
     folder = output_dir / STAGE
     try:

@@ -4,8 +4,9 @@
     elastic-gpt inspect data/mine --histogram lengths.png
     elastic-gpt inspect data/mine --verify
 
-Opens folders of nanoGPT, DLRover and llm.c too. Memory does not grow with the data. (The module is not called inspect.py
-like its command, since that name would hide the standard library's `inspect`.)
+Opens folders of nanoGPT, DLRover and llm.c too. Memory does not grow with the data. (The module is
+not called inspect.py like its command, since that name would hide the standard library's
+`inspect`.)
 """
 
 import itertools

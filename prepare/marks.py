@@ -1,7 +1,8 @@
 """Byte order marks within a text: files that each begin with one were joined.
 
-A mark (U+FEFF) at the beginning of a line is left out: it says how a file is encoded and is not part of the text. In the
-middle of a line the same character is an old "zero width no-break space", so it stays. Both are counted.
+A mark (U+FEFF) at the beginning of a line is left out: it says how a file is encoded and is not
+part of the text. In the middle of a line the same character is an old "zero width no-break space",
+so it stays. Both are counted.
 """
 
 import re

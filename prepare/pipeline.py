@@ -1,8 +1,9 @@
 """From text to the files of training: plan (plan.py), encode, publish.
 
-The text is read in pieces and encoded in chunks, so memory does not grow with it. A journal of finished chunks (journal.py)
-lets the same call go on after whatever stopped it. The files depend on the text and the settings alone, not on the number of
-workers, the engine, or how often the work was stopped.
+The text is read in pieces and encoded in chunks, so memory does not grow with it. A journal of
+finished chunks (journal.py) lets the same call go on after whatever stopped it. The files depend on
+the text and the settings alone, not on the number of workers, the engine, or how often the work was
+stopped.
 """
 
 import math

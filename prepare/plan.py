@@ -1,6 +1,7 @@
 """What has to be known before the first token is written: how the text is split, and the vocabulary.
 
-The plan is kept in the stage. A run that goes on uses it again if the text and the settings are the same.
+The plan is kept in the stage. A run that goes on uses it again if the text and the settings are the
+same.
 """
 
 import hashlib

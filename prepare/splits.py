@@ -1,8 +1,9 @@
 """Divides the text into train and val.
 
-With few documents, val is the tail: the last characters of the whole text. With many, a hash of its text decides for each
-document. That depends neither on other documents nor on their order, and copies of a document end up on the same side. Both
-sides are encoded separately, so that no token has text of both.
+With few documents, val is the tail: the last characters of the whole text. With many, a hash of its
+text decides for each document. That depends neither on other documents nor on their order, and
+copies of a document end up on the same side. Both sides are encoded separately, so that no token
+has text of both.
 """
 
 import hashlib

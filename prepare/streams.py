@@ -1,7 +1,8 @@
 """Reads a file or URL, unpacked. The bytes are either whole or an error.
 
-If one only asks for the next bytes, a stream that was cut looks like one that ends. So each end is checked: a transfer has to
-have as many bytes as were announced, and each packed member an end and a checksum, with only another member behind it.
+If one only asks for the next bytes, a stream that was cut looks like one that ends. So each end is
+checked: a transfer has to have as many bytes as were announced, and each packed member an end and a
+checksum, with only another member behind it.
 """
 
 import bz2

@@ -1,7 +1,8 @@
 """Text to ids and back: the encodings of tiktoken, a BPE trained on the corpus, words, characters, bytes.
 
-Each kind is a class that knows its name and how it is learned from text, saved and loaded. To add one: a class, and its line
-in KINDS. Only this module imports tiktoken and rustbpe. data.py loads the tokenizer of a prepared folder, without a network.
+Each kind is a class that knows its name and how it is learned from text, saved and loaded. To add
+one: a class, and its line in KINDS. Only this module imports tiktoken and rustbpe. data.py loads
+the tokenizer of a prepared folder, without a network.
 """
 
 import hashlib
@@ -69,8 +70,8 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`. What looks like a special token in it is ordinary text.
 
-        Raises DataError for text that cannot be encoded: a character that a char tokenizer does not know, a lone surrogate
-        (of which tiktoken would make U+FFFD), a huge run of spaces.
+        Raises DataError for text that cannot be encoded: a character that a char tokenizer does not
+        know, a lone surrogate (of which tiktoken would make U+FFFD), a huge run of spaces.
         """
         try:
             return self._encode(text)
@@ -186,7 +187,8 @@ class Characters(Tokenizer):
 class Words(Tokenizer):
     """Each word of the corpus is an id, together with the space before it. All else is encoded character by character.
 
-    Id 0 is <unk>, for what the vocabulary lacks; it decodes to "<unk>". All other text decodes to what it was.
+    Id 0 is <unk>, for what the vocabulary lacks; it decodes to "<unk>". All other text decodes to
+    what it was.
     """
 
     kind = name = "word"

@@ -180,7 +180,8 @@ def open_ids(path: Path, dtype: str, *, offset: int = 0) -> np.memmap:
 def blocks(ids: np.memmap, start: int = 0, stop: int | None = None, size: int = 1 << 20) -> Iterator[np.ndarray]:
     """The ids from `start` up to `stop` (None: the end), in arrays of shape (n,) with n at most `size`.
 
-    Only one of them is in memory at a time, whereas all that is read through a memmap stays in memory.
+    Only one of them is in memory at a time, whereas all that is read through a memmap stays in
+    memory.
     """
     stop = len(ids) if stop is None else stop
     with Path(str(ids.filename)).open("rb") as file:
@@ -224,9 +225,9 @@ def write_file(path: Path, data: bytes) -> str:
 def publish(stage: Path, folder: Path, meta: Meta) -> None:
     """Moves the files that `meta` names from `stage` to `folder`, meta.json last.
 
-    First, a note "unfinished" takes the place of meta.json. If the process is stopped between two renames, the folder has a
-    new train.bin and an old val.bin: with the old meta.json they would be taken for one data set, and without any for
-    data of nanoGPT.
+    First, a note "unfinished" takes the place of meta.json. If the process is stopped between two
+    renames, the folder has a new train.bin and an old val.bin: with the old meta.json they would be
+    taken for one data set, and without any for data of nanoGPT.
     """
     text = json.dumps(asdict(meta), indent=2, ensure_ascii=False) + "\n"
     write_file(stage / META, text.encode())

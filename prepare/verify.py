@@ -1,12 +1,13 @@
 """Checks whether prepared data is what its meta.json says, from the folder alone.
 
-All of it is read: sizes and sha256 have to be right, every id below the vocabulary's size, and the decoded text made of whole
-characters. If the documents are in the order of the inputs, their text has to have the inputs' sha256. That proves that nothing
-was lost, changed or moved.
+All of it is read: sizes and sha256 have to be right, every id below the vocabulary's size, and the
+decoded text made of whole characters. If the documents are in the order of the inputs, their text
+has to have the inputs' sha256. That proves that nothing was lost, changed or moved.
 
-It does not prove that the tokenizer chose these ids: "t" + "he" decodes to "the" as well. So tiktoken, the reference, encodes
-samples again, and the ids are compared. A sample is a document, or lies between two places where text may be cut without
-changing its ids (see encoder.py). Alone it has the same ids, so a difference is always an error.
+It does not prove that the tokenizer chose these ids: "t" + "he" decodes to "the" as well. So
+tiktoken, the reference, encodes samples again, and the ids are compared. A sample is a document, or
+lies between two places where text may be cut without changing its ids (see encoder.py). Alone it
+has the same ids, so a difference is always an error.
 """
 
 import codecs
@@ -108,7 +109,8 @@ class Vocabulary:
 def encoded_again(ids: np.memmap, file: str, text: Vocabulary, *, edges_are_borders: bool) -> Finding:
     """Compares samples of `ids`, shape (n,), with what the tokenizer makes of their text.
 
-    A short file is one sample. `edges_are_borders`: whether the text begins with the first id and ends with the last.
+    A short file is one sample. `edges_are_borders`: whether the text begins with the first id and
+    ends with the last.
     """
     count = SAMPLES if len(ids) > SAMPLES * SAMPLE_TOKENS else 1
     length = SAMPLE_TOKENS if count > 1 else len(ids)

@@ -1,7 +1,8 @@
 """Checks whether the files that data was prepared from are whole, with other readers than those that prepared it.
 
-streams.py unpacks with its own loop. Here the file objects of the libraries do, and the end of each file is checked as its
-format defines it. If one of the two overlooks something (a second member, a stream that was cut), the other one shows it.
+streams.py unpacks with its own loop. Here the file objects of the libraries do, and the end of each
+file is checked as its format defines it. If one of the two overlooks something (a second member, a
+stream that was cut), the other one shows it.
 """
 
 import bz2
