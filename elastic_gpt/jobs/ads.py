@@ -1,7 +1,7 @@
 """JobSpec -> the YAML that `ads opctl run -f` takes: a distributed job of OCI Data Science. Plain dicts from pure functions.
 
-ADS starts one main and N workers, clones the repository on each, and runs examples/oci/main.py there, which starts the
-elastic run. What only a tenancy knows is left as <words in brackets>.
+ADS starts one main and N workers, clones the repository on each, and runs examples/oci/main.py
+there, which starts the elastic run. What only a tenancy knows is left as <words in brackets>.
 """
 
 import shlex

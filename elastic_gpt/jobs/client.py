@@ -1,7 +1,7 @@
 """The API server: the one user of the `kubernetes` package. Objects come and go as plain dicts.
 
-Configuration is looked for as kubectl does: --kubeconfig, the variable KUBECONFIG, ~/.kube/config, then the service account of
-the pod that this runs in.
+Configuration is looked for as kubectl does: --kubeconfig, the variable KUBECONFIG, ~/.kube/config,
+then the service account of the pod that this runs in.
 """
 
 import contextlib

@@ -216,7 +216,8 @@ def _spec(args: Namespace, trailing: tuple[str, ...], namespace: str) -> JobSpec
 def _check_training(spec: JobSpec) -> None:
     """Read the settings of the workers as they will, so that a mistake is told here and not by a pod.
 
-    What depends on the data (whether they are long enough, and how large their vocabulary is) only the pods know.
+    What depends on the data (whether they are long enough, and how large their vocabulary is) only
+    the pods know.
     """
     config = importlib.import_module(
         "model_zoo.nanogpt.config"

@@ -1,8 +1,8 @@
 """What the API server told -> what became of a job, in words. Pure functions; nothing here asks a server.
 
-DLRover's operator derives a job's phase from events of its master's pod, and errs: it calls a job failed whose master it has
-just replaced, and running one that ended while the operator was away. So the phase is one witness among others: the master, the
-workers, and how they ended.
+DLRover's operator derives a job's phase from events of its master's pod, and errs: it calls a job
+failed whose master it has just replaced, and running one that ended while the operator was away. So
+the phase is one witness among others: the master, the workers, and how they ended.
 """
 
 import itertools
@@ -156,7 +156,8 @@ def judge(job: Mapping[str, Any], workers: Iterable[Node], masters: list[Node]) 
 def masters_were_miscounted(job: Mapping[str, Any]) -> bool:
     """Whether the operator failed a job for losses of its master that restartCount allows.
 
-    When it makes a master it forgets the restartCount until it next looks at the job, and takes it for 0.
+    When it makes a master it forgets the restartCount until it next looks at the job, and takes it
+    for 0.
     """
     match = re.search(r"failover count (-?\d+) is beyond", failure(job))
     return match is not None and int(match[1]) <= int(

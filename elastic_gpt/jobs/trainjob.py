@@ -1,7 +1,8 @@
 """JobSpec -> Kubeflow Trainer v2: a TrainingRuntime and a TrainJob for each step. Plain dicts from pure functions.
 
-The pods are those of manifest.py, under Kubeflow's names: its controller makes them from the template of the runtime, and
-gives the container `node` torchrun's environment (PET_NNODES, PET_MASTER_ADDR ...). There is no DLRover in it.
+The pods are those of manifest.py, under Kubeflow's names: its controller makes them from the
+template of the runtime, and gives the container `node` torchrun's environment (PET_NNODES,
+PET_MASTER_ADDR ...). There is no DLRover in it.
 """
 
 import re

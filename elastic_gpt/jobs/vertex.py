@@ -1,7 +1,7 @@
 """JobSpec -> requests to Vertex AI: a CustomJob, the model, an endpoint, and the one on the other. Dicts from pure functions.
 
-Each is a request message of its API in JSON's names, with the message's own name as `kind`; examples/vertex/send.py sends them.
-What only a project knows is left as <words in brackets>.
+Each is a request message of its API in JSON's names, with the message's own name as `kind`;
+examples/vertex/send.py sends them. What only a project knows is left as <words in brackets>.
 """
 
 from collections.abc import Callable

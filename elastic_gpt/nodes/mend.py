@@ -1,8 +1,8 @@
 """What hurts in DLRover 0.6.1, mended in the process that calls these: one function a fault.
 
-`agent` mends a node's agent, `master` and `local_master` a job's master (rendezvous.py holds the one mend that they share).
-They reach into what is DLRover's own, so `check_version` refuses any other version; tests/nodes/test_mend.py fails where one
-of them is no longer needed.
+`agent` mends a node's agent, `master` and `local_master` a job's master (rendezvous.py holds the
+one mend that they share). They reach into what is DLRover's own, so `check_version` refuses any
+other version; tests/nodes/test_mend.py fails where one of them is no longer needed.
 """
 
 import contextlib
@@ -43,8 +43,9 @@ class Leaving(BaseException):
 def check_version() -> None:
     """Raises SettingsError where another DLRover is installed.
 
-    Of 0.7.0.dev0 it is known that it fails a job that is suspended with its least number of nodes (#1712), and that it
-    deletes the pods of workers, and their logs with them, when a job ends (#1711).
+    Of 0.7.0.dev0 it is known that it fails a job that is suspended with its least number of nodes
+    (#1712), and that it deletes the pods of workers, and their logs with them, when a job ends
+    (#1711).
     """
     import dlrover  # noqa: F401 - if it is not installed, that is told here, not in the log of each process
 
@@ -195,9 +196,9 @@ def have_no_flash_checkpoint() -> None:
 def leave_when_asked(lease: list[Lease]) -> None:
     """0.6.1 with torch 2.13: SIGTERM is swallowed.
 
-    The handler that torchelastic sets at each start of the workers raises an Exception, upon which DLRover tries that start,
-    or its call to the master, again. Ours tells the workers that this node leaves for good; on its way out the agent then
-    sends them SIGTERM and waits.
+    The handler that torchelastic sets at each start of the workers raises an Exception, upon which
+    DLRover tries that start, or its call to the master, again. Ours tells the workers that this
+    node leaves for good; on its way out the agent then sends them SIGTERM and waits.
     """
     from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
     from torch.distributed.elastic.multiprocessing import api as multiprocessing
@@ -244,8 +245,9 @@ def say_the_last_word_once() -> None:
 def finish_without_a_master() -> None:
     """0.6.1: an agent whose run has finished while there is no master tries for two minutes to reach it, and fails.
 
-    It does so when it asks whether others wait to join, meanwhile deaf to its workers' end, and when it waits, by way of the
-    master's store, for the other agents. Ours end together, for the last step is one of all of them.
+    It does so when it asks whether others wait to join, meanwhile deaf to its workers' end, and
+    when it waits, by way of the master's store, for the other agents. Ours end together, for the
+    last step is one of all of them.
     """
     from dlrover.python.common import comm
     from dlrover.python.elastic_agent.master_client import MasterClient
@@ -264,7 +266,8 @@ def finish_without_a_master() -> None:
 def end_what_would_fail_again() -> None:
     """0.6.1: it restarts whatever fails.
 
-    A worker that ends with a user's mistake would make it again, and so would one that crashes of itself soon after each start.
+    A worker that ends with a user's mistake would make it again, and so would one that crashes of
+    itself soon after each start.
     """
     from dlrover.python.diagnosis.common.constants import DiagnosisActionType
     from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
@@ -285,9 +288,10 @@ def end_what_would_fail_again() -> None:
 def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
     """0.6.1 and torchelastic: each change of members ends all workers, and then others are started for the new world.
 
-    Here a worker is started before there is a world, makes its model, and waits; after a change those that live are given
-    their place in the next world, and only dead ones are started: meanwhile the other nodes train on without this one. The
-    workers of one node live and die together.
+    Here a worker is started before there is a world, makes its model, and waits; after a change
+    those that live are given their place in the next world, and only dead ones are started:
+    meanwhile the other nodes train on without this one. The workers of one node live and die
+    together.
     """
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
     from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerState

@@ -1,7 +1,8 @@
 """Where DLRover's own files go: a folder of this process's user alone, for a machine may have several users.
 
-DLRover 0.6.1 keeps event logs, sockets and metrics in /tmp/dlrover and /tmp/ckpt_sock, which belong to whoever came first:
-every other user's master and agents end with a PermissionError when they are imported.
+DLRover 0.6.1 keeps event logs, sockets and metrics in /tmp/dlrover and /tmp/ckpt_sock, which belong
+to whoever came first: every other user's master and agents end with a PermissionError when they are
+imported.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ def keep_dlrover_files_private() -> None:
 def refuse_anothers_network_check() -> None:
     """Raise ValueError where the folder of DLRover's network check is another user's.
 
-    It cannot be moved: the processes that write into it are started with DLRover's own idea of where it is.
+    It cannot be moved: the processes that write into it are started with DLRover's own idea of
+    where it is.
     """
     from dlrover.python.common.constants import ConfigPath
 

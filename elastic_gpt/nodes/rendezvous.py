@@ -1,14 +1,17 @@
 """One world at a time: a node that trains holds a lease at the master, and no world is formed without those that do.
 
-DLRover closes a rendezvous some seconds after the last node came, whether or not the nodes that are training have noticed it.
-One that notices late (a long step, a busy machine, a master that was away) would be left out and train on beside the new
-world, into the same run directory. So each agent renews a lease in the master's key-value store, and here the master waits for
-whoever holds one, until it comes, says that it leaves, is known to be gone, or is silent for LEASE_SECONDS. Nor does it form
-a world with a node that came, and has been gone or silent since.
+DLRover closes a rendezvous some seconds after the last node came, whether or not the nodes that are
+training have noticed it. One that notices late (a long step, a busy machine, a master that was
+away) would be left out and train on beside the new world, into the same run directory. So each
+agent renews a lease in the master's key-value store, and here the master waits for whoever holds
+one, until it comes, says that it leaves, is known to be gone, or is silent for LEASE_SECONDS. Nor
+does it form a world with a node that came, and has been gone or silent since.
 
-This is what keeps two worlds from being made; `Ledger.superseded` ends one that was made all the same.
+This is what keeps two worlds from being made; `Ledger.superseded` ends one that was made all the
+same.
 
-In a pod the agent tells with its lease how far training is (contract.py), and the master writes that to its log.
+In a pod the agent tells with its lease how far training is (contract.py), and the master writes
+that to its log.
 """
 
 import atexit

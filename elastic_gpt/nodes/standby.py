@@ -4,8 +4,9 @@
       └─── starts ──► client (this file, as a script): asks the standby for a worker, hands it its arguments, environment
                       and standard streams, passes signals on, and ends as the worker ends
 
-To the agent the client is the worker: a killed client takes its worker along, and a killed worker its client. The client runs
-with `python -I -S`, so its start costs 20 ms; it must import nothing but a few modules of the standard library.
+To the agent the client is the worker: a killed client takes its worker along, and a killed worker
+its client. The client runs with `python -I -S`, so its start costs 20 ms; it must import nothing
+but a few modules of the standard library.
 """
 
 import contextlib
@@ -52,9 +53,9 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
 def keep(name: str, modules: list[str]) -> None:
     """Keep a standby running until this process ends; one that is killed has a successor.
 
-    This process holds the socket, so clients that come meanwhile wait for the successor's imports instead of doing them
-    themselves. Where none can live, the socket is closed: workers find nobody, import torch themselves, and say why
-    they cannot.
+    This process holds the socket, so clients that come meanwhile wait for the successor's imports
+    instead of doing them themselves. Where none can live, the socket is closed: workers find
+    nobody, import torch themselves, and say why they cannot.
 
     Args:
         name: of the socket, in Linux's abstract namespace, so that nothing is left behind.
