@@ -34,7 +34,7 @@ ALIVE = ("Initial", "Pending", "Running")
 
 
 class Node(Protocol):
-    """The fields that we use of DLRover's record of a node. A replacement has a new record with a higher id and the same rank."""
+    """What we use of DLRover's record of a node. A replacement has its own record: a higher id, the same rank."""
 
     id: int
     rank_index: int

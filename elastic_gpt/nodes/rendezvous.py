@@ -1,17 +1,17 @@
-"""One world at a time: a node that trains holds a lease at the master, and no world is formed without those that do.
+"""One world at a time: each node in a world holds a lease at the master, and no new world is formed without these nodes.
 
-DLRover closes a rendezvous some seconds after the last node came, whether or not the nodes that are
-training have noticed it. One that notices late (a long step, a busy machine, a master that was
-away) would be left out and train on beside the new world, into the same run directory. So each
-agent renews a lease in the master's key-value store, and here the master waits for whoever holds
-one, until it comes, says that it leaves, is known to be gone, or is silent for LEASE_SECONDS. Nor
-does it form a world with a node that came, and has been gone or silent since.
+DLRover closes a rendezvous some seconds after the last node came, even if nodes that are training
+have not noticed it. A node that notices late (a long step, a busy machine, a master that was away)
+would be left out. It would train on beside the new world, into the same run directory. So each
+agent renews a lease in the master's key-value store, and the master waits for all holders until
+they come, say that they leave, are known to be gone, or are silent for LEASE_SECONDS. It also
+leaves out a node that came but has been gone or silent since.
 
-This is what keeps two worlds from being made; `Ledger.superseded` ends one that was made all the
-same.
+That prevents two worlds at once. Should there be two all the same, `Ledger.superseded` ends the
+older one.
 
-In a pod the agent tells with its lease how far training is (contract.py), and the master writes
-that to its log.
+In a pod, the agent sends the progress of training with its lease (contract.py), and the master
+writes it to its log.
 """
 
 import atexit
@@ -26,39 +26,39 @@ from elastic_gpt.contract import Progress, progress_file
 PROGRESS_KEY = "elastic-gpt/progress"
 KEY = "elastic-gpt/lease/"
 WAITS, HELD = b"waits", b"held"  # values of a lease
-LEASE_SECONDS = 5.0  # a machine that vanished without a word costs a membership change this much
+LEASE_SECONDS = 5.0  # how long a machine that disappeared delays a membership change
 RENEW_SECONDS = 0.5
-PATIENCE_SECONDS = 60.0  # for a node that is alive and does not come; torchelastic gives its workers 30 s to end
-RECONNECT_SECONDS = 3.0  # between the first and the last node of a world to find a master that was started anew
+PATIENCE_SECONDS = 60.0  # for a node that lives but does not come; torchelastic gives its workers 30 s to end
+RECONNECT_SECONDS = 3.0  # in which all nodes of a world find a restarted master
 PROGRESS_SECONDS = 5.0  # between two lines of progress in the master's log, at least
 
 
 class Lease:
-    """What an agent tells the master, from when it first asks for a world.
+    """What an agent tells the master, from its first request for a world on.
 
     Args:
-        report: (key, value) to the master's key-value store; may raise while the master is away.
-        node: this node's id.
+        report: writes (key, value) to the master's key-value store; may raise while the master is away.
+        node: id of this node.
     """
 
     def __init__(self, report: Callable[[str, bytes], Any], node: int) -> None:
         self._report, self._key = report, f"{KEY}{node}"
         self._progress = progress_file()  # None outside of pods
         self._progress_told = b""
-        self._word = b""  # what this node is: nothing, waiting for a world, or in one
+        self._word = b""  # b"", WAITS or HELD
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def ask(self) -> None:
-        """From now on this node waits for a world; the one that it may have been in is over for it."""
+        """From now on this node waits for a world. It has left its last one."""
         self._say(WAITS)
 
     def hold(self) -> None:
         """From now on this node is in a world."""
-        self._say(HELD)  # before a worker trains, so that no gap is left
+        self._say(HELD)  # before a worker trains, so that there is no gap
 
     def pause(self) -> None:
-        """This node is in no world and asks for none yet: the others need not wait for its workers to start."""
+        """This node is in no world and asks for none yet, so that others do not wait while its workers start."""
         self._say(b"")
 
     def _say(self, word: bytes) -> None:
@@ -68,10 +68,10 @@ class Lease:
         self._tell(self._key, word)
         if not self._thread.is_alive():
             self._thread.start()
-            atexit.register(self._tell_progress)  # its last word may be younger than the last renewal
+            atexit.register(self._tell_progress)  # the last step comes after the last renewal
 
     def release(self) -> None:
-        """This node leaves: nobody has to wait for it. Safe in a signal handler."""
+        """This node leaves, so that no world waits for it. Safe in a signal handler."""
         self._released.set()
 
     def _renew(self) -> None:
@@ -92,33 +92,35 @@ class Lease:
     def _tell(self, key: str, value: bytes) -> bool:
         try:
             self._report(key, value)
-        except Exception:  # the master is away; the next one is told
+        except Exception:  # the master is away; the next one will be told
             return False
         return True
 
 
 class Leases:
-    """What the master knows of them. Times are of a monotonic clock, seconds."""
+    """What the master knows of the leases. Times are seconds on a monotonic clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._renewed: dict[int, float] = {}
-        self._members: set[int] = set()  # those that have been in a world, and were never without a lease since
+        self._members: set[int] = set()  # nodes that were in a world and have held a lease ever since
         self._gone: set[int] = set()
         self.since: float | None = None
-        """When the first lease was renewed here."""
+        """When this master first heard of a lease; None: not yet."""
         self._progress = Progress()
-        self._written = -PROGRESS_SECONDS  # the progress before
+        self._written = -PROGRESS_SECONDS  # when progress was last written
 
     def told(self, key: str, value: bytes) -> bool:
-        """Take what an agent reported; returns whether it was about a lease, or progress."""
+        """Take a report of an agent. Returns whether it was about a lease or progress."""
         if key == PROGRESS_KEY:
             self._write(Progress.from_line(value.decode(errors="replace")))
             return True
         if not key.startswith(KEY):
             return False
         node = int(key.removeprefix(KEY))
-        self._renewed[node] = self._clock() if value else -math.inf  # one that leaves may have been waiting for a world
+        self._renewed[node] = (
+            self._clock() if value else -math.inf
+        )  # a node that leaves may have been waiting for a world
         if value:
             self.since = self.since or self._renewed[node]
             if value == HELD:
@@ -128,7 +130,7 @@ class Leases:
         return True
 
     def _write(self, progress: Progress | None) -> None:
-        """To the log of the master, what is new; the end and a new world at once, other steps now and then."""
+        """Write new progress to the master's log: the end and a new world at once, other steps now and then."""
         if progress is None or progress.time <= self._progress.time:
             return
         now = self._clock()
@@ -139,7 +141,7 @@ class Leases:
         print(progress.to_line(), flush=True)
 
     def gone(self, node: int) -> None:
-        """The node has gone, or is about to; ids are never used again."""
+        """The node has gone or is going. Its id is never used again."""
         self._gone.add(node)
 
     def held(self) -> set[int]:
@@ -152,20 +154,20 @@ class Leases:
         return self._members & self.held()
 
     def lost(self) -> set[int]:
-        """Ids of the nodes that are gone, and of those that gave up a lease or have not renewed it."""
+        """Ids of the nodes that have gone, have given up their lease, or have not renewed it."""
         return (self._renewed.keys() - self.held()) | self._gone
 
 
 def wait_for_members(leases: Leases, *, restarted: bool) -> None:
-    """Have DLRover's rendezvous, in the master's process, wait for the holders of `leases`.
+    """Make DLRover's rendezvous, in the master's process, wait for the holders of `leases`.
 
     Args:
-        restarted: whether there may be a world already, which this master does not know yet.
+        restarted: whether there may be a world that this master does not know yet.
     """
     from dlrover.python.master.elastic_training import kv_store_service, rdzv_manager
 
     found: list[float] = []  # when the first node asked for a world
-    # Rank of a node to the rendezvous that it waited for, and what that knew of it.
+    # Rank of a silent node to the rendezvous at which it waited, and its record there.
     silent: dict[int, tuple[Any, Any]] = {}
     put = kv_store_service.KVStoreService.set
     remove = rdzv_manager.RendezvousManager.remove_alive_node
@@ -175,10 +177,10 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         if not leases.told(key, value):
             put(store, key, value)
         for rank, (manager, node) in list(silent.items()):
-            if node.node_id in leases.held():  # a machine that stood still: it asks once only, and is waiting
+            if node.node_id in leases.held():  # the machine had stood still; its agent asks only once, and still waits
                 with manager._lock:
                     manager._waiting_nodes.setdefault(rank, node)
-                silent.pop(rank, None)  # the agents are heard in several threads
+                silent.pop(rank, None)  # several threads handle the agents' requests
 
     def remove_alive_node(manager: Any, node: Any) -> None:
         leases.gone(node.id)
@@ -196,7 +198,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         waiting = {node.node_id for node in manager._waiting_nodes.values()}
         if leases.held() - waiting and time.time() - manager._lastcall_time < PATIENCE_SECONDS:
             return False
-        if leases.members() and leases.held() <= waiting:  # nobody else is worth a last call
+        if leases.members() and leases.held() <= waiting:  # all members are here, so there is no need for a last call
             manager._lastcall_time = 0
         return bool(check(manager))
 
