@@ -1,5 +1,6 @@
 """A trained model behind HTTP. Alone knows FastAPI, uvicorn and Prometheus' client (the extra `serve`).
 
-serve.py is the command; app.py the server; openai.py, vertex.py and kserve.py one dialect each; completions.py text in and
-out; scheduler.py the one engine that all requests share; follow.py newer checkpoints; page/ what a browser shows.
+serve.py is the command; app.py the server; openai.py, vertex.py and kserve.py one dialect each;
+completions.py text in and out; scheduler.py the one engine that all requests share; follow.py newer
+checkpoints; page/ what a browser shows.
 """

@@ -1,7 +1,7 @@
 """KServe's Open Inference Protocol, version 2, as far as a model of texts goes: metadata, ready, infer.
 
-One input, `text_input`, of strings (BYTES), one prompt each; one output, `text_output`, of as many. How to generate stands
-in the request's `parameters`.
+One input, `text_input`, of strings (BYTES), one prompt each; one output, `text_output`, of as many.
+How to generate stands in the request's `parameters`.
 """
 
 from collections.abc import Mapping, Sequence

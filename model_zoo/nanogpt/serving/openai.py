@@ -1,7 +1,7 @@
 """OpenAI's dialect: /v1/completions and /v1/models, as its clients speak it.
 
-A parameter that the real API does not have is refused, as there; one that it has and this model cannot follow (`suffix`,
-`logit_bias`, penalties) is refused too, unless it has no effect.
+A parameter that the real API does not have is refused, as there; one that it has and this model
+cannot follow (`suffix`, `logit_bias`, penalties) is refused too, unless it has no effect.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """One engine for all requests: a thread that draws tokens, and the event loop's side of it.
 
-Only the thread touches engine and model; what is wanted of them goes to it as orders, which it carries out between two
-tokens. A generation whose reader is slow ends all the same: its tokens wait in memory (no more than it asked for), not in
-a cache slot.
+Only the thread touches engine and model; what is wanted of them goes to it as orders, which it
+carries out between two tokens. A generation whose reader is slow ends all the same: its tokens wait
+in memory (no more than it asked for), not in a cache slot.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Vertex AI's contract for a custom container: instances in, predictions out.
 
-An instance is a prompt, and its prediction then the text that follows; or an object with a `prompt` and parameters of its
-own, and its prediction then an object as well.
+An instance is a prompt, and its prediction then the text that follows; or an object with a `prompt`
+and parameters of its own, and its prediction then an object as well.
 """
 
 from collections.abc import Mapping, Sequence
