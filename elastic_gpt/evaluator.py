@@ -15,9 +15,7 @@ from elastic_gpt.world import World
 def spread(there: int, sequences: int, micro_batch: int) -> Ids:
     """Ids of `sequences` sequences, evenly spread over the `there` sequences of a split; fewer if it has fewer."""
     count = min(sequences, there)
-    count -= (
-        count % micro_batch if count >= micro_batch else 0
-    )  # whole micro-batches, so that a compiled model sees one shape
+    count -= count % micro_batch if count >= micro_batch else 0  # one shape, for a compiled model
     return np.linspace(0, there - 1, count).astype(np.int64)
 
 

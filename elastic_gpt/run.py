@@ -337,9 +337,7 @@ class Worlds(abc.ABC):
         if snapshots and snapshots.step != restored.step:
             snapshots.save(restored.step, run.life, tensors, restored.reports)  # so that every node has it
         if world.first and restored.step - checkpoints.listed >= plan.checkpoint_interval:
-            checkpoints.save(
-                restored.step, tensors, restored.reports
-            )  # the checkpoint that was due was lost with its writer
+            checkpoints.save(restored.step, tensors, restored.reports)  # it was due, but lost with its writer
 
         if restored.step >= plan.steps:
             reporter.say(f"nothing to do at step {restored.step} of {plan.steps}: a larger --steps goes on from there")

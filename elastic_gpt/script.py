@@ -37,8 +37,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt run") -> in
         runpy.run_path(str(script), run_name="__main__")
     except Exception as error:  # the user needs the traceback of their own error
         traceback.print_exc()
-        last_word(
-            f"error: {script}: {type(error).__name__}: {printable(str(error))}"
-        )  # the launcher shows only this line
+        last_word(f"error: {script}: {type(error).__name__}: {printable(str(error))}")  # the launcher shows this
         return FAILED
     return DONE

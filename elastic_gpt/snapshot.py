@@ -59,7 +59,7 @@ def sweep(root: Path) -> None:
         with (
             contextlib.suppress(OSError),
             tensors.open("rb") as file,
-        ):  # another process may delete them at the same time
+        ):  # another may sweep as well
             newest = max(path.stat().st_mtime for path in tensors.parent.iterdir())
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its worker lives
             if time.time() - newest > LEFT_OVER_SECONDS:

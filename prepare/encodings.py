@@ -10,9 +10,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r\f\v\b\x1a\x1b")) + b"\x7f"
-_HALVES = re.compile(
-    rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]"
-)  # the two UTF-16 halves of a character, each encoded by itself
+_HALVES = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")  # a character as its two UTF-16 halves
 _NO_WINDOWS_1252 = b"\x81\x8d\x8f\x90\x9d"
 
 

@@ -121,9 +121,7 @@ def printable(name: str) -> str:
 
 def _told(error: Exception) -> tuple[int, str]:
     """The exit code for an error, and the line that a person is told."""
-    text = " ".join(
-        line.strip() for line in str(error).splitlines()
-    )  # only the ends of lines change: commands in the text stay as they are
+    text = " ".join(line.strip() for line in str(error).splitlines())  # spaces in a printed command stay
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
         return USERS_MISTAKE, f"no package {package}: pip install 'elastic-gpt[{EXTRAS[package]}]'"
     if isinstance(error, ValueError) and not isinstance(error, OSError) and text:  # our own errors are of this kind

@@ -161,9 +161,7 @@ def json_array(file: IO[bytes], tally: Tally) -> Texts:
         except json.JSONDecodeError as error:
             cut = error.pos > len(held) - 16 or error.msg.startswith("Unterminated")
             size = len(held) - begin
-            more = (
-                text.read(max(BLOCK, size)) if cut and size < MAX_RECORD else ""
-            )  # doubles, so that a long element is not parsed too often
+            more = text.read(max(BLOCK, size)) if cut and size < MAX_RECORD else ""  # doubles: not quadratic
             if not more:
                 end_of = "the file ends before the array does" if cut else "mend it"
                 raise DataError(
@@ -277,9 +275,7 @@ def parquet(file: IO[bytes], tally: Tally) -> Texts:
         if at != table.metadata.num_rows:
             raise DataError(f"{tally.name} has {at:,} rows and says {table.metadata.num_rows:,}: get it again")
     except (pyarrow.ArrowException, OSError) as error:
-        if (
-            isinstance(error, TransferError) or getattr(error, "errno", None) is not None
-        ):  # the file could not be read, which is not its own fault
+        if isinstance(error, TransferError) or getattr(error, "errno", None) is not None:  # not the file's fault
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

@@ -284,9 +284,7 @@ class BytePairs(Tokenizer):
                 if number % every == 0 and not endless_blanks(text):
                     yield text
                     taken += len(text)
-                    if (
-                        taken >= wanted.sample_size
-                    ):  # the size of packed files is not known, so the sample may fill up before the end
+                    if taken >= wanted.sample_size:  # the size of packed files is not known
                         return
 
         trainer = rustbpe.Tokenizer()

@@ -105,9 +105,7 @@ def _masters(cluster: Cluster, _: str) -> Iterator[Finding]:
     for job in cluster.select("ElasticJob"):
         name = job["metadata"]["name"]
         state = polling.read(cluster, name, job)
-        if (
-            state.phase != "New" and state.masterless_since and state.reason
-        ):  # for New ones, the checks above give the reason
+        if state.phase != "New" and state.masterless_since and state.reason:  # the checks above judge New ones
             yield Finding(f"job {name}", False, f"{state.phase}: {state.reason}")
 
 

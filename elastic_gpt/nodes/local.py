@@ -105,9 +105,7 @@ class LocalJob:
             "NODE_TYPE": "worker",
             "POD_IP": "127.0.0.1",
             "POD_NAME": self.node_name(node),
-            "ELASTIC_JOB_NAME": self.node_name(
-                node
-            ),  # in the names of DLRover's sockets, so it has to differ between the nodes
+            "ELASTIC_JOB_NAME": self.node_name(node),  # names DLRover's sockets, so it differs between nodes
             VARIABLE: str(self.logs / f"dlrover-{node}"),
             "ELASTIC_GPT_LOCAL": f"{os.getpid()}:{self.logs / 'finished'}",  # see launch.run_node
             "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",

@@ -330,7 +330,7 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
                 group.store or workers,
                 "",
                 0,
-            )  # placeholders until there is a world
+            )  # not known yet
             agent._start_workers(group)
         for rank, process in enumerate(processes(agent)):
             group.workers[rank].id = process.pid

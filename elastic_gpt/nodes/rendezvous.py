@@ -118,9 +118,7 @@ class Leases:
         if not key.startswith(KEY):
             return False
         node = int(key.removeprefix(KEY))
-        self._renewed[node] = (
-            self._clock() if value else -math.inf
-        )  # a node that leaves may have been waiting for a world
+        self._renewed[node] = self._clock() if value else -math.inf  # one that leaves may have been waiting
         if value:
             self.since = self.since or self._renewed[node]
             if value == HELD:

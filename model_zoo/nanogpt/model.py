@@ -30,9 +30,7 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         inner = 4 * config.n_embd
-        if (
-            config.activation == "swiglu"
-        ):  # three matrices instead of two, so each is two thirds as wide, rounded to a multiple of 8
+        if config.activation == "swiglu":  # three matrices, each two thirds as wide, in multiples of 8
             inner = (2 * inner // 3 + 7) // 8 * 8
         self.c_fc = nn.Linear(config.n_embd, inner * (2 if config.activation == "swiglu" else 1), bias=config.bias)
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)

@@ -32,7 +32,7 @@ PATHS = (
     "run_dir",
     "data.dir",
     "init_from",
-)  # may differ between nodes and lives, since a volume may be mounted elsewhere
+)  # may differ: a volume may be mounted elsewhere
 ABOUT = ("format_version", "writer")  # entries of config.yaml that are not settings
 
 
