@@ -56,10 +56,7 @@ def sweep(root: Path) -> None:
     Within the hour, a job that was killed can be resumed from its memory.
     """
     for tensors in root.glob("*/*/0.tensors"):
-        with (
-            contextlib.suppress(OSError),
-            tensors.open("rb") as file,
-        ):  # another may sweep as well
+        with contextlib.suppress(OSError), tensors.open("rb") as file:  # another may sweep as well
             newest = max(path.stat().st_mtime for path in tensors.parent.iterdir())
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its worker lives
             if time.time() - newest > LEFT_OVER_SECONDS:

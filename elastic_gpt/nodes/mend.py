@@ -326,11 +326,7 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
             workers.forget()
             for held in lease:
                 held.pause()
-            group.store, group.master_addr, group.master_port = (
-                group.store or workers,
-                "",
-                0,
-            )  # not known yet
+            group.store, group.master_addr, group.master_port = group.store or workers, "", 0  # not known yet
             agent._start_workers(group)
         for rank, process in enumerate(processes(agent)):
             group.workers[rank].id = process.pid

@@ -1,4 +1,4 @@
-"""A run directory on an object store: what was written is there after a kill, over memory:// and the real S3 protocol."""
+"""mirror.py: what was written to a run directory on an object store survives a kill, over memory:// and real S3."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def opened(url: str, life: str = "") -> Mirror:
-    """As another process opens it, as the writer of `life` if there is one."""
+    """A mirror as another process opens it; with `life`, as its writer."""
     found = Mirror(url)
     found.reopen()
     if life:
@@ -60,7 +60,7 @@ def steps(url: str) -> list[tuple[int, float]]:
 
 @contextlib.contextmanager
 def killed_at(store: Any, call: int, when: str) -> Iterator[list[str]]:
-    """The process dies before or after the call with that number that changes the store."""
+    """Kills the process before or after the n-th call that changes the store."""
     calls: list[str] = []
 
     def deadly(name: str, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Somebody's own model, made elastic: it is the same run whatever happens to its workers, and mistakes are one line."""
+"""run.py: a user's own model makes the same run whatever happens to its workers, and mistakes are one line."""
 
 import os
 import subprocess

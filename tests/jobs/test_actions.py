@@ -1,4 +1,4 @@
-"""What each action does to a cluster, what it says, and what it refuses."""
+"""actions.py: what each action does to a cluster, prints and refuses."""
 
 import threading
 import time
@@ -47,7 +47,7 @@ def running(stub: StubCluster, nodes: int = 2, **changes: Any) -> dict[str, Any]
 
 
 def later(stub: StubCluster, action: Callable[[], Any]) -> None:
-    """When the client has looked at least once: it has asked so many times, however long that took."""
+    """Do `action` after the client has sent so many requests that it has looked at least once."""
     before = len(stub.requests)
 
     def wait() -> None:

@@ -1,4 +1,4 @@
-"""A job without a master: the reason and the cure, from what the cluster tells."""
+"""causes.py: why a job has no master, and the cure."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The door to the API server: what a kubeconfig can hold that is none, and that each answer is one line."""
+"""client.py: each error of a broken kubeconfig or server is one line."""
 
 from pathlib import Path
 

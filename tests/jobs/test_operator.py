@@ -1,4 +1,4 @@
-"""What the doctor says of DLRover's operator."""
+"""operator.py: what the doctor says about DLRover's operator."""
 
 from collections.abc import Callable
 

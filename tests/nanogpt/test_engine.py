@@ -1,4 +1,4 @@
-"""Each generation is what it is alone, and what it is without a cache, whoever comes and goes beside it."""
+"""engine.py: each generation is the same as alone and without a cache, whatever other requests come and go."""
 
 import dataclasses
 import random

@@ -1,4 +1,4 @@
-"""What is exported is the model: transformers and nanoGPT's own arithmetic say the same."""
+"""export.py: transformers and nanoGPT's arithmetic compute the same with an exported model."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""The model against the definition of GPT-2 written out, and the numbers that others rely on."""
+"""model.py: compared with the formulas of GPT-2, and its parameter and operation counts."""
 
 import math
 from dataclasses import replace

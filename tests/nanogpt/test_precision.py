@@ -1,4 +1,4 @@
-"""The type of a run's products on a CPU: measured once, the run's from then on, and never at the cost of exactness."""
+"""precision.py: on a CPU, the type of products is measured once and kept, and never changes exact mode."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run is its directory's: copies, two jobs at once, older and newer versions, and the settings of a run that goes on."""
+"""rundir.py: copies, two jobs at once, older and newer versions, and settings that a run may change."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The laws of sampling."""
+"""sampling.py: which tokens are drawn with which probability."""
 
 from typing import Any
 

@@ -2,8 +2,8 @@
 
     python tests/prepare/equality.py --megabytes 120 --tokenizer gpt2
 
-The text is what lies on this machine (code, prose, manuals), sentences of random words in a dozen scripts, and strings
-made to confuse. Each document is encoded by tiktoken whole; the files of prepare must hold the same ids.
+The text is found on this machine (code, prose, manuals), made of random words in a dozen scripts, or made of strings that are
+hard to split. tiktoken encodes each document as a whole, and the files of prepare must have the same ids.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from prepare.tokenizer import BytePairs
 
 SEPARATOR = "\n<|document|>\n"
 DOCUMENT = 4 << 20
-"""Characters, about, at the most: tiktoken holds 30 times that."""
+"""Most characters of a document, about; tiktoken needs 30 times as much memory."""
 
 SCRIPTS = {
     "latin": "aeiouàâäéèêëîïôöùûüßñçæœøåłźżščřžőű" + "bcdfghjklmnpqrstvwxyz" * 2,
@@ -93,7 +93,7 @@ def confusing(rng: random.Random) -> Iterator[str]:
 
 
 def mixed(characters: int, seed: int = 0) -> Iterator[str]:
-    """Documents, none of which holds the separator: a third each of the three kinds, where there is enough of each."""
+    """Documents without the separator, a third of each kind if there is enough of it."""
     rng = random.Random(seed)
     longest = min(DOCUMENT, characters // 10)
     machine, made, mad = on_this_machine(), sentences(rng), confusing(rng)

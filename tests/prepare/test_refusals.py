@@ -60,7 +60,7 @@ def tarred() -> bytes:
         ("a.gif", b"GIF89a" + bytes(99), r"a picture \(GIF\)"),
         ("a.txt", bytes(range(256)) * 9, "binary data"),
         ("a.txt", bytes(999), "binary data"),
-        ("a.txt", b"abc\0def\n" * 300, "binary data"),  # no UTF-16, whose ASCII has a zero in two bytes
+        ("a.txt", b"abc\0def\n" * 300, "binary data"),  # not UTF-16: ASCII in UTF-16 has a zero in every second byte
         ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7z archive"),
         ("a.json", b'{\n "data": [\n  {"text": "x"}\n ]\n}\n', "JSON objects of many lines"),
         ("a.json", b'{\n "text": "x"\n}\n{\n "text": "y"\n}\n', "JSON objects of many lines"),

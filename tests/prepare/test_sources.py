@@ -1,4 +1,4 @@
-"""sources.py: which files are meant, and a word about each that is not read."""
+"""sources.py: which files are read, and a line about those that are not."""
 
 import contextlib
 import gzip

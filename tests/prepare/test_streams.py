@@ -1,4 +1,4 @@
-"""streams.py and whole.py: a stream that is not whole is an error with its name and place, whoever reads it."""
+"""streams.py and whole.py: a stream that is not whole is an error that names file and place, in both readers."""
 
 import contextlib
 import hashlib

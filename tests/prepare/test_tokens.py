@@ -1,4 +1,4 @@
-"""tokens.py: the files are what meta.json says, or there is no meta.json."""
+"""tokens.py: the files are as meta.json says, or there is no meta.json."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The server takes care of itself: what it refuses, whom it lets in, what it frees, and what it tells of itself."""
+"""app.py: what the server refuses, whom it lets in, what it frees, and its metrics."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""OpenAI's own client cannot tell the difference, and gets what the model alone would say."""
+"""openai.py: OpenAI's own client works, and gets what the model alone would generate."""
 
 import json
 import math

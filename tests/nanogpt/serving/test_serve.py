@@ -1,4 +1,4 @@
-"""`elastic-gpt serve`: from wherever a model lies, to its end by a signal."""
+"""serve.py: the command, from loading a model to its end by a signal."""
 
 import contextlib
 import os
