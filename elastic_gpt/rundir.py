@@ -39,6 +39,7 @@ def open_together(
             the nodes; and whatever `make` raises.
         InUse: on all ranks, if another job trains into the directory.
     """
+    # --- all ranks have the same settings
     told = world.gather((dict(mine), world.node, process()))
     first = told[0][0]
     for given, node, _ in told:
@@ -47,6 +48,7 @@ def open_together(
                 "the nodes were given different settings:"
                 f" {differing}={given.get(differing)} on {node}, {first[differing]} on another node"
             )
+    # --- the first worker claims the directory and makes what is in it
     claims: list[Claim] = []
     mirror = mirror_of(folder)
     if mirror:
@@ -79,6 +81,8 @@ def open_together(
             raise SettingsError(f"{told}: choose another --run-dir") from error
 
     run = world.first_does(first_makes)
+
+    # --- all ranks see it
     for _ in range(LOOKS):  # all ranks look equally often, since each look is a collective
         if mirror and not world.first:
             mirror.pull(LEDGER)

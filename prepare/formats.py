@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from prepare.marks import BOM
-from prepare.refusals import About, NoText, refuse_binary
+from prepare.not_text import About, NoText, refuse_binary
 from prepare.streams import PACKINGS
 
 NAMES = {

@@ -9,7 +9,7 @@ from prepare.corpus import Reading
 from prepare.encodings import narrow_encoding
 from prepare.formats import suffixes
 from prepare.frontdoor import printable
-from prepare.refusals import About
+from prepare.not_text import About
 from prepare.sources import Say, Source
 from prepare.tokens import DataError
 

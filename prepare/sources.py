@@ -14,7 +14,7 @@ from prepare import formats, streams
 from prepare.formats import NAMES, suffixes
 from prepare.frontdoor import printable
 from prepare.marks import BOM
-from prepare.refusals import NoText
+from prepare.not_text import NoText
 from prepare.streams import PACKINGS, store_of, unreachable
 from prepare.tokens import META, DataError
 

@@ -12,7 +12,7 @@ operator.py  whether DLRover's operator runs
 causes.py    why a job has no master
 polling.py   reading a job, once or repeatedly
 actions.py   submit, scale, suspend, resume, wait, delete
-trainjobs.py the same for a job that runs as Kubeflow's TrainJobs (trainjob.py)
+trainjob_actions.py  the same actions on Kubeflow's TrainJobs (trainjob.py)
 prompt.py    talking to a job's model (terminal.py: without kubectl)
 watch.py     the live table
 logs.py      the logs of its pods

@@ -248,12 +248,12 @@ def resume(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
 def delete(cluster: Cluster, name: str, *, volume: bool, timeout: float, wait: bool) -> int:
     """Delete the job and what was made for it, and wait until it has gone. `volume`: delete the model as well."""
     job = cluster.find("ElasticJob", name)
-    claim = claim_of(job) if job else ""
+    claim = job_claim(job) if job else ""
     if volume:
         if not job:
             raise ClusterError(f"no job '{name}' tells which volume was its: kubectl -n {cluster.namespace} get pvc")
         others = [one["metadata"]["name"] for one in cluster.select("ElasticJob")
-                  if one["metadata"]["name"] != name and claim_of(one) == claim]  # fmt: skip
+                  if one["metadata"]["name"] != name and job_claim(one) == claim]  # fmt: skip
         if others:
             raise ClusterError(f"volume {claim} is used by {', '.join(others)} as well: delete them first")
     made = [("ElasticJob", name), ("Job", f"{name}-prepare"), ("ConfigMap", f"{name}-text")]
@@ -272,12 +272,12 @@ def delete(cluster: Cluster, name: str, *, volume: bool, timeout: float, wait: b
     return 0
 
 
-def claim_of(job: Tree) -> str:
+def job_claim(job: Tree) -> str:
     """Name of the PersistentVolumeClaim of an ElasticJob's workers; "" if they have none."""
-    return claim_in(job["spec"]["replicaSpecs"]["worker"]["template"]["spec"])
+    return pod_claim(job["spec"]["replicaSpecs"]["worker"]["template"]["spec"])
 
 
-def claim_in(pod: Tree) -> str:
+def pod_claim(pod: Tree) -> str:
     """Name of the first PersistentVolumeClaim in the specification of a pod; "" if there is none."""
     volumes = pod.get("volumes", [])
     return next(

@@ -262,7 +262,7 @@ def _show(args: Namespace, spec: JobSpec) -> int:
 def _with_cluster(args: Namespace, trailing: tuple[str, ...]) -> int:
     # The kubernetes package takes half a second to import, and --help and render do not need it.
     try:
-        from elastic_gpt.jobs import actions, doctor, logs, prompt, serve, trainjobs, watch
+        from elastic_gpt.jobs import actions, doctor, logs, prompt, serve, trainjob_actions, watch
         from elastic_gpt.jobs.client import Cluster
     except ModuleNotFoundError as error:
         raise ValueError(f"no package {error.name}: pip install 'elastic-gpt[kubernetes]'") from error
@@ -274,13 +274,15 @@ def _with_cluster(args: Namespace, trailing: tuple[str, ...]) -> int:
         match args.action:
             case "submit":
                 spec = _spec(args, trailing, cluster.namespace)
-                return trainjobs.submit(cluster, spec, _parts(args), dry_run=args.dry_run == "server")
+                return trainjob_actions.submit(cluster, spec, _parts(args), dry_run=args.dry_run == "server")
             case "status":
-                return trainjobs.show(cluster, args.name)
+                return trainjob_actions.show(cluster, args.name)
             case "wait":
-                return trainjobs.wait(cluster, args.name, timeout=args.timeout)
+                return trainjob_actions.wait(cluster, args.name, timeout=args.timeout)
             case _:
-                return trainjobs.delete(cluster, args.name, volume=args.volume, timeout=args.timeout, wait=args.wait)
+                return trainjob_actions.delete(
+                    cluster, args.name, volume=args.volume, timeout=args.timeout, wait=args.wait
+                )
     match args.action:
         case "submit":
             if args.only:

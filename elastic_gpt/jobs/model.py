@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from elastic_gpt.jobs.actions import claim_of
+from elastic_gpt.jobs.actions import job_claim
 from elastic_gpt.jobs.client import ClusterError
 from elastic_gpt.jobs.manifest import Tree
 from elastic_gpt.jobs.spec import JobSpec
@@ -22,7 +22,7 @@ def using(job: Tree, make: Callable[[JobSpec], list[Tree]]) -> list[Tree]:
         image=main["image"],
         preset=preset,
         arguments=tuple(arguments),
-        volume=claim_of(job),
+        volume=job_claim(job),
         pull_secret=next((one["name"] for one in pod.get("imagePullSecrets", [])), ""),
     )
     run = next((word.partition("=")[2] for word in arguments if word.startswith("--run-dir=")), spec.run_dir)

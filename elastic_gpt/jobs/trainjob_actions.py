@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_gpt.jobs import manifest, polling, trainjob
-from elastic_gpt.jobs.actions import claim_in, covers, make
+from elastic_gpt.jobs.actions import covers, make, pod_claim
 from elastic_gpt.jobs.client import Cluster, ClusterError, NotFoundError
 from elastic_gpt.jobs.manifest import Tree
 from elastic_gpt.jobs.pods import Node, pod_node
@@ -148,4 +148,4 @@ def _keep(cluster: Cluster, tree: Tree, *, dry_run: bool) -> str:  # noqa: ARG00
 def _claim(runtime: Tree | None) -> str:
     """Name of the PersistentVolumeClaim of a TrainingRuntime's pods; "" if there is none."""
     jobs: list[Any] = runtime["spec"]["template"]["spec"]["replicatedJobs"] if runtime else []
-    return next(filter(None, (claim_in(job["template"]["spec"]["template"]["spec"]) for job in jobs)), "")
+    return next(filter(None, (pod_claim(job["template"]["spec"]["template"]["spec"]) for job in jobs)), "")

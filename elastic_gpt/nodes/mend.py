@@ -298,6 +298,8 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
     restart = ElasticTrainingAgent._restart_workers
     initialize = SimpleElasticAgent._initialize_workers
 
+    # --- which workers live, wait or hang
+
     def processes(agent: Any) -> list[Any]:
         return [handler.proc for handler in agent._pcontext.subprocess_handlers.values()] if agent._pcontext else []
 
@@ -320,6 +322,8 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
             print(f"warning: a worker is killed: {why}", flush=True)
             # Kills the client; its worker dies with it, even if it is stopped.
             agent._pcontext.subprocess_handlers[rank].proc.kill()
+
+    # --- in place of the agent's own methods
 
     def start(agent: Any, group: Any) -> None:
         if not all_live(agent):

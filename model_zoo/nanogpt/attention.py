@@ -195,6 +195,7 @@ class MultiheadAttention(nn.Module):
         value = key if value is None else value
         if self.rotary and key is not query:
             raise ValueError("rotary positions are those of one sequence: use them in self-attention only")
+        # --- queries, keys and values, with those of the cache
         past, beyond = 0, None
         if cache is None:
             q, k, v = self._project(query, key, value)
@@ -210,6 +211,7 @@ class MultiheadAttention(nn.Module):
             q = self._normalized(self._split_heads(self._linear(query, 0)))
             k, v = cache.held()
 
+        # --- one mask of all masks
         mask = attn_mask
         if mask is not None and mask.dim() == 3:
             mask = mask.unflatten(0, (-1, self.num_heads))  # BxHxTxS
@@ -224,6 +226,8 @@ class MultiheadAttention(nn.Module):
             mask, is_causal = _block(mask, ahead), False
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask  # for SDPA, True means allowed
+
+        # --- attention
         dropout = self.dropout if self.training else 0.0
         grouped = self.num_kv_heads != self.num_heads
         y = F.scaled_dot_product_attention(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from elastic_gpt.jobs.trainjobs import PODS_OF, step_state
+from elastic_gpt.jobs.trainjob_actions import PODS_OF, step_state
 from tests.conftest import until
 from tests.jobs.cluster import StubCluster
 

@@ -9,6 +9,7 @@ hard to split. tiktoken encodes each document as a whole, and the files of prepa
 import argparse
 import gzip
 import random
+import re
 import sys
 import sysconfig
 import tempfile
@@ -24,6 +25,7 @@ from prepare.plan import Settings
 from prepare.tokenizer import BytePairs
 
 SEPARATOR = "\n<|document|>\n"
+AT_LINE_START = re.compile("(?<![^\r\n])\ufeff+")
 DOCUMENT = 4 << 20
 """Most characters of a document, about; tiktoken needs 30 times as much memory."""
 
@@ -111,7 +113,7 @@ def mixed(characters: int, seed: int = 0) -> Iterator[str]:
             document.append(text.replace(SEPARATOR, ""))
             size += len(text)
         characters -= size
-        yield "".join(document)
+        yield AT_LINE_START.sub("", "".join(document))  # prepare leaves such marks out (marks.py)
 
 
 def differences(

@@ -1,4 +1,4 @@
-"""refusals.py: a file that is not text is named in one line, and each command that is printed runs as printed."""
+"""not_text.py: a file that is not text is named in one line, and each command that is printed runs as printed."""
 
 import gzip
 import io
@@ -15,7 +15,7 @@ import pytest
 
 from prepare import prepare as room
 from prepare.frontdoor import printable
-from prepare.refusals import NoText, quoted
+from prepare.not_text import NoText, quoted
 from prepare.sources import find
 from tests.prepare.test_formats import PACK, RECORDS, TEXTS, documents
 

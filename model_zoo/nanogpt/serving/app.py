@@ -59,6 +59,8 @@ def create_app(
         background: a coroutine function that runs as long as the server does.
     """
 
+    # --- the application, and what runs as long as it does
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         service.scheduler.start()
@@ -76,6 +78,8 @@ def create_app(
         docs_url=None,  # the pages that show it come from a CDN
         redoc_url=None,
     )
+    # --- what it answers
+
     dependencies = [Depends(_bearer(token))] if token else []
 
     def refusals(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
@@ -87,6 +91,8 @@ def create_app(
     app.include_router(vertex.router(service, predict_route, dependencies, refusals(vertex.Error)))
     _add_operations(app, service, health_route)
     _add_page(app)
+
+    # --- what it refuses, each time in the dialect of the path
 
     def answer(path: str, refusal: Refusal) -> JSONResponse:
         dialect = openai.error

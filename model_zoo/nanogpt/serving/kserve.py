@@ -119,6 +119,8 @@ def router(service: Service, dependencies: Sequence[Any], responses: Mapping[int
             what = f"model {name!r}" if name != service.name else f"version {number!r} of the model"
             raise Refusal(404, f"there is no {what}: here is {service.name!r}, version {_version(service)}")
 
+    # --- the server
+
     @routes.get("")
     async def server() -> ServerMetadata:
         return ServerMetadata(version=version("elastic-gpt"))
@@ -131,6 +133,8 @@ def router(service: Service, dependencies: Sequence[Any], responses: Mapping[int
     async def ready(response: Response) -> Ready:
         response.status_code = 503 if service.scheduler.failed else 200
         return Ready(ready=not service.scheduler.failed)
+
+    # --- the model
 
     @models.get("")
     @models.get("/versions/{number}")
@@ -145,6 +149,8 @@ def router(service: Service, dependencies: Sequence[Any], responses: Mapping[int
         check(name, number)
         response.status_code = 503 if service.scheduler.failed else 200
         return ModelReady(name=name, ready=not service.scheduler.failed)
+
+    # --- prompts
 
     @models.post("/infer")
     @models.post("/versions/{number}/infer")
