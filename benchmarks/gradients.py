@@ -1,8 +1,9 @@
-"""A training step with our flat gradient buffer, and in exact mode, against DistributedDataParallel; in turn in one run.
+"""Compares a step with our flat gradient buffer, also in exact mode, with DistributedDataParallel, in turn in one run.
 
     python benchmarks/gradients.py [--workers 2]
 
-Prints the ratio of our time to DDP's (below 1: ours is faster), median of interleaved steps, over gloo on this machine.
+Prints the ratio of our time to DDP's (below 1: ours is faster), median of interleaved steps, over
+gloo on this machine.
 """
 
 import argparse

@@ -2,13 +2,14 @@
 
     python benchmarks/recovery.py [--systems ours torchrun dlrover] [--limit 60]
 
-Three local nodes, one worker with one CPU thread each, the same small GPT and data; memory saves (where a system has them)
-every 10 steps, checkpoints every 50. Each event strikes half-way between two saves, in a full job; a node joins a job of two.
-A master that is killed and restarted stops no training by itself: what is measured is the next recovery, that of a killed
-worker. torchrun's c10d has no master apart from node 0.
-The baselines are held to 25 ms a step; ours takes what it takes (25 to 60 ms on two cores).
-Prints the seconds from the event to the first step completed by the new world, and the steps that had to be done again.
-A system that has not recovered after --limit seconds is started anew for the next event.
+Three local nodes, one worker with one CPU thread each, the same small GPT and data; memory saves
+(where a system has them) every 10 steps, checkpoints every 50. Each event strikes half-way between
+two saves, in a full job; a node joins a job of two. A master that is killed and restarted stops no
+training by itself: what is measured is the next recovery, that of a killed worker. torchrun's c10d
+has no master apart from node 0. The baselines are held to 25 ms a step; ours takes what it takes
+(25 to 60 ms on two cores). Prints the seconds from the event to the first step completed by the new
+world, and the steps that had to be done again. A system that has not recovered after --limit
+seconds is started anew for the next event.
 """
 
 import argparse
@@ -50,7 +51,7 @@ START_SECONDS = 150.0  # a stock DLRover job that is not full waits 60 s for mor
 
 
 class TooLate(Exception):
-    """It did not happen in time."""
+    """Something did not happen in time."""
 
 
 class Job(Protocol):
@@ -67,7 +68,7 @@ class Job(Protocol):
         """The last completed step, and the size of the world that did it."""
 
     def recovery(self, since: float) -> tuple[float, int] | None:
-        """When the first step of a world that began after `since` was complete, and the steps done again for it."""
+        """When a world that began after `since` completed its first step, and the steps done again; None if none has."""
 
 
 class Ours(LocalJob):
@@ -258,7 +259,7 @@ def bring(job: Job, nodes: int) -> None:
 
 
 def strike(job: Job, event: str) -> float:
-    """Let it happen; returns when it did, seconds since 1970."""
+    """Let an event happen. Returns its time in seconds since 1970."""
     first, *_, last = job.running()  # in all three systems rank 0 is on the node that is there longest
     if event == MASTER:
         job.kill_master()

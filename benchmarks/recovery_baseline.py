@@ -1,7 +1,7 @@
 """The training of recovery.py's baselines: the same model, data and pace, with DDP and each system's own checkpoints.
 
-Started by recovery.py under torchrun or dlrover-run. Appends JSON lines to OUT/steps.jsonl: every worker its process id
-when it starts, rank 0 a line a completed step.
+Started by recovery.py under torchrun or dlrover-run. Appends JSON lines to OUT/steps.jsonl: every
+worker its process id when it starts, rank 0 a line a completed step.
 """
 
 import argparse

@@ -97,7 +97,7 @@ def _expected(meta: Meta, url: str) -> dict[str, tuple[int, str]]:
         found[meta.tokenizer.file] = (0, meta.tokenizer.sha256)
     for name in found:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DataError(f"{url}/{META} names {name}, which is no file of that folder: prepare the data again")
+            raise DataError(f"{url}/{META} names {name}, which is not a file of that folder: prepare the data again")
     return found
 
 

@@ -237,7 +237,7 @@ def _summary(meta: Meta, folder: Path, asked: int) -> str:
         why = "has no more pairs to merge" if meta.tokenizer.kind == "bpe" else "has no more words"
         lines.append(f"note: the text {why}, so {meta.vocab_size:,} ids and not {asked:,}")
     if repaired := sum(source.repaired for source in meta.inputs):
-        lines.append(f"note: {repaired:,} places were no UTF-8 text (meta.json counts them for each input)")
+        lines.append(f"note: {repaired:,} places were not UTF-8 (meta.json counts them for each input)")
     return "\n".join(lines)
 
 

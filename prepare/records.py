@@ -65,7 +65,7 @@ class Tally:
         elif value is None:
             reason = "null"
         else:
-            reason = "no string" if not isinstance(value, str | bytes) else "empty"
+            reason = "not a string" if not isinstance(value, str | bytes) else "empty"
         self.first = self.first or row
         self.without[reason] = self.without.get(reason, 0) + 1
 
@@ -269,7 +269,7 @@ def parquet(file: IO[bytes], tally: Tally) -> Texts:
                     value = None if value is _MISSING else value
                 if value is not None and not isinstance(value, str | bytes):
                     raise DataError(
-                        f"column {tally.wanted!r} of {tally.name} holds no text but {kind}: choose with --text-field"
+                        f"column {tally.wanted!r} of {tally.name} has {kind}, not text: choose with --text-field"
                     )
                 yield from tally.take(at, value)
         if at != table.metadata.num_rows:

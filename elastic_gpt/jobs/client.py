@@ -131,7 +131,7 @@ class Cluster:
                 usable = False
             if not usable:
                 raise ClusterError(
-                    f"the server in {path} is '{settings.host}', which is no web address: write https://HOST:PORT there, or"
+                    f"the server in {path} is '{settings.host}', which is not a web address: write https://HOST:PORT there, or"
                     " take another --context"
                 )
             chosen = next((one for one in contexts if one["name"] == context), active) or {}

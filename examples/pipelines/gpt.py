@@ -83,7 +83,8 @@ def deploy(name: str, image: str, project: str, region: str, model: dsl.Input[ds
 def trainjob(step: str, options: list) -> None:
     """Makes a TrainingRuntime and its TrainJob and waits. Raises RuntimeError where the TrainJob fails.
 
-    What is there already is taken as it is, so that a step that is tried again waits for what it made.
+    What is there already is taken as it is, so that a step that is tried again waits for what it
+    made.
     """
     import subprocess
     import time

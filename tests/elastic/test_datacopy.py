@@ -146,7 +146,7 @@ def test_no_file_outside_its_folder_is_written(prepared: Path, tmp_path: Path) -
     meta = json.loads((prepared / "meta.json").read_text())
     meta["splits"]["val"]["file"] = "../../val.bin"
     files.pipe_file(f"{root}/meta.json", json.dumps(meta).encode())
-    with pytest.raises(DataError, match="no file of that folder"):
+    with pytest.raises(DataError, match="not a file of that folder"):
         local_copy(url, tmp_path, MOST)
 
 

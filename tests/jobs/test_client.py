@@ -44,7 +44,7 @@ def listing(path: Path) -> int:
 def test_a_server_that_is_no_web_address_is_named_with_its_file(server: str, tmp_path: Path, capfd: Output) -> None:
     path = kubeconfig(tmp_path, server)
     assert listing(path) == 2
-    told = f"error: the server in {path} is '{server}', which is no web address: write https://HOST:PORT there"
+    told = f"error: the server in {path} is '{server}', which is not a web address: write https://HOST:PORT there"
     assert capfd.readouterr().err.startswith(told)
 
 
