@@ -37,7 +37,7 @@ def test_a_drill_deletes_nothing_that_is_not_a_drills(tmp_path: Path) -> None:
     assert elastic_gpt("drill", "--output-dir", kept, code=2).stderr.count("\n") == 1
 
 
-def test_a_restart_before_any_event_is_nobodys() -> None:
+def test_a_restart_before_any_event_is_charged_to_none() -> None:
     happened = [Event("a node joins", 1, 50, time=10.0)]
     charge(
         happened, [{"event": "restored", "time": 9.0, "dropped": 3}, {"event": "restored", "time": 11.0, "dropped": 4}]

@@ -461,7 +461,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 @pytest.mark.parametrize(("shell", "code"), [("> /dev/full", 1), ("| true", 141)])
-def test_output_that_nobody_takes_ends_a_command_in_one_line_at_most(
+def test_output_that_cannot_be_written_ends_a_command_in_one_line_at_most(
     words: str, shell: str, code: int, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     places = {"DATA": str(data), "RUN": str(trained)}

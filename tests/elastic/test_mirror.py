@@ -98,14 +98,14 @@ def test_what_was_written_is_there_for_the_next_process(url: str) -> None:
     assert len(second.parts[LEDGER]) > 3
 
 
-def test_a_folder_that_is_just_being_made_is_none_yet(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_just_being_made_does_not_count_yet(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror = opened(url)
     monkeypatch.setattr(mirror.files, "find", lambda path: [path])  # as s3fs does when objects come while it looks
     mirror.pull(TOKENIZER)
     assert not (mirror.folder / TOKENIZER).exists()
 
 
-def test_a_tokenizer_that_a_kill_cut_short_is_none(url: str) -> None:
+def test_a_tokenizer_that_a_kill_cut_short_does_not_count(url: str) -> None:
     first = opened(url, "first")
     (first.folder / TOKENIZER / "tokenizer").mkdir(parents=True)
     (first.folder / TOKENIZER / "tokenizer" / "ranks").write_bytes(b"\0\1")

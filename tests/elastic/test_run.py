@@ -34,7 +34,7 @@ def test_the_example_is_elastic_in_every_world(tmp_path: Path) -> None:
 
 @linux
 @pytest.mark.slow
-def test_a_script_that_counts_its_own_steps_is_found_out(tmp_path: Path) -> None:
+def test_a_script_that_counts_its_own_steps_is_not_elastic(tmp_path: Path) -> None:
     script = tmp_path / "own.py"
     counts = "    run.mine = getattr(run, 'mine', 0) + 1\n    step.update(1e-2 / run.mine)"  # which a restart sets back
     script.write_text(OWN.read_text().replace("    step.update()", counts))

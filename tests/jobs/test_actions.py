@@ -148,7 +148,7 @@ def test_submit_finds_a_job_running_that_lost_its_master(stub: StubCluster, job:
     assert "has ended (Failed)" in capsys.readouterr().err
 
 
-def test_who_may_not_see_pods_can_submit(stub: StubCluster, job: Job) -> None:
+def test_a_user_who_may_not_read_pods_can_submit(stub: StubCluster, job: Job) -> None:
     stub.forbidden = {"Pod"}
     assert job("submit") == 0
     assert job("submit") == 0
@@ -231,7 +231,7 @@ def test_progress_survives_tracebacks_and_pods_that_are_gone(stub: StubCluster, 
 
 
 @pytest.mark.parametrize("time", [0.0, 1e300, -1e300, float("nan")])
-def test_a_time_that_cannot_be_is_left_out(stub: StubCluster, job: Job, capsys: Output, time: float) -> None:
+def test_an_impossible_time_is_left_out(stub: StubCluster, job: Job, capsys: Output, time: float) -> None:
     running(stub)
     stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, Progress(time, 10, 100, 2.5).to_line())]
     assert job("status", "elastic-gpt") == 0

@@ -175,7 +175,7 @@ def test_what_a_newer_version_made_is_refused_with_the_version_that_is_needed(tm
 
 
 @pytest.mark.parametrize("what", ["a file", "a loop", "a folder in its place"])
-def test_a_run_directory_that_cannot_be_is_one_line(data: Path, tmp_path: Path, what: str) -> None:
+def test_an_impossible_run_directory_is_one_line(data: Path, tmp_path: Path, what: str) -> None:
     run = tmp_path / "a" / "run"
     if what == "a file":
         run.parent.touch()
@@ -187,7 +187,7 @@ def test_a_run_directory_that_cannot_be_is_one_line(data: Path, tmp_path: Path, 
     assert re.fullmatch(r"error: cannot (read|write) .*: choose another --run-dir\n", done.stderr)
 
 
-def test_a_folder_of_prepared_data_is_no_place_for_a_run(data: Path, tmp_path: Path) -> None:
+def test_a_folder_of_prepared_data_is_refused_as_a_run_directory(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     before = sorted(path.name for path in (tmp_path / "data").iterdir())
     done = elastic_gpt("train", *arguments(tmp_path / "data", tmp_path / "data", "--steps=1"), code=2)

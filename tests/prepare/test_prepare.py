@@ -258,7 +258,7 @@ def test_wrong_flag_is_explained_in_one_line(
 
 
 @pytest.mark.parametrize(("engine", "status"), [("tiktoken", 2), ("fast", 0)])
-def test_million_blanks_do_not_kill_the_run(
+def test_a_million_spaces_do_not_kill_the_run(
     text: Path, capsys: pytest.CaptureFixture[str], engine: str, status: int
 ) -> None:
     text.write_text("word " + " " * 1_000_000 + "\n" * 1_000_000 + "and words " * 999)

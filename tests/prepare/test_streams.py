@@ -248,7 +248,7 @@ def test_what_the_commands_pack_is_read(tmp_path: Path, command: str) -> None:
     ("name", "data"),
     [("a.gz", b"\x1f"), ("a.bz2", b"B"), ("a.bz2", b"BZh9"), ("a.xz", b"\xfd7zXZ"), ("a.zst", b"\x28\xb5\x2f")],
 )
-def test_a_packed_file_that_was_cut_in_its_first_bytes_is_no_text(
+def test_a_packed_file_that_was_cut_in_its_first_bytes_is_not_taken_for_text(
     name: str, data: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_bytes(data)

@@ -258,7 +258,7 @@ def test_parameters_without_effect_are_taken(alphabet: Served) -> None:
     assert alphabet.complete(prompt="a", max_tokens=1, temperature=0, **nothing)["choices"][0]["text"] == "b"
 
 
-def test_numbers_that_are_none_are_never_in_an_answer(random_bytes: Served) -> None:
+def test_no_answer_holds_a_nan(random_bytes: Served) -> None:
     answer = random_bytes.http.post(
         "/v1/completions", json={"model": "gpt", "prompt": "a", "max_tokens": 3, "logprobs": 5, "echo": True}
     )
