@@ -39,7 +39,9 @@ def main() -> None:
         theirs = nn.MultiheadAttention(width, heads, batch_first=True, device=device)
         ours = MultiheadAttention(width, heads).to(device)
         ours.load_state_dict(theirs.state_dict())
-        other = torch.randn(batch, tokens, width, device=device, requires_grad=True)  # what cross-attention looks at
+        other = torch.randn(
+            batch, tokens, width, device=device, requires_grad=True
+        )  # keys and values of cross-attention
         kinds = {
             "self": (
                 partial(ours, x, is_causal=True),

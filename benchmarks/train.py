@@ -207,7 +207,7 @@ def compare(name: str, options: argparse.Namespace, data: Path, work: Path) -> d
     """One row of the table."""
     size = SIZES[name]
     tokens = size.batch * size.model.block_size
-    meta = data / "theirs" / "meta.pkl"  # nanoGPT takes the vocabulary from it, and 50,304 where there is none
+    meta = data / "theirs" / "meta.pkl"  # nanoGPT takes the vocabulary size from it, or else 50,304
     if size.model.vocab_size == 50304:
         meta.unlink(missing_ok=True)
     highest, pairs = 0.0, []

@@ -13,7 +13,7 @@ from prepare.tokens import META, DataError, Meta
 
 
 def read_meta(folder: Path) -> Meta:
-    """What `folder` holds, whoever made it. Raises DataError if it has nothing that this version can read."""
+    """The description of a prepared folder, whoever made it. Raises DataError if this version cannot read it."""
     if meta := tokens.read_meta(folder) or interop.foreign_meta(folder):
         return meta
     raise DataError(f"no {META} in {folder}: prepare the data first (elastic-gpt prepare --help)")

@@ -77,7 +77,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What has to be known before the first token is written; kept in the stage, for a run that goes on."""
+    """How the text is split. Kept in the stage, for a run that goes on."""
 
     method: str
     """How the text is split: tail or hash."""

@@ -258,7 +258,7 @@ class _Reading:
             yield Finding(True, f"{split.file}: decodes to {self._bytes:,} bytes, all of them whole characters")
 
     def _decode(self, ids: np.ndarray, text: Vocabulary) -> None:
-        """Decodes `ids`, the first of which is the last one of the block before."""
+        """Decodes `ids`. The first one is the last id of the block before."""
         seen = len(self._last)
         if (torn := text.torn(ids)).size:
             self.broken = f"the document at token {self._tokens - seen + int(torn[0]):,} begins within a character"

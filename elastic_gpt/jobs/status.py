@@ -24,7 +24,7 @@ class JobState:
     name: str
     namespace: str
     phase: str
-    """Suspending, Suspended or New, of which the operator knows nothing; else its phase, corrected by the pods."""
+    """Suspending, Suspended, New, or the operator's phase, corrected by what the pods show."""
     reason: str
     wanted: int
     """Nodes that the job should have; 0 while suspended."""

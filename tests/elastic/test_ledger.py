@@ -32,7 +32,7 @@ def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> Non
     }
     assert ledger.branches() == [(0, 0), (1, 5)]
     ledger.write("stopped", step=9)
-    ledger.begin_life(["x"], 1, 9, "checkpoint", 0)  # nobody is lost that was asked to stop
+    ledger.begin_life(["x"], 1, 9, "checkpoint", 0)  # a node that was asked to stop is not lost
     assert [event["node"] for event in ledger.events() if event["event"] == "lost"] == ["b"]
 
 

@@ -182,7 +182,7 @@ def test_the_newest_that_a_survivor_has_in_its_tensors_is_given_to_all(tmp_path:
         (tmp_path / str(rank)).mkdir(mode=0o700)
     expected = (30, "worker of node single", [{"step": 30}], 30.0)
     assert run_world(3, with_a_survivor, tmp_path, HELD, [(0, 0)]) == [expected] * 3
-    # What a worker did in a world that the run went back from is taken by nobody.
+    # No worker takes a state of a world that the run went back from.
     abandoned = (10, "snapshot of node node", [{"step": 10}], 10.0)
     assert run_world(3, with_a_survivor, tmp_path, HELD, [(0, 0), (1, 20)])[2] == abandoned
 

@@ -97,7 +97,7 @@ def test_requests_that_come_and_go_in_a_batch_get_what_they_get_alone(model: GPT
 
 
 def test_nan_in_fresh_memory_does_not_reach_a_short_row(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Garbage in memory that nobody wrote would reach a short row through its mask, if it is no number."""
+    """0 times NaN is NaN, so a mask alone does not hide what is in fresh memory."""
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *shape: t.new_full(shape[0], float("nan")))
     engine, found = Engine(model, slots=2), {}
     short, long = Request(prompt(1), 3, temperature=0), Request(prompt(9), 3, temperature=0)

@@ -51,7 +51,7 @@ def test_one_job_at_a_time_and_a_copy_has_its_own_files_while_a_renamed_run_has_
     for run, number, checkpoint in zip((live, b, c), at, stored, strict=True):
         done = elastic_gpt("train", *arguments(data, run, f"--steps={number + 20}"))
         (restored,) = events(run, "restored")[1:]
-        if run == c:  # at once: nobody waits for a job that was killed here
+        if run == c:  # at once: the claim of a killed job on this machine has expired
             assert restored["source"] == "snapshot of node single"
             if restored["step"] > int(checkpoint.removeprefix("step_")):  # else storage had as much
                 assert "memory is taken, for the run was killed there" in done.stdout

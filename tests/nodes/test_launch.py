@@ -133,7 +133,7 @@ def test_a_terminal_that_stops_a_node_costs_no_step(data: Path, tmp_path: Path, 
         os.kill(worker, number)  # to it alone: it leaves, its agent does not, and starts another
         wait(job, lambda: len(events(run, "restored")) == 2)
         wait(job, lambda: len(metrics(run)) > events(run, "restored")[1]["step"])
-        agent.send_signal(signal.SIGSTOP)  # what the worker hears of it comes late
+        agent.send_signal(signal.SIGSTOP)  # so that its message to the worker comes late
         os.killpg(agent.pid, number)  # agent, standby, worker: all that was started in the terminal
         until(lambda: len(events(run, "stopped")) == 2)
         agent.send_signal(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""records.py: one text of each record; what has none is counted by its reason, and what is broken stops or is counted."""
+"""records.py: one text of each record. Records without text are counted by reason; broken ones stop or are counted."""
 
 import io
 import json

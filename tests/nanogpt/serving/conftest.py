@@ -73,7 +73,7 @@ def serving(
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(
         socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
-    )  # an answer that is not read is soon in nobody's buffer
+    )  # small buffers, so that an unread answer soon blocks
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     until(lambda: server.started)

@@ -21,7 +21,7 @@ def client(served: Served, key: str = "any") -> openai.OpenAI:
 
 
 def alone(served: Served, prompt: list[int], seed: int, tokens: int = 12) -> str:
-    """What the model says to nobody else."""
+    """The text that the model generates for a single request, without the server."""
     ids = generate(served.model, Request(prompt, tokens, seed=seed), served.service.tokenizer.vocab_size)
     return served.service.tokenizer.decode(list(ids))
 
