@@ -35,8 +35,8 @@ class GPTConfig:
     qk_norm: bool = False
     """Divide queries and keys by their root mean square."""
     activation: Literal["gelu", "gelu_erf", "relu2", "swiglu"] = "gelu"
-    """Activation of the feed-forward half. gelu: its tanh form, GPT-2's; gelu_erf: the exact one, nanoGPT's, faster on CPUs unless
-    compiled. swiglu's half is narrower, for as many parameters."""
+    """Activation of the feed-forward half. gelu: the tanh form, GPT-2's. gelu_erf: the exact form, nanoGPT's, faster on
+    CPUs unless compiled. swiglu: narrower, so that it has as many parameters."""
     n_kv_head: int = 0
     """Heads of keys and values per block; a divisor of n_head. 0: n_head."""
 
