@@ -1,10 +1,10 @@
-"""Our multi-head attention against torch.nn.MultiheadAttention, and against the textbook's formula, in turn in one run.
+"""Compares our multi-head attention with torch.nn.MultiheadAttention and with the textbook formula, in turn in one run.
 
     python benchmarks/attention.py [--device cuda]
 
-Prints the ratio of the other's time to ours (above 1: ours is faster), median of interleaved pairs; causal
-self-attention and cross-attention, forward alone and with backward. All three have the same weights, and their outputs are
-compared first.
+Prints the ratio of the other's time to ours (above 1: ours is faster), median of interleaved pairs;
+causal self-attention and cross-attention, forward alone and with backward. All three have the same
+weights, and their outputs are compared first.
 """
 
 import argparse
@@ -39,7 +39,9 @@ def main() -> None:
         theirs = nn.MultiheadAttention(width, heads, batch_first=True, device=device)
         ours = MultiheadAttention(width, heads).to(device)
         ours.load_state_dict(theirs.state_dict())
-        other = torch.randn(batch, tokens, width, device=device, requires_grad=True)  # what cross-attention looks at
+        other = torch.randn(
+            batch, tokens, width, device=device, requires_grad=True
+        )  # keys and values of cross-attention
         kinds = {
             "self": (
                 partial(ours, x, is_causal=True),
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def textbook(module: MultiheadAttention, query: torch.Tensor, key: torch.Tensor, *, causal: bool) -> torch.Tensor:
-    """Attention as the books write it, with all its weights in memory: (B,T,E) from query (B,T,E) and key (B,S,E)."""
+    """The textbook formula, with all attention weights in memory: (B,T,E) from query (B,T,E) and key (B,S,E)."""
     assert module.in_proj_weight is not None
     weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
     heads = []

@@ -1,12 +1,13 @@
-"""Generating beside nanoGPT's sample.py: the same shape, prompt and settings, in turn, in one process.
+"""Compares generating with nanoGPT's sample.py: the same shape, prompt and settings, in turn, in one process.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/generate.py --nanogpt nanoGPT [--batch 1 8] [--tokens 500] [--rounds 3] [--threads 1]
 
-sample.py draws its samples one after the other with its model's `generate`, which is called here as it calls it: one sample
-is measured, and a batch of them costs so many times as much. Ours draws them in one batch of the engine. What is counted is
-tokens a second, by the clock and by processor time, which other work on the machine disturbs less; a ratio is ours over
-nanoGPT's, the median of the rounds.
+sample.py draws its samples one after the other with its model's `generate`, which is called here as
+it calls it: one sample is measured, and a batch of them costs so many times as much. Ours draws
+them in one batch of the engine. What is counted is tokens a second, by the clock and by processor
+time, which other work on the machine disturbs less; a ratio is ours over nanoGPT's, the median of
+the rounds.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> int:
 
 
 def nanogpt(checkout: Path) -> Any:
-    """Its model, untrained: what it draws costs the same."""
+    """nanoGPT's model, untrained: its speed is that of a trained one."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     if spec is None or spec.loader is None or not (checkout / "model.py").is_file():
         raise SystemExit(f"error: there is no model.py in {checkout}: name a checkout of nanoGPT")

@@ -1,4 +1,4 @@
-"""A training step with our flat gradient buffer, and in exact mode, against DistributedDataParallel; in turn in one run.
+"""Compares a step with our flat gradient buffer, also in exact mode, with DistributedDataParallel, in turn in one run.
 
     python benchmarks/gradients.py [--workers 2] [--rounds 7]
     python benchmarks/gradients.py --link 100mbit 1gbit        (as root)

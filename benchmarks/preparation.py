@@ -1,20 +1,22 @@
-"""Preparation of data beside nanoGPT's and DLRover's, in one run on one corpus: speed, CPU time, memory; and a picture.
+"""Compares preparing data with nanoGPT's and DLRover's scripts on one corpus: speed, CPU time, memory, and a picture.
 
     git clone https://github.com/karpathy/nanoGPT
     git clone https://github.com/intelligent-machine-learning/dlrover
     python -m venv theirs && theirs/bin/pip install datasets tiktoken tqdm requests numpy
     python benchmarks/preparation.py --nanogpt nanoGPT --dlrover dlrover --python theirs/bin/python
 
-Their scripts run as they are, from copies in a scratch folder, since they write beside themselves; but for three things
-in nanoGPT's data/openwebtext/prepare.py. It downloads a data set: a module `datasets`, found before the real one, makes
-load_dataset("openwebtext") read the corpus with load_dataset("json"). The line `num_proc = 8` gets the number of workers.
-And it writes each side in 1,024 batches, for which val has too few documents where the corpus has less than two million:
-`total_batches = 1024` becomes `min(1024, len(dset))`. Its caches start empty. GPT-2's vocabulary comes from this
-project's packages, so no network is needed.
+Their scripts run as they are, from copies in a scratch folder, since they write beside themselves;
+but for three things in nanoGPT's data/openwebtext/prepare.py. It downloads a data set: a module
+`datasets`, found before the real one, makes load_dataset("openwebtext") read the corpus with
+load_dataset("json"). The line `num_proc = 8` gets the number of workers. And it writes each side in
+1,024 batches, for which val has too few documents where the corpus has less than two million:
+`total_batches = 1024` becomes `min(1024, len(dset))`. Its caches start empty. GPT-2's vocabulary
+comes from this project's packages, so no network is needed.
 
-The corpus is one text for nanoGPT's shakespeare, DLRover and ours, and the same text in documents for nanoGPT's
-openwebtext and ours. Each round runs all programs in turn; figures are medians. What they write is compared: the
-shakespeare and DLRover files are ours byte for byte, openwebtext has as many of each id.
+The corpus is one text for nanoGPT's shakespeare, DLRover and ours, and the same text in documents
+for nanoGPT's openwebtext and ours. Each round runs all programs in turn; figures are medians. What
+they write is compared: the shakespeare and DLRover files are ours byte for byte, openwebtext has as
+many of each id.
 """
 
 import argparse
@@ -63,10 +65,10 @@ class Program:
     name: str
     command: list[str]
     folder: Path
-    """Where it runs; made anew each time by `lay`."""
+    """The folder in which it runs, made anew each time by `lay`."""
     lay: Callable[[Path], None]
     output: Path
-    """The folder of its train.bin and val.bin."""
+    """The folder with its train.bin and val.bin."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Measurement:
     wall: float
     """Seconds."""
     cpu: float
-    """Seconds of all its processes."""
+    """CPU seconds of all its processes."""
     memory: list[tuple[float, int]]
     """Seconds since the start, and resident bytes of all its processes together."""
 
@@ -124,7 +126,7 @@ def main() -> int:
 
 
 def documents(places: list[Path]) -> Iterator[str]:
-    """Pieces of text of about DOCUMENT_CHARACTERS, in sorted order of files, each different one once."""
+    """Pieces of text of about DOCUMENT_CHARACTERS from the files in sorted order, without duplicates."""
     seen = set()
     for place in places:
         files = [place] if place.is_file() else sorted(place.rglob("*"))
@@ -146,7 +148,7 @@ def documents(places: list[Path]) -> Iterator[str]:
 
 
 def write_corpus(unique: list[str], size: int, text: Path, lines: Path | None = None) -> int:
-    """Writes shuffled documents, as often as it takes to make `size` bytes: one text, and one JSON line a document."""
+    """Writes shuffled documents, repeated up to `size` bytes: as one text, and as one JSON line for each document."""
     chance = random.Random(0)
     written = 0
     with text.open("w", encoding="utf-8", newline="") as one, (lines or Path(os.devnull)).open("w") as many:
@@ -252,7 +254,7 @@ def measure(program: Program) -> Measurement:
 
 
 def compare(program: Program, before: dict[str, tuple[str, str]]) -> None:
-    """Stops if it did not write the ids that the programs `before` it wrote of the same text."""
+    """Ends with an error if a program wrote other ids than those `before` it for the same text."""
     found = {split: np.fromfile(program.output / f"{split}.bin", dtype="<u2") for split in ("train", "val")}
     if "documents" in program.name or "openwebtext" in program.name:  # theirs are shuffled, and divided by chance
         counts = np.bincount(np.concatenate(list(found.values())), minlength=50257)
@@ -290,7 +292,7 @@ def show(runs: dict[str, list[Measurement]], size: int) -> None:
 
 
 def draw(runs: dict[str, list[Measurement]], flat: dict[int, Measurement], size: int, path: Path) -> None:
-    """Text for a second of CPU time, which other work on the machine changes least; and memory, from start to end."""
+    """Draws text per second of CPU time, which other work on the machine changes least, and memory over time."""
     import matplotlib.pyplot as plt
 
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")

@@ -2,10 +2,11 @@
 
     python benchmarks/serve.py [--size 4x128 6x384] [--clients 1 8 32 128] [--threads 1] [--tokens 64]
 
-Every client asks twice, streaming, for so many tokens after 16 of a prompt, with a seed of its own. Tokens a second are those
-of all clients together, and those a second of the server's processor time, which other work on the machine disturbs less;
-the first token is counted from the moment its request is sent. Each answer is compared with what the same server gave the
-same request alone: lost are those that did not come whole, mixed up those that differ.
+Every client asks twice, streaming, for so many tokens after 16 of a prompt, with a seed of its own.
+Tokens a second are those of all clients together, and those a second of the server's processor
+time, which other work on the machine disturbs less; the first token is counted from the moment its
+request is sent. Each answer is compared with what the same server gave the same request alone: lost
+are those that did not come whole, mixed up those that differ.
 """
 
 import argparse
@@ -38,13 +39,13 @@ SIZES = {"4x128": (4, 128, 4), "6x384": (6, 384, 6), "12x768": (12, 768, 12)}
 
 @dataclass
 class Measured:
-    """What the clients saw."""
+    """What the clients measured."""
 
     seconds: float = 0.0
     processor_seconds: float = 0.0
-    """Of the server."""
+    """Processor time of the server."""
     texts: list[str | None] = field(default_factory=list)
-    """Of each request; None where it did not come whole."""
+    """The text of each answer; None if it did not come whole."""
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
 
@@ -79,7 +80,7 @@ def main() -> int:
 
 
 def make_model(folder: Path, layers: int, width: int, heads: int) -> None:
-    """An untrained model: what it says costs as much as what a trained one does."""
+    """An untrained model, which is as fast as a trained one."""
     torch.manual_seed(0)
     tokenizer = Characters(LETTERS)
     model = GPT(GPTConfig(tokenizer.vocab_size, 256, layers, heads, width)).eval()
@@ -136,7 +137,7 @@ class Server:
 
 
 def load(server: Server, clients: int, tokens: int, requests: int | None = None) -> Measured:
-    """So many clients at a time; two requests of each, unless it is said how many there are in all."""
+    """Run so many clients at a time. `requests`: number in all; None: two for each client."""
     measured = Measured(texts=[None] * (requests or 2 * clients))
     numbers = iter(range(len(measured.texts)))
 

@@ -1,13 +1,15 @@
-"""Training beside nanoGPT's train.py: both programs as they come, in turn, on the same model, batch and data.
+"""Compares training with nanoGPT's train.py: both programs with their defaults, in turn, same model, batch and data.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/train.py --nanogpt nanoGPT [--size example 6x384 vocabulary] [--threads 1] [--compile] [--json FILE]
     python benchmarks/train.py --nanogpt nanoGPT --size gpt2 --device cuda --compile
 
-Each program is a process of its own that is stopped while the other one has its turn, so a machine's slow minutes hit both.
-What is counted is what each writes down: a line a step, between the first whole step of a turn and its last. A ratio is ours
-over nanoGPT's, the median of the pairs; above 1 ours is faster. Beside it the same by processor time, which other work on
-the machine disturbs less. MFU is against matrix products of 2048 x 2048 in float32 (on a GPU 8192 in bfloat16) measured here.
+Each program is a process of its own that is stopped while the other one has its turn, so a
+machine's slow minutes hit both. What is counted is what each writes down: a line a step, between
+the first whole step of a turn and its last. A ratio is ours over nanoGPT's, the median of the
+pairs; above 1 ours is faster. Beside it the same by processor time, which other work on the machine
+disturbs less. MFU is against matrix products of 2048 x 2048 in float32 (on a GPU 8192 in bfloat16)
+measured here.
 """
 
 import argparse
@@ -37,7 +39,7 @@ FOREVER = 10**7  # steps
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained. nanoGPT's batch is ours, `batch` sequences a step; ours may be cut into micro-batches."""
+    """A model to train. Both use `batch` sequences per step; ours may divide them into micro-batches."""
 
     model: GPTConfig
     batch: int
@@ -99,7 +101,7 @@ class Program:
         return times.user + times.system
 
     def peak_memory(self) -> int:
-        """Megabytes of main memory."""
+        """Peak main memory in megabytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) // 1024
 
@@ -205,7 +207,7 @@ def compare(name: str, options: argparse.Namespace, data: Path, work: Path) -> d
     """One row of the table."""
     size = SIZES[name]
     tokens = size.batch * size.model.block_size
-    meta = data / "theirs" / "meta.pkl"  # nanoGPT takes the vocabulary from it, and 50,304 where there is none
+    meta = data / "theirs" / "meta.pkl"  # nanoGPT takes the vocabulary size from it, or else 50,304
     if size.model.vocab_size == 50304:
         meta.unlink(missing_ok=True)
     highest, pairs = 0.0, []

@@ -3,12 +3,12 @@
 import warnings
 from typing import Any
 
-# DLRover needs the old package pynvml, and torch warns of it at each import: nothing that a user of ours can mend.
+# DLRover needs the old package pynvml, and torch warns of it at each import. Users can do nothing about it.
 warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
 
 
 def __getattr__(name: str) -> Any:
-    """`Elastic` and `Step`, when they are asked for: most of this package runs without torch."""
+    """Imports `Elastic` and `Step` only when they are used, since most of this package runs without torch."""
     if name in ("Elastic", "Step"):
         import importlib
 

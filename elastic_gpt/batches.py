@@ -1,4 +1,4 @@
-"""Sequence ids to tensors on the device, one step ahead of the training."""
+"""Loads the sequences of a step to the device as tensors, one step ahead of the training."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +12,7 @@ from elastic_gpt.devices import pinned
 from elastic_gpt.order import Ids, Order, share
 from elastic_gpt.world import World
 
-MicroBatch = tuple[Any, ...]  # index in the global batch, ids, and what the model is given
+MicroBatch = tuple[Any, ...]  # index in the global batch, sequence ids, and the inputs of the model
 
 
 class Batches:
@@ -22,8 +22,8 @@ class Batches:
         tokens: all token ids of a split, a (memory-mapped) array of uint16 or uint32.
         block_size: tokens in a sequence.
         micro_batch: sequences in a micro-batch.
-        order: step to sequence ids.
-        merged: at most so many micro-batches go through the model together.
+        order: gives the sequence ids of each step.
+        merged: most micro-batches that go through the model together.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class Batches:
     def step(self, step: int) -> Iterator[MicroBatch]:
         """The micro-batches of `step` on this rank, int64: index in the global batch, ids (B,), tokens and targets (B, T).
 
-        Where some are merged, B is their sequences together and the index that of the first.
+        If some are merged, B counts the sequences of all of them, and the index is that of the
+        first.
         """
         ready = self.ahead[1] if self.ahead and self.ahead[0] == step else self.reader.submit(self._read, step)
         self.ahead = (step + 1, self.reader.submit(self._read, step + 1))
@@ -52,7 +53,7 @@ class Batches:
             yield (index, *(tensor.to(self.world.device, non_blocking=True) for tensor in tensors))
 
     def close(self) -> None:
-        """The world of these shares is over."""
+        """Ends the loading, when the world is over."""
         self.reader.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, step: int) -> list[MicroBatch]:
@@ -68,12 +69,12 @@ class Batches:
         return found
 
     def load(self, ids: Ids) -> tuple[torch.Tensor, ...]:
-        """What the model is given of the sequences `ids`, in host memory."""
+        """The inputs of the model for the sequences `ids`, in host memory."""
         return gather(self.tokens, ids, self.block_size, self.world)
 
 
 class Examples(Batches):
-    """The same of any data that can be indexed: what `data[i]` holds, stacked.
+    """The same for any data that can be indexed: stacks the tensors of `data[i]`.
 
     Args:
         data: `data[i]` is a tuple of tensors or numbers of the same shapes for every i.

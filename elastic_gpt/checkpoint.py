@@ -2,12 +2,13 @@
 
     RUN/checkpoints/step_00001000/model.safetensors       parameters, by their names in the model
                                   optimizer.safetensors   the optimizer's moments, by moment and parameter
-                                  MANIFEST.json           whose it is, sizes and sha256 of both; its rename (or PUT) into
-                                                          place is the commit
+                                  MANIFEST.json           the run it belongs to, sizes and sha256 of both files; its rename
+                                                          (or PUT) into place is the commit
 
-A folder without a manifest is not a checkpoint. Loading verifies each file; a damaged checkpoint is named and the one
-before it is taken. Tensors are safetensors and the rest is JSON: nothing in it is code. (torch.distributed.checkpoint
-keeps its own index as a pickle; the state is the same on all ranks, so its resharding would buy nothing here.)
+A folder without a manifest is not a checkpoint. Loading verifies each file; a damaged checkpoint is
+named and the one before it is taken. Tensors are safetensors and the rest is JSON, so nothing in it
+is code. (torch.distributed.checkpoint keeps its index as a pickle. All ranks have the same state,
+so its resharding would be of no use here.)
 """
 
 import contextlib
@@ -36,17 +37,17 @@ from elastic_gpt.storage import FOLDER, Unreachable, open_storage
 
 def writer() -> str:
     """This program and its version."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout that is not installed
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # it is not installed
         return f"elastic-gpt {importlib.metadata.version('elastic-gpt')}"
     return "elastic-gpt"
 
 
 class CheckpointError(ValueError):
-    """No checkpoint can be loaded, with the reason and the cure."""
+    """No checkpoint can be loaded. The message says why, and what to do."""
 
 
 class NoCheckpointYet(CheckpointError):
-    """There is a run, and it has not written its first one."""
+    """The run has not written its first checkpoint yet."""
 
 
 class Checkpoints:
@@ -54,8 +55,8 @@ class Checkpoints:
 
     Args:
         place: a folder (RUN/checkpoints), or an fsspec URL (s3://bucket/run).
-        keep: newest ones that are kept.
-        run: another's are neither taken nor deleted. None, for who only reads weights: any run's.
+        keep: how many of the newest are kept.
+        run: the run; checkpoints of another one are neither loaded nor deleted. None to read those of any run.
     """
 
     def __init__(self, place: Path | str, keep: int = 1, run: Run | None = None) -> None:
@@ -66,9 +67,9 @@ class Checkpoints:
         self.keep, self.run = keep, run
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[int] | None = None
-        self.saved: int | None = None  # step of the newest checkpoint that this process has seen to be whole
+        self.saved: int | None = None  # step of the newest checkpoint that this process knows to be whole
         self.listed = 0  # step of the newest one that `newest_step` saw, whole or not
-        self.failed = False  # whether the last save did
+        self.failed = False  # whether the last save failed
 
     @staticmethod
     def name(step: int) -> str:
@@ -79,10 +80,10 @@ class Checkpoints:
         return sorted(int(name[5:]) for name in self.storage.manifests())
 
     def newest_step(self, newer_than: int = -1) -> int | None:
-        """Step of the newest whole checkpoint past `newer_than`, or None. Damaged ones are named on standard error.
+        """Step of the newest whole checkpoint after step `newer_than`, or None. Damaged ones are named on standard error.
 
         Raises:
-            CheckpointError: if there are some, but all are damaged; or if there are another run's, or a newer version's.
+            CheckpointError: if all of them are damaged, or if some are of another run or of a newer version.
         """
         damaged = []
         steps = self.steps()
@@ -123,7 +124,7 @@ class Checkpoints:
         return list(self._manifest(step).get("reports", []))
 
     def read(self, step: int, part: str) -> dict[str, torch.Tensor]:
-        """The tensors of one part (`model` or `optimizer`), their names with the part in front."""
+        """The tensors of one part, `model` or `optimizer`. Their names begin with the part."""
         file = f"{part}.safetensors"
         try:
             with self._whole(step, file) as path:
@@ -136,16 +137,17 @@ class Checkpoints:
     def save(
         self, step: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]], push_out: bool = True
     ) -> None:
-        """Copy the state to host memory and write it in a thread; `finished` tells how that ended.
+        """Copy the state to host memory and write it in a thread. `finished` tells how that ended.
 
-        Ask `finished` first: one save at a time. Unless it may `push_out` others, none is deleted for it.
+        Call `finished` first, since there is only one save at a time. `push_out`: whether older
+        ones may be deleted.
         """
         assert self.pending is None
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         self.pending = self.writer.submit(self._write, step, copies, list(reports), push_out)
 
     def finished(self, wait: bool = False) -> int | OSError | None:
-        """What became of the last save: its step, the error it failed with, or None if nothing new is known."""
+        """The result of the last save: its step, its error, or None if there is nothing new."""
         if self.pending is None or not (wait or self.pending.done()):
             return None
         pending, self.pending = self.pending, None
@@ -153,13 +155,13 @@ class Checkpoints:
             self.saved = pending.result()
             self.failed = False
             return self.saved
-        except OSError as error:  # a full or read-only volume: training goes on and the next save tries again
+        except OSError as error:  # a full or read-only volume: training goes on, and the next save tries again
             self.failed = True
             return error
 
     @property
     def owed(self) -> bool:
-        """Whether the last save failed, and none is under way: the next moment that suits is the time for another."""
+        """Whether the last save failed and none is running, so that another one should begin soon."""
         return self.failed and self.pending is None
 
     def _write(
@@ -167,7 +169,7 @@ class Checkpoints:
     ) -> int:
         folder, steps = self.name(step), self.steps()
         self._refuse_another_runs(steps)
-        if step in steps:  # it is done again
+        if step in steps:  # the step was lost and done again
             try:
                 self._verify(step)
                 if not self._abandoned(step):
@@ -175,36 +177,36 @@ class Checkpoints:
             except CheckpointError:
                 pass
             self.storage.delete(f"{folder}/MANIFEST.json")
-        self.storage.delete_folder(folder)  # what a killed or damaged save left behind
+        self.storage.delete_folder(folder)  # what is left of a save that was killed or damaged
         try:
             self._write_files(folder, step, tensors, reports)
         except OSError:
-            self.storage.delete_folder(folder)  # on a full disk its room is needed
+            self.storage.delete_folder(folder)  # the disk may be full
             raise
-        # Of the history that leads to this step; a damaged later one does not push out a good one.
+        # Only those of the history that leads to this step: a damaged later one must not push out a good one.
         for old in sorted({past for past in steps if past < step} | {step})[: -self.keep] if push_out else []:
             try:
-                self.storage.delete(f"{self.name(old)}/MANIFEST.json")  # first no longer a checkpoint, then gone
+                self.storage.delete(f"{self.name(old)}/MANIFEST.json")  # without its manifest it is no checkpoint
                 self.storage.delete_folder(self.name(old))
-            except OSError as error:  # the new one is whole all the same
+            except OSError as error:  # that does not harm the new one
                 print(f"warning: {self.name(old)} could not be deleted: {error}", file=sys.stderr, flush=True)
         return step
 
     def _refuse_another_runs(self, steps: list[int]) -> None:
-        """One place holds one run: two would resume from each other's checkpoints, and delete them."""
+        """Raise CheckpointError for another run's checkpoints: two runs would load and delete each other's."""
         for manifest in map(self._manifest_if_whole, reversed(steps)):
-            with contextlib.suppress(KeyError):  # damaged, which is told elsewhere
+            with contextlib.suppress(KeyError):  # it is damaged, which is reported elsewhere
                 if self.run and manifest and (refusal := self.run.refusal(manifest, str(self.storage))):
                     raise CheckpointError(refusal)
 
     def _refuse_newer_formats(self, steps: list[int]) -> None:
-        """What a newer version wrote is whole, and not this one's to read."""
+        """Raise CheckpointError for checkpoints that a newer version wrote."""
         for step in steps:
             manifest = self._manifest_if_whole(step) or {}
             refuse_newer(f"checkpoint {self.storage}/{self.name(step)}", manifest, CHECKPOINT_FORMAT_VERSION)
 
     def _abandoned(self, step: int) -> bool:
-        """Whether a later life of the run went back to before this checkpoint."""
+        """Whether a later life of the run began before the step of this checkpoint."""
         life = str((self._manifest_if_whole(step) or {}).get("life"))
         return bool(self.run and life in self.run.lives and not self.run.valid(self.run.lives[life], step))
 
@@ -225,7 +227,7 @@ class Checkpoints:
             inside = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
             write = functools.partial(save_tensors, inside)
             files[f"{part}.safetensors"] = self.storage.write_file(f"{folder}/{part}.safetensors", write, _fingerprint)
-        # A chain: each names the one that was there before it, of whose files that manifest has the digests.
+        # A chain: each manifest names the one before it, which has the digests of its own files.
         earlier = max((past for past in self.steps() if past < step), default=None)
         before = {"step": earlier, "sha256": self._digest(earlier)} if earlier is not None else None
         manifest = {
@@ -250,7 +252,7 @@ class Checkpoints:
         (place / MANIFEST).write_text(self.storage.read_text(f"{self.name(step)}/{MANIFEST}"))
 
     def check_chain(self) -> None:
-        """Raises CheckpointError where a checkpoint names another one before it than there is."""
+        """Raises CheckpointError if a checkpoint is not preceded by the one that it names."""
         steps = self.steps()
         for step in steps:
             before = self._manifest(step).get("before")
@@ -278,7 +280,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _whole(self, step: int, name: str) -> Iterator[Path]:
-        """A local path with a file of the checkpoint, checked against the manifest."""
+        """A local path of a file of the checkpoint, after checking it against the manifest."""
         with self.storage.open_file(f"{self.name(step)}/{name}") as path:
             if _fingerprint(path) != self._manifest(step)["files"][name]:
                 folder = f"{self.storage}/{self.name(step)}"
@@ -287,13 +289,12 @@ class Checkpoints:
 
 
 def refuse_newer(what: str, facts: dict[str, Any], newest: int) -> None:
-    """Refuse what a newer version wrote.
+    """Raise CheckpointError if a newer version wrote something.
 
     Args:
-        facts: `format_version`, and `writer`, the program and version that wrote it.
-
-    Raises:
-        CheckpointError: with the version that is needed.
+        what: what it is, for the message.
+        facts: its `format_version` and `writer`, the program and version that wrote it.
+        newest: the newest format version that this program reads.
     """
     version = facts.get("format_version", newest)
     if isinstance(version, int) and version > newest:
@@ -304,7 +305,7 @@ def refuse_newer(what: str, facts: dict[str, Any], newest: int) -> None:
 
 
 def checkpoints_place(run: Path, place: str | None) -> str:
-    """Where a run's checkpoints are: `checkpoint.dir`, below the run directory where it is relative."""
+    """Where the checkpoints of `run` are. `place`: its `checkpoint.dir`; a relative one is below the run directory."""
     if place and "://" in place:
         return place
     mirror = mirror_of(run)
@@ -317,8 +318,8 @@ def load_model_weights(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
     """Step and model state dict of the newest whole checkpoint of a run directory.
 
     Raises:
-        NoCheckpointYet: if there is no checkpoint in the run yet.
-        CheckpointError: if there is no run, or a newer version made it, or the checkpoint holds numbers that are not finite.
+        NoCheckpointYet: if the run has no checkpoint yet.
+        CheckpointError: if there is no run, a newer version made it, or the numbers in it are not finite.
     """
     if not run.exists():
         raise CheckpointError(f"no run directory {run}: train one with `elastic-gpt train PRESET --run-dir {run}`")
@@ -350,7 +351,7 @@ def load_model_weights(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
 
 
 def _what_it_is(path: Path) -> str:
-    """What somebody named in place of a run directory."""
+    """In words, what is at a path that is not a run directory."""
     if not path.is_dir():
         return "a file"
     if FOLDER.fullmatch(path.name) and (path / MANIFEST).exists():
@@ -374,7 +375,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises OSError where it cannot be written; safetensors has an error of its own for that."""
+    """Write a safetensors file. Raises OSError if that fails; safetensors itself raises an error of its own."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:

@@ -1,8 +1,9 @@
-"""One job at a time trains into a run directory: RUN/claim.json says which, and for how long that is so.
+"""One job at a time trains into a run directory: RUN/claim.json says which one.
 
-The first worker of a world holds the claim for its job and renews it every few seconds. All lives of one job share a token, so
-a membership change takes nothing from anybody. A second job is refused at its start. A dead job's claim expires by itself:
-at once where its processes were on this machine, else when it was not renewed for a while; clocks are not compared.
+The first worker of each world writes the claim for its job and renews it every few seconds. All
+lives of a job have the same token, so the claim survives membership changes. A second job is
+refused at its start. The claim of a dead job expires: at once if its processes were on this
+machine, else when it has not been renewed for a while. Clocks are not compared.
 """
 
 import contextlib
@@ -22,22 +23,22 @@ from elastic_gpt.identity import directory, machine, network, same_directory
 from elastic_gpt.mirror import shown
 
 RENEW_SECONDS, EXPIRY_SECONDS, LOOK_SECONDS = 3.0, 30.0, 0.25
-SETTLE_SECONDS = 0.5  # far more than lies between two renames
+SETTLE_SECONDS = 0.5  # far longer than the time between two renames
 
 
 class InUse(ValueError):
-    """Another job trains into the run directory. The message names it, and how to take over."""
+    """Another job trains into the run directory. The message names it, and says how to take over."""
 
 
 @functools.cache
 def job() -> str:
-    """The token that all workers of a job share, in all its lives."""
-    if uid := os.environ.get("JOB_UID"):  # of the ElasticJob
+    """The token that all workers of a job have, in all its lives."""
+    if uid := os.environ.get("JOB_UID"):  # the uid of the ElasticJob
         return uid
     if master := os.environ.get("DLROVER_MASTER_ADDR"):
         return _place(master)
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
-        # torchrun without --standalone and --rdzv-id calls each job `none`.
+        # Without --standalone or --rdzv-id, torchrun calls every job "none".
         return run if run != "none" else _place(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
     return secrets.token_hex(8)
 
@@ -48,17 +49,17 @@ def _place(address: str) -> str:
 
 
 def process() -> dict[str, Any]:
-    """What keeps this worker's node in the job: its agent, or the worker itself where nobody would restart it."""
+    """Describes the process that keeps this node in the job: its agent, or the worker itself if it has none."""
     agent = os.environ.get("ELASTIC_GPT_AGENT")
     pid = int(agent) if agent else os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     return {"machine": machine(), "host": socket.gethostname(), "pid": pid, "started": _started(pid)}
 
 
 def refuse_if_in_use(run: Path, mine: str) -> None:
-    """Raise InUse if processes of another job than `mine` that train into `run` live on this machine."""
-    with contextlib.suppress(OSError):  # no run there, or nobody may look, which is told when the run is opened
+    """Raise InUse if another job than `mine` trains into `run` and has a living process on this machine."""
+    with contextlib.suppress(OSError):  # there is no run, or it cannot be read, which is reported later
         claim = read_claim(run / CLAIM)
-        # A claim may have come with a copy, and a copy is free.
+        # If the directory is a copy, the claim in it means nothing.
         if claim and claim["job"] != mine and same_directory(directory(run), claim["directory"]) and lives_here(claim):
             raise InUse(_told(run, claim))
 
@@ -69,7 +70,7 @@ class Claim:
     Args:
         run: the run directory.
         life: name of this life.
-        processes: `process` of each worker.
+        processes: the result of `process` on each worker.
     """
 
     def __init__(self, run: Path, life: str, processes: list[dict[str, Any]]) -> None:
@@ -80,18 +81,18 @@ class Claim:
 
     @property
     def mine(self) -> bool:
-        """Whether this job had the claim before."""
+        """Whether this job has the claim already."""
         claim = self._look()
         return claim is not None and claim["job"] == self.content["job"]
 
     def take(self, run_id: str) -> bool:
-        """Have the claim, renewed until `release` or the end of this process. Returns whether this job had it before.
+        """Take the claim and renew it until `release` or the end of this process. Returns whether this job had it before.
 
         Args:
-            run_id: of the run; a claim that came with a copied directory is of another.
+            run_id: id of the run; a claim in a copied directory has another one.
 
         Raises:
-            InUse: if another job has it. It takes a while to know where that runs on another machine.
+            InUse: if another job has it. That takes a while to find out if it runs on another machine.
             OSError: if the run directory cannot be written.
         """
         self.content |= {"run_id": run_id, "directory": directory(self.path.parent)}
@@ -99,11 +100,11 @@ class Claim:
             claim = read_claim(self.path)
             mine = self._judge(claim)
             with contextlib.suppress(FileNotFoundError):
-                # Of two that find a dead claim, one renames it; the other then finds a living one.
+                # If two jobs find a dead claim, one of them renames it, and the other then finds a living one.
                 aside = self.path.with_name(f"{CLAIM}.{self.life}")
                 self.path.rename(aside)
                 found = read_claim(aside)
-                if found and (claim is None or found["life"] != claim["life"]):  # the other was here in between
+                if found and (claim is None or found["life"] != claim["life"]):  # another job took it in between
                     aside.rename(self.path)
                     continue
                 aside.unlink()
@@ -115,7 +116,7 @@ class Claim:
                 file.write(self._text(0))
             if mine:
                 break
-            time.sleep(SETTLE_SECONDS)  # somebody may be about to put back what another had made meanwhile
+            time.sleep(SETTLE_SECONDS)  # another job may be about to put its claim back
             settled = read_claim(self.path)
             if settled and settled["life"] == self.life:
                 break
@@ -123,10 +124,10 @@ class Claim:
         return mine
 
     def _judge(self, claim: dict[str, Any] | None) -> bool:
-        """Whether the claim that is there is this job's already. Another job's end is awaited. Raises InUse."""
+        """Whether the claim is this job's already. Waits for the claim of another job to expire. Raises InUse."""
         if claim is None:
             return False
-        # Two jobs that begin a directory in one moment may each have given it an id: it is one run all the same.
+        # Two jobs that make a directory at the same moment may each give it an id: it is the same run.
         here = claim["run_id"] == self.content["run_id"] or same_directory(
             self.content["directory"], claim["directory"]
         )
@@ -138,7 +139,7 @@ class Claim:
         return mine
 
     def release(self) -> None:
-        """The job is over: the next need not wait."""
+        """Give the claim back at the end of the job, so that the next one does not have to wait."""
         self.ended.set()
         claim = read_claim(self.path)
         if claim and claim["life"] == self.life:
@@ -151,20 +152,20 @@ class Claim:
         count = 0
         while not self.ended.wait(RENEW_SECONDS):
             count += 1
-            with contextlib.suppress(OSError):  # a volume that is away: again in a moment
+            with contextlib.suppress(OSError):  # the volume is away: try again in a moment
                 claim = read_claim(self.path)
                 if claim and claim["life"] != self.life:
-                    return  # the next life of this job has it, or another job that took this one for dead
+                    return  # the next life of this job has taken it, or another job
                 if claim:
-                    # In place, for a network file system shows others a changed file sooner than an exchanged one.
+                    # Written in place: a network file system shows a changed file sooner than an exchanged one.
                     with self.path.open("r+") as file:
                         file.write(self._text(count))
 
     def _text(self, count: int) -> str:
-        return json.dumps(self.content | {"renewed": f"{count:012d}"}, allow_nan=False)  # always as long
+        return json.dumps(self.content | {"renewed": f"{count:012d}"}, allow_nan=False)  # its length never changes
 
     def _wait_for_end(self, claim: dict[str, Any]) -> None:
-        """Return when another job's claim is dead."""
+        """Wait until another job's claim expires. Raises InUse if it is renewed."""
         if lives_here(claim):
             raise InUse(_told(self.path.parent, claim))
         if all(one["machine"] == machine() for one in claim["processes"]):
@@ -186,7 +187,7 @@ class Claim:
 
 
 def read_claim(path: Path) -> dict[str, Any] | None:
-    """The claim; None if there is none. One that is being written is looked at again."""
+    """Read a claim; None if there is none. One that is just being written is read again."""
     for _ in range(5):
         try:
             claim = json.loads(path.read_text())
@@ -214,7 +215,7 @@ def lives_here(claim: dict[str, Any]) -> bool:
 
 
 def _started(pid: int) -> float | None:
-    """When a process was started, on a clock of this machine's; None if it does not live."""
+    """When a process was started, on some clock of this machine; None if it does not exist."""
     import psutil
 
     try:
@@ -222,7 +223,7 @@ def _started(pid: int) -> float | None:
         if living.status() == psutil.STATUS_ZOMBIE:
             return None
         stat = Path(f"/proc/{pid}/stat")
-        # In ticks since the machine started where that is to be had: no clock that is set can change it.
+        # If possible in ticks since the machine started, which setting the clock does not change.
         return float(stat.read_text().rpartition(")")[2].split()[19]) if stat.exists() else living.create_time()
     except (psutil.Error, OSError):
         return None

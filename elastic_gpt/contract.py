@@ -1,12 +1,14 @@
-"""What processes tell each other, now or through a disk. No torch, and no logic beyond writing it down and reading it.
+"""What processes tell each other, directly or through files. Without torch, and no more logic than writing and reading it.
 
-Exit codes: those of a user's commands are in prepare/frontdoor.py, the lowest room; workers tell their agent two more.
+Exit codes of workers, beside those of all commands (prepare/frontdoor.py).
 
-Progress: from training to the Kubernetes client. The first worker of a world writes a line to its pod's log, and the same to a
-file that its agent passes on to the job's master with each lease (nodes/rendezvous.py). The master writes it to its own log,
-which no traceback of a worker drowns and which is still there when the workers' pods are gone.
+Progress, from training to the Kubernetes client. The first worker of a world writes a line to its
+pod's log, and the same line to a file, which its agent sends to the job's master with each lease
+(nodes/rendezvous.py). The master writes it to its own log, which has no tracebacks of workers and
+is still there when the workers' pods are gone.
 
-The layout of a run directory, the events of its ledger, and where snapshots lie. (Of a data folder: prepare/tokens.py.)
+The files of a run directory, the events of its ledger, and where snapshots are. (For a data folder
+see prepare/tokens.py.)
 """
 
 import contextlib
@@ -23,22 +25,22 @@ from prepare.frontdoor import DONE as DONE
 from prepare.frontdoor import FAILED as FAILED
 from prepare.frontdoor import USERS_MISTAKE as USERS_MISTAKE
 
-RESTART_ME = 3  # a worker's: the world has to be formed anew, or storage is away; never too many
-NO_WORLD = 4  # a worker's: a world could not be formed, which may also be a peer's death in that moment
+RESTART_ME = 3  # of a worker: form a new world, or wait for storage; may be repeated without end
+NO_WORLD = 4  # of a worker: no world could be formed, perhaps because a peer died in that moment
 
-WORLDS = "ELASTIC_GPT_WORLDS"  # environment of a worker: the socket of the agent that gives it its worlds (agent.py)
+WORLDS = "ELASTIC_GPT_WORLDS"  # environment variable of a worker: its agent's socket (agent.py)
 
-RUN_FORMAT_VERSION = 1  # of a run directory, in its config.yaml
-CHECKPOINT_FORMAT_VERSION = 1  # of a checkpoint, in its manifest
+RUN_FORMAT_VERSION = 1  # in the config.yaml of a run directory
+CHECKPOINT_FORMAT_VERSION = 1  # in the manifest of a checkpoint
 
-# In a run directory:
+# Names in a run directory:
 CONFIG = "config.yaml"  # the resolved settings
-METRICS = "metrics.jsonl"  # a line a step
-LEDGER = "ledger.jsonl"  # a line an event
-CLAIM = "claim.json"  # the job that trains into it
-CHECKPOINTS = "checkpoints"  # unless checkpoint.dir names another place: step_00001000/ ...
-MANIFEST = "MANIFEST.json"  # in each of those; it makes one of the files beside it
-TOKENIZER = "tokenizer"  # meta.json and tokenizer/ of the data, so that the model can be talked to
+METRICS = "metrics.jsonl"  # one line for each step
+LEDGER = "ledger.jsonl"  # one line for each event
+CLAIM = "claim.json"  # which job trains into it
+CHECKPOINTS = "checkpoints"  # step_00001000/ ...; checkpoint.dir may name another place
+MANIFEST = "MANIFEST.json"  # in each step's folder; without it the folder is no checkpoint
+TOKENIZER = "tokenizer"  # meta.json and tokenizer/ of the data, so that the model can generate text
 TENSORBOARD = "tensorboard"
 
 Event = Literal[
@@ -65,38 +67,38 @@ EVENTS: dict[Event, dict[str, object]] = {
     "stopped": {"step": int},
     "finished": {"step": int},
 }
-"""Of each event of a ledger, its fields; all have `event` and `time` (seconds since 1970), and may have more."""
+"""The fields of each event of a ledger. All have `event` and `time` (seconds since 1970) too, and may have more."""
 assert set(EVENTS) == set(get_args(Event))
 
 
 def shared_memory() -> Path:
-    """The folder of all snapshots of this user on this machine."""
+    """The folder for all snapshots of this user on this machine."""
     root = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
     return root / f"elastic-gpt-{os.getuid()}"
 
 
-PROGRESS = "elastic-gpt-progress "  # what a line of progress begins with; JSON follows, for machines
+PROGRESS = "elastic-gpt-progress "  # how a line of progress begins; JSON follows
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training is. Of a world that has done no step yet: the step that it starts from, and no loss."""
+    """How far training is. Before the first step of a world: the step that it starts from, without a loss."""
 
     time: float = 0.0
-    """Seconds since 1970; 0: not told."""
+    """Seconds since 1970; 0: not known."""
     step: int = 0
     steps: int = 0
-    """All of the run's."""
+    """Steps of the whole run."""
     loss: float | None = None
-    """Nats a token; not a number where training went wrong."""
+    """Nats per token; NaN if training went wrong."""
     tokens_per_second: float | None = None
     workers: int = 0
-    """In the world that did this step."""
+    """Workers in the world that did this step."""
     seconds_left: float | None = None
-    """To the end of the run, as training estimates it."""
+    """Estimated seconds to the end of the run."""
 
     def to_line(self) -> str:
-        """One line, without the end of one. Strict JSON: a number that is not finite goes as its name."""
+        """One line without a line end, in strict JSON: a number that is not finite is a string."""
         told = {name: value for name, value in asdict(self).items() if value is not None}
         return PROGRESS + json.dumps(
             {name: value if math.isfinite(value) else str(value) for name, value in told.items()}, allow_nan=False
@@ -104,10 +106,10 @@ class Progress:
 
     @classmethod
     def from_line(cls, text: str) -> "Progress | None":
-        """The progress in a line of a log, whatever stands before it; None where there is none.
+        """The progress in a line of a log, whatever comes before it in the line; None if there is none.
 
-        The pods' version may be another than the client's: a field that is missing or is not a number has its default, and one
-        that is not known here is passed over. Without a step there is no progress.
+        The pods may run another version than the client: a field that is missing or not a number
+        has its default, and an unknown one is ignored. Without a step there is no progress.
         """
         _, found, told = text.partition(PROGRESS)
         try:
@@ -125,9 +127,10 @@ class Progress:
 
 
 def progress_file(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Where a pod's training leaves its progress for the agent; None for a process that is not in a pod of an ElasticJob.
+    """The file with which training tells its agent the progress; None outside of the pods of an ElasticJob.
 
-    DLRover's master gives each pod both names; local nodes have them too, and beside them who launched them.
+    DLRover's master sets both variables in each pod. Local nodes have them too, but also one that
+    names their launcher.
     """
     names = [environment.get(name) for name in ("ELASTIC_JOB_NAME", "POD_NAME")]
     if not all(names) or "ELASTIC_GPT_LOCAL" in environment:

@@ -1,10 +1,10 @@
 """Prepared data from an object store (--data.dir s3://bucket/data): copied to this machine once, for all workers and runs.
 
-    CACHE/3f2a.../            a copy, named by the digest of its meta.json: whole, or not there
-    CACHE/3f2a....partial/    one that is being made; whoever comes next goes on with it
-    CACHE/3f2a....lock        held by who makes the copy, and shared by all who use it
+    CACHE/3f2a.../            a whole copy, named by the digest of its meta.json
+    CACHE/3f2a....partial/    an unfinished copy; the next process goes on with it
+    CACHE/3f2a....lock        locked by the process that makes the copy, then shared by all that use it
 
-Copies that nobody uses make room for new ones, those used longest ago first.
+Unused copies are deleted to make room for new ones, the least recently used first.
 """
 
 import contextlib
@@ -21,25 +21,25 @@ from elastic_gpt.storage import as_os_error, open_url
 from prepare.progress import Meter, phase
 from prepare.tokens import META, DataError, Meta, read_meta
 
-PIECE = 16 << 20  # bytes asked for at a time: what a kill costs
-_held: list[IO[bytes]] = []  # the locks of the copies that this process uses, until it ends
+PIECE = 16 << 20  # bytes of one request: as much as a kill can cost
+_held: list[IO[bytes]] = []  # locks of the copies that this process uses, held until it ends
 
 
 def cache_folder() -> Path:
-    """Where copies lie unless `data.cache` says otherwise."""
+    """The folder for copies, unless `data.cache` names another."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic-gpt" / "data"
 
 
 def local_copy(url: str, cache: Path, most_bytes: int) -> Path:
-    """A folder of this machine with the data of `url`, every file of it as its meta.json says.
+    """A folder of this machine with a copy of the data at `url`, checked against its meta.json.
 
     Args:
-        cache: the folder of all copies.
-        most_bytes: of all copies together.
+        cache: the folder for all copies.
+        most_bytes: largest size of all copies together.
 
     Raises:
-        DataError: if there is no data, if it is not what its meta.json says, or if it has no room.
-        Unreachable: if the store does not answer; the next try goes on from what has come.
+        DataError: if there is no data, it is not what its meta.json says, or there is no room for it.
+        Unreachable: if the store does not answer. The next try goes on with the bytes that have come.
     """
     files, root = open_url(url, "data.dir")
     try:
@@ -56,7 +56,7 @@ def local_copy(url: str, cache: Path, most_bytes: int) -> Path:
         if folder.exists():
             os.utime(lock.name)
             return folder
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers of this machine wait above
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers of this machine wait here
         if not folder.exists():
             _copy(files, root, url, text, folder, most_bytes)
 
@@ -90,19 +90,19 @@ def _copy(files: Any, root: str, url: str, text: bytes, folder: Path, most_bytes
 
 
 def _expected(meta: Meta, url: str) -> dict[str, tuple[int, str]]:
-    """Size in bytes (of the tokenizer's file 0: it is small) and sha256 of each file."""
+    """Size in bytes and sha256 of each file. The tokenizer's file, which is small, has size 0."""
     itemsize = np.dtype(meta.dtype).itemsize
     found = {split.file: (split.tokens * itemsize, split.sha256) for split in meta.splits.values()}
     if meta.tokenizer.file and meta.tokenizer.sha256:
         found[meta.tokenizer.file] = (0, meta.tokenizer.sha256)
     for name in found:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DataError(f"{url}/{META} names {name}, which is no file of that folder: prepare the data again")
+            raise DataError(f"{url}/{META} names {name}, which is not a file of that folder: prepare the data again")
     return found
 
 
 def _fetch(files: Any, source: str, path: Path, size: int, meter: Meter) -> None:
-    """The whole of a small file, or of a large one what is still missing."""
+    """Download all of a small file, or the missing part of a large one."""
     if not size:
         with as_os_error(f"read {source}"):
             path.write_bytes(files.cat_file(source))
@@ -140,7 +140,7 @@ def _make_room(folder: Path, needed: int, there: int, most_bytes: int, url: str)
     for lock in sorted(cache.glob("*.lock"), key=lambda lock: lock.stat().st_mtime):
         if not fits() and lock.stem != folder.stem:
             with lock.open("ab") as file, contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while somebody uses it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a process uses the copy
                 for old in (lock.with_suffix(""), lock.with_suffix(".partial")):
                     shutil.rmtree(old, ignore_errors=True)
     if not room():

@@ -1,6 +1,6 @@
-"""What devices can do and cannot: the only room that decides by the kind of one.
+"""What each kind of device can do. No other module decides by the kind of device.
 
-A kind that is new here (XPU, say) is a line in each of these functions, and in `Device` in settings.py.
+A new kind (XPU, for example) is a line in each of these functions and in `Device` in settings.py.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 
 from elastic_gpt.settings import Device, SettingsError
 
-# Dense matrix-product peaks without sparsity, operations a second at 16 bits, from the makers' data sheets.
+# Peaks of dense matrix products (no sparsity), operations per second at 16 bits, from the makers' data sheets.
 PEAKS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -32,7 +32,7 @@ def pick(device: Device, local_rank: int = 0) -> torch.device:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device that a person named; None: CUDA where there is one, else the CPU. Raises ValueError where it is not here."""
+    """The device that a person named; None: CUDA if there is one, else the CPU. Raises ValueError if it is not here."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -49,7 +49,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def refuse(device: Device, *, exact: bool) -> None:
-    """Raise SettingsError where training cannot use `device` here, or not in exact mode."""
+    """Raise SettingsError if training cannot use `device` on this machine, or cannot use it in exact mode."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device is cuda, but torch finds no GPU here: leave --device out, or take --device cpu")
     if device == "mps" and not torch.backends.mps.is_available():
@@ -63,7 +63,7 @@ def refuse(device: Device, *, exact: bool) -> None:
 
 
 def backend(device: torch.device) -> str:
-    """Of torch.distributed, for tensors on `device`; makes it this process's own."""
+    """The torch.distributed backend for tensors on `device`. Makes `device` the current one of this process."""
     if device.type != "cuda":
         return "gloo"
     torch.cuda.set_device(device)
@@ -71,32 +71,32 @@ def backend(device: torch.device) -> str:
 
 
 def for_collectives(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`values` from the host where collectives of that device's backend can have them; itself where that is the host."""
+    """`values`, which are on the host, moved to where the collectives of the device's backend need them."""
     return values.to(device) if device.type == "cuda" else values
 
 
 def works_on(device: torch.device) -> bool:
-    """Whether the device works while the host goes on, so that asking it for a number is waiting for it."""
+    """Whether the device works asynchronously, so that reading a number from it has to wait."""
     return device.type == "cuda"
 
 
 def is_host(device: torch.device) -> bool:
-    """Whether it is the CPU."""
+    """Whether `device` is the CPU."""
     return device.type == "cpu"
 
 
 def has_fused_adamw(device: torch.device) -> bool:
-    """Whether AdamW there is one kernel, which heeds `found_inf`."""
+    """Whether AdamW has a fused kernel on the device, which obeys `found_inf`."""
     return device.type in ("cuda", "cpu")
 
 
 def usual_dtype(device: torch.device) -> torch.dtype:
-    """Of matrix products: bfloat16 on the GPUs that have it. For a CPU that is decided by measuring (precision.py)."""
+    """The type for matrix products: bfloat16 on GPUs that have it. On a CPU a measurement decides (precision.py)."""
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's known peak for products in `dtype`, operations a second; None where it is not known."""
+    """The device's peak for matrix products in `dtype`, operations per second; None if it is not known."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
@@ -104,12 +104,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`values` in host memory from which the device can copy by itself."""
+    """`values` in pinned host memory, from which a GPU copies asynchronously."""
     return values.pin_memory() if device.type == "cuda" else values
 
 
 def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
-    """Start copying a small tensor to the host; the returned function waits for that copy alone, not for what follows."""
+    """Start copying a small tensor to the host. The returned function waits for that copy and gives the values."""
     if values.device.type != "cuda":
         numbers: list[float] = values.tolist()
         return lambda: numbers

@@ -1,4 +1,4 @@
-"""The validation loss: a collective step on a fixed set of sequences, never a side job of one rank."""
+"""The validation loss: all ranks compute it together, on the same sequences each time."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from elastic_gpt.world import World
 
 
 def spread(there: int, sequences: int, micro_batch: int) -> Ids:
-    """Ids of `sequences` of the `there` sequences of a split, evenly over it; fewer where it holds fewer."""
+    """Ids of `sequences` sequences, evenly spread over the `there` sequences of a split; fewer if it has fewer."""
     count = min(sequences, there)
     count -= count % micro_batch if count >= micro_batch else 0  # one shape, for a compiled model
     return np.linspace(0, there - 1, count).astype(np.int64)
@@ -23,10 +23,10 @@ class Evaluator:
     """Mean cross-entropy over the same validation sequences each time.
 
     Args:
-        model: put into evaluation mode (no dropout) and back.
-        loss_sum: (tokens (B, T), targets (B, T)) to the sum of the model's cross-entropy over all targets.
+        model: the model; it is in evaluation mode (no dropout) while it computes.
+        loss_sum: takes tokens (B, T) and targets (B, T), gives the sum of the cross-entropy over all targets.
         tokens: the token ids of val.bin.
-        sequences: how many to use, spread evenly over the split; fewer where it holds fewer.
+        sequences: how many to use, spread evenly over the split; fewer if it has fewer.
         micro_batch: sequences in one forward pass.
 
     Raises:
@@ -57,8 +57,8 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The validation loss, nats a token; the same on every rank and at every world size."""
-        # A slot per micro-batch, filled by one rank and zero on the others: the sum over the ranks is exact.
+        """The validation loss in nats per token, the same on every rank and at every world size."""
+        # A slot for each micro-batch: one rank fills it, and it is zero on the others, so the sum over the ranks is exact.
         sums = torch.zeros(len(self.micro_batches), dtype=torch.float64)
         self.model.eval()
         for index in share(len(self.micro_batches), self.world.rank, self.world.size):

@@ -39,14 +39,14 @@ PIECE = 1 << 18  # gradients that are sent together: 1 MB, which a link of 100 M
 
 @dataclass(frozen=True)
 class StepSums:
-    """What all ranks know after `reduce`."""
+    """What all ranks know after `reduce`, the same on each."""
 
     loss: torch.Tensor
     """Mean cross-entropy of the global batch, a scalar on the device (reading it waits for the device)."""
     ids: torch.Tensor
-    """Of the sequences that went into the gradient, in order: upper and lower `HALF` bits, (2, global batch) on the device."""
+    """Ids of the sequences in the gradient, in order: upper and lower `HALF` bits, (2, global batch) on the device."""
     stops: torch.Tensor
-    """Workers that were asked to stop, and how many of them leave for good; (2,) on the device."""
+    """How many workers were asked to stop, and how many of them leave for good; (2,) on the device."""
 
 
 class Gradients:
@@ -54,9 +54,9 @@ class Gradients:
 
     Args:
         parameters: those that are trained; their `.grad` become views of the buffer.
-        micro_batches: in a global batch.
+        micro_batches: number of micro-batches in a global batch.
         global_batch: sequences in a step.
-        tokens: targets in a global batch, over all ranks.
+        tokens: number of targets in a global batch, over all ranks.
         exact: sum in whole numbers, so that the result is the same bit for bit at every world size (law 4).
         traffic: type in which gradients travel; bfloat16 is half the bytes, and rounds. Not in exact mode.
     """
@@ -113,10 +113,10 @@ class Gradients:
         With the last one of this rank's share the sum over the ranks begins.
 
         Args:
-            micro_batch: its index in the global batch; the first one's, which then has the loss of all in its slot.
-            ids: of its sequences, int64 (B,).
+            micro_batch: its index in the global batch; of several, the first one's, whose slot gets the loss of all.
+            ids: ids of its sequences, int64 (B,).
             loss_sum: sum of the cross-entropy over its targets, a scalar.
-            scale: what a float16 run multiplies its losses by.
+            scale: the factor by which a float16 run multiplies its losses.
         """
         if self._sent:
             raise RuntimeError(f"micro-batch {micro_batch} comes after the last one of this rank's share")
@@ -221,7 +221,7 @@ class Gradients:
         self.gradient[piece].copy_(self.world.exchange(mine.repeat(size, 1)).view(-1)[: len(values)])
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Scale the gradient down to the norm `limit` (0: leave it); return its norm before, a scalar on the device."""
+        """Scale the gradient down to the norm `limit` (0: no limit). Returns its norm before, a scalar on the device."""
         norm = torch.linalg.vector_norm(self.gradient)
         if limit > 0:
             self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
@@ -273,7 +273,7 @@ def not_finite(sums: StepSums, norm: torch.Tensor) -> torch.Tensor:
 
 
 def update(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
-    """One update, or none if `skip` (`not_finite`) is 1.0: then parameters, moments and the optimizer's step stay."""
+    """Do one update. If `skip` (see `not_finite`) is 1.0, leave parameters, moments and the optimizer's step as they are."""
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler does: nobody waits for the device
         optimizer.step()
@@ -284,7 +284,7 @@ def update(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
 class LossScale:
     """The factor that keeps float16 gradients from vanishing: halved after an overflow, doubled after 2,000 good steps.
 
-    Its two numbers are part of the training state, so a restored run goes on with the same ones.
+    It is part of the training state, so a restored run goes on with the same factor.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,8 @@
-"""Memory in huge pages for what trains: glibc's malloc can ask the kernel for them, but only if it is told before a start.
+"""Huge pages for training on CPUs: glibc's malloc uses them if an environment variable says so when a process starts.
 
-A step takes and gives back large tensors, and in pages of 4 kB the kernel has to clear and map each of thousands anew. In
-pages of 2 MB a step on a CPU takes 0.8 to 0.9 of its time (docs/BENCHMARKS.md). The numbers are the same.
+Each step allocates and frees large tensors, and the kernel has to clear and map thousands of pages
+of 4 kB for them. With pages of 2 MB a step takes 0.8 to 0.9 of that time (docs/BENCHMARKS.md). The
+results are the same.
 """
 
 import os
@@ -9,20 +10,20 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-SETTING = "glibc.malloc.hugetlb"  # 1: malloc's memory is marked for transparent huge pages
+SETTING = "glibc.malloc.hugetlb"  # 1: malloc asks for transparent huge pages
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def with_huge_pages(environment: Mapping[str, str], enabled: Path = ENABLED) -> dict[str, str]:
-    """`environment` for a process whose memory shall come in huge pages.
+    """`environment` with the variable that makes malloc use huge pages.
 
-    It is unchanged where the kernel gives such pages to all or to nobody, and where it already says something of them:
-    `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` is how a user has none.
+    It is unchanged if the kernel gives huge pages to all processes or to none, or if the user has
+    set the variable already: `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` turns them off.
     """
     tunables = environment.get("GLIBC_TUNABLES", "")
     try:
         on_demand = "[madvise]" in enabled.read_text()
-    except OSError:  # another system, or a kernel without
+    except OSError:  # not Linux, or a kernel without huge pages
         on_demand = False
     if not on_demand or SETTING in tunables:
         return dict(environment)
@@ -30,9 +31,10 @@ def with_huge_pages(environment: Mapping[str, str], enabled: Path = ENABLED) -> 
 
 
 def start_over_with_huge_pages() -> None:
-    """Start this very command over, in the same process, with memory in huge pages; return where there is no need.
+    """Execute this command again in the same process, with huge pages. Returns if that is not necessary.
 
-    Another program that calls a command's `main` is left alone: starting that over would be a surprise.
+    Does nothing in another program that calls a command's `main`: executing that again would be a
+    surprise.
     """
     mine = sys.argv[1:]
     is_this_command = sys.orig_argv[len(sys.orig_argv) - len(mine) :] == mine

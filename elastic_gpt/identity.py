@@ -1,9 +1,10 @@
-"""Whose a state is: a run is its directory's, and its identity does not travel with a copy (law 10).
+"""Which run a state belongs to. A run belongs to its directory; a copy of the directory is another run (law 10).
 
-A run has an id, written when its directory is made, together with what the file system says of that directory. A directory
-that is another one (`cp -r`, a restored backup) gets an id of its own, and its memory is its own from then on. Each life of a
-run has a random name, which its snapshots and checkpoints carry: what a life made that this run's ledger does not know is not
-this run's, also where a directory was rolled back under the same id.
+A run has an id, which is written when its directory is made, together with what identifies that
+directory in the file system. A copy (`cp -r`, a restored backup) is another directory: it gets an
+id of its own, and never the memory of the original. Each life of a run has a random name, which is
+in all its snapshots and checkpoints. A state of a life that the ledger does not know is not this
+run's. That also finds directories that were rolled back, which keep their id.
 """
 
 import contextlib
@@ -21,41 +22,41 @@ from elastic_gpt.mirror import mirror_of
 
 @dataclass(frozen=True)
 class Run:
-    """What the workers have to know of the run they are in."""
+    """What the workers have to know about their run."""
 
     run_id: str
     life: int
     """Number of this life."""
     branches: list[tuple[int, int]]
-    """Life and step at which each earlier life began."""
+    """Number of each earlier life, and the step at which it began."""
     saved: tuple[int, str] | None = None
     """Step and place of the last checkpoint that the ledger knows of."""
     name: str = ""
-    """Of this life: random, in all that it saves."""
+    """Random name of this life, which is in all that it saves."""
     lives: Mapping[str, int] = field(default_factory=dict)
-    """Names of the earlier lives, and their numbers."""
+    """Name to number of each earlier life."""
     history_bytes: int = 0
     """Length of metrics.jsonl when this life began."""
     ancestors: tuple[str, ...] = ()
     """Ids of the runs that this one was copied from."""
     own: str = CHECKPOINTS
-    """The folder of checkpoints in its directory."""
+    """The folder for checkpoints in the run directory."""
     left: frozenset[str] = frozenset()
-    """Places of checkpoints that stayed with those."""
+    """Places with checkpoints of the runs that this one was copied from."""
     note: str = ""
-    """For who starts the job: that this directory is found to be a copy."""
+    """A line for a person if this directory is a copy; else ""."""
     continues: bool = False
-    """Whether the job that this life is of had the life before, too; else somebody has started it."""
+    """Whether the life before belonged to the same job. If not, a person has started a new job."""
 
     def valid(self, life: int, step: int) -> bool:
-        """Whether the state after `step` of `life` is in the run's history, not in an end that a later life abandoned."""
+        """Whether the state after `step` of `life` is part of the run's history, and not abandoned by a later life."""
         return all(step <= began for later, began in self.branches if later > life)
 
     def refusal(self, manifest: Mapping[str, Any], place: str) -> str | None:
-        """Why a checkpoint in `place` cannot be this run's, in a line with the cure; None if it may be.
+        """One line that says why a checkpoint in `place` is not this run's, and the cure; None if it may be.
 
         Raises:
-            KeyError: for a manifest that does not say whose it is.
+            KeyError: if the manifest does not name its run.
         """
         owner, life, step = manifest["run_id"], manifest.get("life"), manifest["step"]
         if owner != self.run_id and owner not in self.ancestors and place == self.own:
@@ -73,7 +74,7 @@ class Run:
                 f"{place} holds the checkpoints of the run that this one was copied from ({owner}), and two cannot share"
                 f" them: {self.cure_of_a_copy(place, step)}"
             )
-        # A ledger that was made by hand for a lost one begins where its first life did.
+        # The ledger may have been written by hand after the loss of the run directory (see docs/DESIGN.md, State).
         begins = self.branches[0][1] if self.branches else step
         if life and step > begins and life not in self.lives and life != self.name:
             return (
@@ -84,15 +85,15 @@ class Run:
         return None
 
     def cure_of_a_copy(self, place: str, step: int) -> str:
-        """How a copy comes to checkpoints of its own."""
+        """What to do so that a copy gets checkpoints of its own."""
         copy = f"mkdir -p {self.own} && cp -r {place}/step_{step:08d} {self.own}/"
         return f"leave --checkpoint.dir out, and copy the checkpoint to go on from there ({copy})"
 
 
 def directory(path: Path) -> dict[str, Any]:
-    """What the file system says of a folder: it stays when the folder is renamed, and is another for a copy.
+    """What identifies a folder in the file system: it survives renaming, and differs for a copy.
 
-    Of a run directory on an object store its URL is all there is to say.
+    For a run directory on an object store that is its URL.
     """
     if mirror := mirror_of(path):
         return {"path": mirror.url, "inode": mirror.url, "device": None, "birth": None, "machine": machine()}
@@ -107,7 +108,7 @@ def directory(path: Path) -> dict[str, Any]:
 
 
 def same_directory(here: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
-    """Whether two descriptions are of one folder. Device numbers mean something on one machine only, and until it restarts."""
+    """Whether two descriptions are of the same folder. Device numbers only count on one machine, until it restarts."""
     for part in ("inode", "birth", *(["device"] if here["machine"] == recorded["machine"] else [])):
         if here[part] is not None and recorded[part] is not None and here[part] != recorded[part]:
             return False
@@ -115,12 +116,12 @@ def same_directory(here: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool
 
 
 def machine() -> str:
-    """The space in which a process id means one process: this start of this machine, and in it this container."""
+    """Identifies where process ids are unique: this machine since its start, and the container on it."""
     return _space("pid")
 
 
 def network() -> str:
-    """The space in which a loopback address means one place, which containers of a pod share."""
+    """Identifies where a loopback address is the same place: the network namespace, which a pod's containers share."""
     return _space("net")
 
 
@@ -132,7 +133,7 @@ def _space(namespace: str) -> str:
 
 
 def _birth(path: Path) -> float | None:
-    """When a folder was made, seconds since 1970; None where that is not known. (Python has no statx on Linux.)"""
+    """When a folder was made, seconds since 1970; None if not known. (Called by ctypes: Python has no statx on Linux.)"""
     buffer = ctypes.create_string_buffer(256)
     at_fdcwd, statx_btime = -100, 0x800
     try:

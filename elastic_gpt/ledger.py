@@ -1,9 +1,10 @@
-"""RUN/ledger.jsonl: what happened to a run, a line an event (law 8), and what it cost.
+"""RUN/ledger.jsonl: what happened to a run, one line for each event (law 8), and what it cost.
 
     elastic-gpt ledger RUN
 
-Each rendezvous begins a *life* of the run. Rank 0 of that life writes who is in it, who has gone, and where the state
-came from; whoever notices the end of a life writes that; and after the first step it is known what the change cost.
+Each rendezvous begins a *life* of the run. Its rank 0 writes who is in it, who has gone, and where
+the state came from. After its first step it writes what the change cost. Whoever notices the end of
+a life writes that.
 """
 
 import contextlib
@@ -29,19 +30,19 @@ from elastic_gpt.mirror import here, mirror_of, shown
 from prepare.frontdoor import Parser, command
 
 IDENTITIES = ("created", "copied", "upgraded")
-PARTS = ("detection", "rendezvous", "restore", "first_step")  # of a recovery, seconds each
-ASKED = {"stopped", "finished", "diverged"}  # how a life ends that nobody has to recover from
+PARTS = ("detection", "rendezvous", "restore", "first_step")  # the parts of a recovery, in seconds
+ASKED = {"stopped", "finished", "diverged"}  # ends of a life after which there is nothing to recover from
 
 
 def is_pause(life: Sequence[dict[str, Any]], nodes: Sequence[str]) -> bool:
-    """Whether nobody had to recover from the end of a life: it was stopped, or had finished.
+    """Whether a life was stopped on purpose or had finished, so that the time after it is not part of a recovery.
 
-    So had one of which a node left in good order and none came back: of the nodes of a job that is suspended some may be
-    between two worlds, and go without a word.
+    That is also so if a node left in good order and no node came back: when a job is suspended,
+    nodes that are between two worlds go without an event.
 
     Args:
-        life: its events, the first one `joined`.
-        nodes: names of those in the life after it.
+        life: events of the life; the first one is `joined`.
+        nodes: names of the nodes in the life after it.
     """
     said = {event["event"] for event in life}
     return bool(said & ASKED) or ("left" in said and not set(life[0]["nodes"]) & set(nodes))
@@ -56,26 +57,26 @@ class Ledger:
 
     def __init__(self, run: Path) -> None:
         self.path = run / LEDGER
-        self._read_up_to = 0  # bytes, of what `superseded` has seen
+        self._read_up_to = 0  # bytes of the file that `superseded` has read
 
     def write(self, event: Event, **facts: Any) -> None:
-        """Append one event, with the time in seconds since 1970. A full disk costs the event, not the training."""
+        """Append one event, with the time in seconds since 1970. On a full disk the event is lost; training goes on."""
         try:
             self.write_durably(event, **facts)
         except OSError as error:
             print(f"warning: the ledger lacks {event} {strict_json(facts)}: {error}", file=sys.stderr, flush=True)
 
     def write_durably(self, event: Event, **facts: Any) -> None:
-        """Append one event, on storage for good when this returns.
+        """Append one event. It is on storage when this returns.
 
         Raises:
-            OSError: if that cannot be.
+            OSError: if it cannot be written.
         """
         line = strict_json({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
         with self.path.open("ab+", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
-            unfinished = file.read(1) not in (b"", b"\n")  # what a killed writer left
+            unfinished = file.read(1) not in (b"", b"\n")  # the half line of a killed writer
             file.write((b"\n" if unfinished else b"") + line.encode())
             os.fsync(file.fileno())
         if mirror := mirror_of(self.path):
@@ -86,10 +87,10 @@ class Ledger:
         return read_lines(self.path)
 
     def run_id(self) -> str:
-        """The identity of this run, made when its directory was: what tells its states from another run's.
+        """The id of this run, made together with its directory. It tells this run's states from those of another.
 
         Raises:
-            OSError: if a new run's cannot be written.
+            OSError: if the id of a new run cannot be written.
         """
         if identity := self.identities():
             return str(identity[-1]["run_id"])
@@ -97,7 +98,7 @@ class Ledger:
         return run_id
 
     def identities(self) -> list[dict[str, Any]]:
-        """The events that gave this run an id: of the runs that it was copied from, and last its own."""
+        """The events that hold ids: of the runs that this one was copied from, and last its own."""
         return [event for event in self.events() if event["event"] in IDENTITIES]
 
     def lives(self) -> int:
@@ -105,9 +106,10 @@ class Ledger:
         return sum(event["event"] == "joined" for event in self.events())
 
     def branches(self) -> list[tuple[int, int]]:
-        """Life and step at which each life began: what an earlier life did past that step is abandoned.
+        """Number of each life, and the step at which it began. What earlier lives did after that step is abandoned.
 
-        A life that ended because its updates were no longer finite is abandoned from the first of them on.
+        If a life ended because its updates were not finite, all from the first of these updates on
+        is abandoned.
         """
         found, lives = [], 0
         for event in self.events():
@@ -128,18 +130,18 @@ class Ledger:
         name: str = "",
         stayed: Sequence[str] = (),
     ) -> None:
-        """Write who is here now, who has gone, and where the state came from.
+        """Write who is in this life, who has gone, and where the state came from.
 
         Args:
             nodes: names of the nodes.
             step: updates done in the state.
             source: where the state was restored from.
             dropped: steps that were done before and have to be done again.
-            name: of this life, which is in all that it saves.
-            stayed: nodes whose workers live on from the life before, in the same processes.
+            name: name of this life, which is in all that it saves.
+            stayed: nodes whose workers were in the life before, in the same processes.
 
         Raises:
-            OSError: if it cannot be written: what such a life saves would be nobody's.
+            OSError: if it cannot be written. What this life saves would then belong to no known life.
         """
         events = self.events()
         last = max((place for place, event in enumerate(events) if event["event"] == "joined"), default=None)
@@ -154,7 +156,7 @@ class Ledger:
         self.write("restored", life=life, step=step, source=source, dropped=dropped)
 
     def superseded(self) -> bool:
-        """Whether another life has begun since `begin_life` of this one: a world that was left out, and must end."""
+        """Whether another life has begun after this one, so that this world must end."""
         if (mirror := mirror_of(self.path)) and mirror.fenced:
             return True
         try:
@@ -163,7 +165,7 @@ class Ledger:
                     return False
                 file.seek(self._read_up_to)
                 new = file.read()
-        except OSError:  # a volume that is away says nothing
+        except OSError:  # the volume is away, so nothing is known
             return False
         self._read_up_to += new.rfind(b"\n") + 1
         return b'"event": "joined"' in new
@@ -172,15 +174,15 @@ class Ledger:
         """Write what the change of worlds cost, now that the first step after it is done.
 
         Args:
-            last_step, joined, restored: when the last step before it was written down, when the new group was formed,
-                and when the state was back; seconds since 1970. Without a last step this is the start of the run.
+            last_step, joined, restored: when the last step before was written, when the new group was formed, and when
+                the state was restored; seconds since 1970. last_step None: this is the start of the run.
         """
         events = self.events()
         lives = [place for place, event in enumerate(events) if event["event"] == "joined"]
         paused = len(lives) > 1 and is_pause(events[lives[-2] : lives[-1]], events[lives[-1]]["nodes"])
         if last_step is None or paused:
             return
-        # Nobody noticed anything if the whole world died.
+        # If the whole world died, nobody noticed it.
         noticed = [event["time"] for event in events if event["event"] == "interrupted" and event["time"] > last_step]
         moments = [last_step, noticed[0] if noticed else last_step, joined, restored, time.time()]
         seconds = [round(max(0.0, after - before), 3) for before, after in itertools.pairwise(moments)]
@@ -192,13 +194,13 @@ class Account:
     """What a run cost, from its ledger and metrics."""
 
     steps: int
-    """In the kept history."""
+    """Steps in the kept history."""
     dropped: int
     """Steps that were done, lost and done again."""
     elapsed: float
     """Seconds from the first world to the last event, without the time between an asked stop and the next start."""
     useful: float
-    """Seconds that the kept steps took. The first step of a life, which may hold a compilation, counts as a usual one."""
+    """Seconds that the kept steps took. The first step of a life may include a compilation, and counts as a usual one."""
 
     @property
     def goodput(self) -> float:
@@ -211,7 +213,7 @@ def new_id() -> str:
 
 
 def strict_json(content: Any, indent: int | None = None) -> str:
-    """JSON in which numbers that are not finite are null: JSON has none."""
+    """JSON with null for numbers that are not finite, which JSON does not have."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -224,7 +226,7 @@ def strict_json(content: Any, indent: int | None = None) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of JSON lines, none if there is no file. A line that a killed writer left unfinished is not one."""
+    """The objects in a file of JSON lines; [] if there is no file. Ignores a half line that a killed writer left."""
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -238,9 +240,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def account(run: Path) -> Account:
-    """Add up a run."""
+    """Add up what a run cost."""
     events, lines = Ledger(run).events(), read_metrics(run)
-    starts: list[int] = []  # of the lives in the kept history
+    starts: list[int] = []  # first steps of the lives in the kept history
     for event in events:
         if event["event"] == "restored":
             starts = [*(step for step in starts if step < event["step"]), event["step"]]

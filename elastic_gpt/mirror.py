@@ -1,13 +1,14 @@
-"""A run directory on an object store (--run-dir s3://bucket/run): each worker has a folder that stands for it, its mirror.
+"""A run directory on an object store (--run-dir s3://bucket/run). Each worker uses a local folder, its mirror, instead.
 
     RUN/config.yaml, tokenizer/, checkpoints/   as in a folder
-    RUN/ledger.jsonl/0000000000000000, ...      an object store appends to nothing: parts, each named by where it begins
-    RUN/ledger.jsonl/notes/...                  what other workers than the first saw, until the next life's first takes it in
+    RUN/ledger.jsonl/0000000000000000, ...      parts, named by the byte at which they begin, since no store can append
+    RUN/ledger.jsonl/notes/...                  lines of other workers than the first; the first of the next life adds them
     RUN/metrics.jsonl/0000000000000000, ...
 
-The store is the truth: a mirror is this process's alone, begins with what the store has, and goes with its process. The first
-worker of a world alone writes. An event is on the store when `Ledger.write_durably` returns. Metrics follow from a thread,
-never further behind than the reports that a snapshot carries, so a kill loses none.
+The store has the truth. A mirror belongs to one process, begins with what the store has, and is
+deleted with its process. Only the first worker of a world writes. An event is on the store when
+`Ledger.write_durably` returns. A thread writes the metrics, never further behind than the reports
+in a snapshot, so a kill loses none.
 """
 
 import atexit
@@ -27,9 +28,9 @@ from typing import IO
 from elastic_gpt.contract import CLAIM, CONFIG, LEDGER, METRICS, TOKENIZER
 from elastic_gpt.storage import Unreachable, as_os_error, open_url, url_of
 
-PART = 64 << 10  # bytes of an object that is written again with each line
+PART = 64 << 10  # bytes of the last part, which is written anew for each line
 RETRY_SECONDS = 1.0
-TRIES = 20  # to read what is being written
+TRIES = 20  # tries to read a file that is being written
 LEFT_OVER_SECONDS = 60.0
 SMALL = (CONFIG, CLAIM, LEDGER, TOKENIZER)
 
@@ -37,7 +38,9 @@ _mirrors: dict[Path, "Mirror"] = {}  # by their folders
 
 
 def here(run: Path, *more: str) -> Path:
-    """The run directory as a folder of this machine: `run` itself, or for a URL its mirror, with `more` files than the small.
+    """The run directory as a folder of this machine: `run` itself, or for a URL its mirror.
+
+    `more`: names of large files to fetch into the mirror as well.
 
     Raises:
         ValueError: if nothing installed knows the URL's protocol.
@@ -52,21 +55,21 @@ def here(run: Path, *more: str) -> Path:
 
 
 def mirror_of(path: Path) -> "Mirror | None":
-    """The mirror that a run directory, or a file in it, is of; None for a folder that stands for itself."""
+    """The mirror that contains `path`, a folder or file; None if `path` is not in a mirror."""
     return _mirrors.get(path) or _mirrors.get(path.parent)
 
 
 def shown(run: Path) -> str:
-    """What a person knows the run directory as."""
+    """The name of the run directory for a person: its URL, if it is a mirror."""
     mirror = mirror_of(run)
     return mirror.url if mirror else str(run)
 
 
 class Mirror:
-    """A folder that stands for a run directory on an object store.
+    """A local folder that stands for a run directory on an object store.
 
     Args:
-        url: of the run directory.
+        url: URL of the run directory.
     """
 
     def __init__(self, url: str) -> None:
@@ -78,10 +81,10 @@ class Mirror:
         fcntl.flock(self.lock, fcntl.LOCK_EX)
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.life = ""
-        """Name of the life in which this worker is the one that writes; in others what it has to say goes as a note."""
+        """Name of the life in which this worker is the writer. In other lives its lines become notes."""
         self.fenced = False
-        """Whether another job has taken the run directory meanwhile: this one writes no more."""
-        self.parts: dict[str, list[int]] = {}  # of each file of lines: where its parts begin
+        """Whether another job has taken the run directory, so that this one must not write any more."""
+        self.parts: dict[str, list[int]] = {}  # file of lines to the bytes at which its parts begin
         self.notes: list[str] = []
         self.busy = threading.RLock()
         _mirrors[self.folder] = self
@@ -91,12 +94,12 @@ class Mirror:
         return bool(self.life) and not self.fenced
 
     def reopen(self) -> None:
-        """Have all that the store has. From here on this worker is a reader, until `begin_writing`."""
+        """Fetch all that the store has. From here on this worker only reads, until `begin_writing`."""
         self.life = ""
         self.pull(*SMALL, METRICS)
 
     def pull(self, *names: str) -> None:
-        """Have what the store has of these."""
+        """Fetch these files or folders from the store."""
         with self.busy, as_os_error(f"read {self.url}"):
             for name in names:
                 if name in (LEDGER, METRICS):
@@ -110,20 +113,20 @@ class Mirror:
                         (self.folder / name).unlink(missing_ok=True)
 
     def begin_writing(self, life: str) -> None:
-        """This worker is the first one in `life`: what others left of lines and notes is put in order."""
+        """Become the writer in `life`. Adds the notes of others to the files, and tidies up after killed writers."""
         with self.busy:
             self.life, self.fenced = life, False
             with as_os_error(f"write {self.url}"):
                 for name in (LEDGER, METRICS):
                     for start in sorted(set(self._starts(name)) - set(self.parts.get(name, [])), reverse=True):
-                        self.files.rm_file(self._part(name, start))  # past a gap, which a kill left
+                        self.files.rm_file(self._part(name, start))  # behind a gap that a kill left
             self.push_lines(LEDGER)
             with as_os_error(f"write {self.url}"):
                 while self.notes:
                     self.files.rm_file(self.notes.pop())
 
     def put(self, *names: str) -> None:
-        """Files of the mirror, or all files of a folder in it, to the store; the last one is there last."""
+        """Upload files or folders of the mirror, in this order."""
         with as_os_error(f"write {self.url}"):
             for name in names:
                 path = self.folder / name
@@ -133,7 +136,7 @@ class Mirror:
                         self.files.pipe_file(f"{self.root}/{relative}", file.read_bytes())
 
     def text(self, name: str) -> str:
-        """Of a file that the store alone has; empty where it has none."""
+        """The text of a file that is only on the store; "" if there is none."""
         try:
             with as_os_error(f"read {self.url}/{name}"):
                 return str(self.files.cat_file(f"{self.root}/{name}").decode())
@@ -141,7 +144,7 @@ class Mirror:
             return ""
 
     def write_text(self, name: str, text: str) -> None:
-        """Of a file that the store alone has."""
+        """Write a file that is only on the store."""
         with as_os_error(f"write {self.url}/{name}"):
             self.files.pipe_file(f"{self.root}/{name}", text.encode())
 
@@ -150,7 +153,7 @@ class Mirror:
             self.files.rm_file(f"{self.root}/{name}")
 
     def append(self, name: str, line: bytes) -> None:
-        """A line that the mirror's file has got: on the store when this returns, in the file or as a note."""
+        """Upload a line that was added to a file of the mirror. When this returns it is on the store, perhaps as a note."""
         if self.writes:
             self.push_lines(name)
             return
@@ -160,15 +163,15 @@ class Mirror:
         self.notes.append(note)
 
     def cut(self, name: str, end: int) -> None:
-        """The mirror's file was cut at `end` bytes: nothing past it stays on the store once something is pushed."""
+        """Call it when a file of the mirror was cut to `end` bytes. The next push removes the rest from the store."""
         with self.busy, as_os_error(f"write {self.url}/{name}"):
             parts = self.parts.setdefault(name, [])
-            while len(parts) > 1 and parts[-1] >= end:  # the last first, so that a kill leaves no gap
+            while len(parts) > 1 and parts[-1] >= end:  # the last part first, so that a kill leaves no gap
                 self.files.rm_file(self._part(name, parts[-1]))
                 parts.pop()
 
     def push_lines(self, name: str, end: int | None = None) -> None:
-        """Have the store hold the mirror's file up to `end` bytes (all of it)."""
+        """Upload the mirror's file up to byte `end` (None: all of it)."""
         with self.busy:
             if not self.writes or not (self.folder / name).exists():
                 return
@@ -200,8 +203,8 @@ class Mirror:
 
     def _pull_lines(self, name: str) -> None:
         for _ in range(TRIES):
-            # Notes first: what is taken out of them is in a part before.
-            with contextlib.suppress(FileNotFoundError):  # taken in by the writer, or cut, since they were listed
+            # Notes are read before the parts: a note that is deleted meanwhile is already in a part.
+            with contextlib.suppress(FileNotFoundError):  # the writer has deleted it since it was listed
                 notes = sorted(self._list(f"{name}/notes"))
                 lines = self._read(notes).values()
                 starts = self._starts(name)
@@ -218,7 +221,7 @@ class Mirror:
                 break
             content[start:] = found[self._part(name, start)]
             kept.append(start)
-        del content[content.rfind(b"\n") + 1 :]  # of a line over two parts a kill may have left half
+        del content[content.rfind(b"\n") + 1 :]  # a kill may have left half of a line that spans two parts
         self.parts[name] = [start for start in kept if start == 0 or start < len(content)]
         for line in notes:
             content += b"" if line in content else line
@@ -227,14 +230,14 @@ class Mirror:
             path.unlink(missing_ok=True)
             return
         _replace(path, bytes(content))
-        # Of a store that does not say when, the pause before a life is counted from now.
+        # If the store does not tell when the file changed, the pause before this life is counted from now.
         with contextlib.suppress(NotImplementedError, AttributeError):
             if kept:
                 written = self.files.modified(self._part(name, kept[-1])).timestamp()
                 os.utime(path, (written, written))
 
     def _pull_folder(self, name: str) -> None:
-        found = map(str, self.files.find(f"{self.root}/{name}"))  # s3fs may name a folder that is just being made
+        found = map(str, self.files.find(f"{self.root}/{name}"))  # s3fs may list a folder that is just being made
         files = [path for path in found if f"{self.root}/{name}/" in path]
         relative = {path: path[path.rindex(f"{self.root}/{name}/") + len(self.root) + 1 :] for path in files}
         if f"{name}/meta.json" not in relative.values():  # it is written last
@@ -245,17 +248,18 @@ class Mirror:
             target.write_bytes(content)
 
     def _read(self, paths: list[str]) -> dict[str, bytes]:
-        """Of many files the content, in one go where the store can."""
+        """The content of many files, in one request if the store can do that."""
         return self.files.cat(paths) if len(paths) > 1 else {path: self.files.cat_file(path) for path in paths}
 
 
 class Follower:
-    """Has the store follow a file of lines as it grows, from a thread, and holds up who writes when it is too far behind.
+    """Uploads a growing file of lines from a thread. Makes the writer wait if the store is too far behind.
 
-    A store that does not answer holds up nobody: the lines stay here, and it gets them when it is back.
+    If the store does not answer, the writer does not wait: the lines are uploaded when it answers
+    again.
 
     Args:
-        lag: lines that may be missing on the store.
+        lag: most lines that may be missing on the store.
     """
 
     def __init__(self, mirror: Mirror, name: str, lag: int) -> None:
@@ -267,14 +271,14 @@ class Follower:
         self.thread.start()
 
     def grown(self, end: int) -> None:
-        """Another line is in the mirror's file, which has `end` bytes of whole lines."""
+        """Call it after each new line. `end`: bytes of whole lines in the file."""
         with self.changed:
             self.end, self.written = end, self.written + 1
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.written - self.sent <= self.lag or self.away)
 
     def close(self) -> None:
-        """Wait for the store to have all of it; a store that is away is asked once more."""
+        """Wait until the store has all lines. If it does not answer, try once more."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -318,10 +322,10 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _sweep() -> None:
-    """Remove the mirrors of this user's processes that were killed."""
+    """Delete the mirrors that killed processes of this user have left."""
     left: Iterable[Path] = Path(tempfile.gettempdir()).glob(f"elastic-gpt-run-{os.getuid()}-*")
     for folder in left:
         with contextlib.suppress(OSError), (folder / ".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its process lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
             if time.time() - folder.stat().st_mtime > LEFT_OVER_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)

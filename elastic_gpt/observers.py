@@ -1,8 +1,8 @@
-"""Observers receive a report of each step; the first worker of a world has them all.
+"""Observers receive a report of each step. They all run on the first worker of a world.
 
 console        a progress bar on a terminal, plain lines elsewhere
 progress       in a pod: a line for the Kubernetes client (contract.py)
-metrics.jsonl  a line a step, each step once: after a restore the steps that are done again replace their old lines
+metrics.jsonl  one line for each step; after a restore, steps that are done again replace their old lines
 tensorboard    the same numbers as curves
 """
 
@@ -48,7 +48,7 @@ class ConsoleObserver:
     def on_step(self, report: StepReport) -> None:
         utilization = f" · MFU {report.mfu:.1%}" if report.mfu is not None else ""
         self.speeds.append(report.tokens_per_second)
-        speed = len(self.speeds) / sum(1 / one for one in self.speeds)  # over the last steps together
+        speed = len(self.speeds) / sum(1 / one for one in self.speeds)  # mean over the last steps
         loss = math.nan if report.loss is None else report.loss
         line = f"loss {loss:.4f}{self.validation} · {speed:,.0f} tokens/s{utilization}"
         if report.skipped:
@@ -84,12 +84,12 @@ class ConsoleObserver:
 
 
 class ProgressObserver:
-    """Tells machines how far training is, when a world begins and every `interval` steps: in its output, and in a file.
+    """Tells programs how far training is, when a world begins and every `interval` steps: in its output, and in a file.
 
     Args:
         start: updates done in the restored state.
-        workers: in this world.
-        file: what the agent passes on to the master; what stands there is always one whole line.
+        workers: number of workers in this world.
+        file: the file that the agent passes on to the master. It always has one whole line.
     """
 
     def __init__(self, steps: int, start: int, interval: int, *, workers: int, file: Path) -> None:
@@ -105,7 +105,7 @@ class ProgressObserver:
 
     def _report(self, report: StepReport) -> None:
         (before, since), self.told = self.told, (report.step, time.monotonic())
-        each = (self.told[1] - since) / max(1, report.step - before)  # seconds a step, since the last line
+        each = (self.told[1] - since) / max(1, report.step - before)  # seconds per step since the last line
         self._tell(
             contract.Progress(
                 time=time.time(),
@@ -125,29 +125,29 @@ class ProgressObserver:
         pass
 
     def close(self) -> None:
-        if self.last and self.last.step != self.told[0]:  # a world that ends between two lines
+        if self.last and self.last.step != self.told[0]:  # the world ends between two lines
             self._report(self.last)
 
     def _tell(self, progress: contract.Progress) -> None:
         line = progress.to_line()
         print(line, flush=True)
         aside = self.file.with_suffix(".new")
-        with contextlib.suppress(OSError):  # a full disk: the log has it
+        with contextlib.suppress(OSError):  # the disk is full, but the line is in the log
             aside.write_text(line)
             aside.replace(self.file)
 
 
 class MetricsObserver:
-    """RUN/metrics.jsonl, in which each step of the kept history stands once.
+    """RUN/metrics.jsonl, with one line for each step of the kept history.
 
     Args:
-        step: updates done in the restored state; lines past it were lost with the world that wrote them.
-        reports: step reports that came with the state; those that the file lacks are written now.
-        lag: lines that may be missing on an object store.
+        step: updates done in the restored state; later lines are of a lost world, and are cut off.
+        reports: step reports that came with the state; those that the file lacks are added.
+        lag: most lines that may be missing on an object store.
     """
 
     def __init__(self, path: Path, step: int, reports: list[dict[str, Any]], lag: int = 1) -> None:
-        self.last_step = path.stat().st_mtime if path.exists() else None  # when the last line was written
+        self.last_step = path.stat().st_mtime if path.exists() else None  # time of the last line
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = end = written = 0
         for line in lines:
@@ -162,13 +162,13 @@ class MetricsObserver:
         if mirror := mirror_of(path):
             mirror.cut(path.name, end)
             self.follower = Follower(mirror, path.name, lag)
-        self.end, self.waiting = end, b""  # whole lines end here; lines that a full disk did not take
+        self.end, self.waiting = end, b""  # bytes of whole lines; lines that a full disk did not take
         reports = [report for report in reports if kept < report["step"] <= step]
         if kept < step and (not reports or reports[0]["step"] > kept + 1):
             upto = reports[0]["step"] - 1 if reports else step
             print(f"warning: {path} lacks the steps {kept + 1} to {upto}", file=sys.stderr, flush=True)
         if self.follower:
-            self.follower.grown(end)  # nothing, but the store has to hear of the cut
+            self.follower.grown(end)  # no new line, but the store has to be cut as well
         for report in reports:
             self._write(report)
 
@@ -176,7 +176,7 @@ class MetricsObserver:
         self._write(report.line())
 
     def on_evaluation(self, step: int, loss: float | None) -> None:
-        pass  # the ledger has it
+        pass  # evaluations are in the ledger
 
     def on_message(self, text: str) -> None:
         pass
@@ -189,7 +189,7 @@ class MetricsObserver:
             self.follower.close()
 
     def _write(self, report: dict[str, Any]) -> None:
-        """Append a line. A disk that is full keeps it waiting, and the training goes on."""
+        """Append a line. If the disk is full it waits in memory, and training goes on."""
         lines = self.waiting + (strict_json(report) + "\n").encode()
         try:
             written = self.file.write(lines)
@@ -210,7 +210,7 @@ class MetricsObserver:
 
 
 class LedgerObserver:
-    """RUN/ledger.jsonl: the updates that were skipped."""
+    """Writes the updates that were skipped to RUN/ledger.jsonl."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -233,9 +233,9 @@ class TensorBoardObserver:
     """RUN/tensorboard: the same numbers as curves."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and rank 0 alone needs it
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and only rank 0 needs it
 
-        # purge_step hides what a lost world wrote past the restored step.
+        # purge_step hides what a lost world wrote after the restored step.
         self.writer = SummaryWriter(folder, purge_step=step + 1)
 
     def on_step(self, report: StepReport) -> None:
@@ -255,7 +255,7 @@ class TensorBoardObserver:
 
 
 def _step(line: bytes) -> int | None:
-    """The step of a line of metrics; None for one that a killed writer left unfinished."""
+    """The step of a line of metrics; None for a half line that a killed writer left."""
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
     except ValueError:

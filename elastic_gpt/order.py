@@ -1,7 +1,8 @@
-"""Which sequences a step uses: a pure function of the step (law 2), and which of them a rank computes (law 3).
+"""Which sequences a step uses, as a pure function of the step (law 2), and which of them a rank computes (law 3).
 
-Nothing here has state. The position in the data is the step, so a checkpoint needs no sampler, and the world may change
-between any two steps. An epoch's order is a keyed permutation computed index by index: constant memory, no shuffled list.
+Nothing here has state. The step is the position in the data, so checkpoints save no sampler, and
+the world may change between any two steps. The order of an epoch is a keyed permutation, computed
+index by index in constant memory.
 """
 
 import hashlib
@@ -13,23 +14,23 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 
 ROUNDS = (
-    6  # of the Feistel network; four make a pseudo-random permutation (Luby and Rackoff, 1988), two more are margin
+    6  # of the Feistel network; four give a pseudo-random permutation (Luby and Rackoff, 1988), plus two as a margin
 )
 
 
 def sequence_count(tokens: int, block_size: int) -> int:
-    """Non-overlapping sequences in `tokens` tokens; the last target is one token past its sequence."""
+    """Number of non-overlapping sequences in `tokens` tokens. A sequence needs one token more, for its last target."""
     return max(0, (tokens - 1) // block_size)
 
 
 @dataclass(frozen=True)
 class Order:
-    """The global batches of a run: step to sequence ids.
+    """Gives the sequence ids of the global batch of each step.
 
     Attributes:
-        sequences: in the corpus (an epoch has each once).
-        global_batch: sequences a step.
-        seed: key of the permutations; each epoch has its own.
+        sequences: number of sequences in the corpus. An epoch uses each of them once.
+        global_batch: sequences per step.
+        seed: key of the permutations. Each epoch has its own permutation.
     """
 
     sequences: int
@@ -37,7 +38,7 @@ class Order:
     seed: int
 
     def ids(self, step: int) -> Ids:
-        """The sequence ids of step `step` (counted from 0), int64 (global_batch,). May straddle two epochs."""
+        """The sequence ids of `step`, counted from 0: int64 (global_batch,). They may span two epochs."""
         places = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
         epochs, indices = np.divmod(places, self.sequences)
         ids = np.empty_like(indices)
@@ -53,10 +54,11 @@ def sequence_hash(ids: Ids) -> str:
 
 
 def permute(indices: Ids, size: int, key: str) -> Ids:
-    """Images of `indices` under a permutation of range(size) that `key` picks.
+    """Images of `indices` under the permutation of range(size) that belongs to `key`.
 
-    A balanced Feistel network permutes the smallest even number of bits that holds `size`; an image outside the range
-    is permuted again until it falls inside (cycle walking, Black and Rogaway 2002), under four times on average.
+    A balanced Feistel network permutes the smallest even number of bits that can hold `size`. An
+    image outside the range is permuted again until it is inside (cycle walking, Black and Rogaway
+    2002): less than four times on average.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -76,21 +78,22 @@ def permute(indices: Ids, size: int, key: str) -> Ids:
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014); uint64 arithmetic wraps, as it should."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014). uint64 arithmetic is meant to wrap."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def share(micro_batches: int, rank: int, size: int) -> range:
-    """Indices of the micro-batches of a step that `rank` computes: contiguous, and no two shares differ by more than one.
+    """Indices of the micro-batches that `rank` of `size` ranks computes in a step.
 
-    With more ranks than micro-batches some shares are empty.
+    They are contiguous, and the sizes of two shares differ by at most one. With more ranks than
+    micro-batches, some are empty.
     """
     return range(micro_batches * rank // size, micro_batches * (rank + 1) // size)
 
 
 def micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
-    """Seed of the random numbers (dropout) of one micro-batch: the same on whichever rank it is computed (law 1)."""
+    """Seed of the random numbers (dropout) of one micro-batch, the same on any rank (law 1)."""
     digest = hashlib.blake2b(f"{seed}/{step}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # torch wants it to fit an int64
+    return int.from_bytes(digest, "little") >> 1  # torch takes seeds that fit an int64

@@ -1,4 +1,4 @@
-"""No orphans: a process that ends when the one that started it does. Imports nothing heavy, so it can be called first."""
+"""Leaves no orphans: a process can end together with its parent. Imports nothing slow, so it can be called first."""
 
 import contextlib
 import ctypes
@@ -13,7 +13,7 @@ def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent dies (Linux only).
 
     Args:
-        parent: process id of who started this one; if that is gone already, this process ends now.
+        parent: process id of the parent. If it has died already, this process ends now.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -22,7 +22,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def of_nodes(job: str) -> dict[int, str]:
-    """What lives of a job's local nodes: process id to node. Children inherit the name, so orphans have it, too."""
+    """The living processes of a job's local nodes: process id to node. Finds orphans too, which inherit the node's name."""
     import psutil
 
     found = {}

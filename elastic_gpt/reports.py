@@ -1,4 +1,4 @@
-"""What is known of a step, and the way from the device to the observers."""
+"""Step reports, and how they get from the device to the observers."""
 
 import dataclasses
 import itertools
@@ -20,29 +20,29 @@ from elastic_gpt.world import World
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is known of one step."""
+    """The report of one step."""
 
     step: int
     """Updates done, this one included."""
     loss: float | None
-    """Mean cross-entropy of the global batch before the update, nats a token; None for a skipped update."""
+    """Mean cross-entropy of the global batch before the update, nats per token; None for a skipped update."""
     lr: float
     grad_norm: float | None
-    """Before clipping; None for a skipped update."""
+    """Norm of the gradient before clipping; None for a skipped update."""
     tokens: int
-    """Seen since the start of the run."""
+    """Tokens seen since the start of the run."""
     tokens_per_second: float
-    """Of all nodes together, over this step."""
+    """Speed of all nodes together in this step."""
     mfu: float | None
-    """Model flops utilization: 0 to 1, of the peak of all devices together; None where the peak is not known."""
+    """Model flops utilization, 0 to 1, of the peak of all devices together; None if the peak is not known."""
     world_size: int
     sequence_hash: str
-    """Of the ids of the sequences that went into the gradient, in order."""
+    """Hash of the ids of the sequences in the gradient, in order."""
     skipped: bool = False
     """Whether the update was left out, because the loss or the gradient was not finite."""
 
     def line(self) -> dict[str, Any]:
-        """As metrics.jsonl has it: `skipped` stands there only where it is true."""
+        """Its line in metrics.jsonl, which has `skipped` only if it is true."""
         fields = dataclasses.asdict(self)
         return fields if self.skipped else {name: fields[name] for name in fields if name != "skipped"}
 
@@ -57,17 +57,18 @@ class Observer(Protocol):
 
 
 class Reporter:
-    """Reports each step to the observers, once it is known that all ranks have done it: then no death of one can undo it.
+    """Reports each step to the observers, once all ranks are known to have done it, so that no death can undo it.
 
-    On a GPU reports are made one step late, so that nobody waits for the device. Every rank makes them: who goes on from this
-    rank's state has the recent ones, and they fill what a killed rank 0 did not write.
+    On a GPU, reports are one step late, so that training does not wait for the device. Every rank
+    makes reports: they go with its state, so that the next world can add the lines that a killed
+    rank 0 did not write.
 
     Args:
         recent: the reports that came with the restored state, oldest first.
         keep: how many reports a snapshot carries.
-        tokens_per_step: of the global batch.
-        flops_per_token: of the model, forward and backward.
-        peak: of one device, operations a second; None where it is not known.
+        tokens_per_step: tokens in the global batch.
+        flops_per_token: operations of the model, forward and backward.
+        peak: operations per second of one device; None if not known.
     """
 
     def __init__(
@@ -94,14 +95,14 @@ class Reporter:
         return len(list(itertools.takewhile(lambda report: report.get("skipped", False), reversed(self.recent))))
 
     def step(self, step: int, rate: float, sums: StepSums, norm: torch.Tensor) -> None:
-        """Queue a step: updates done, learning rate, and what the ranks found together."""
+        """Queue a step: updates done, learning rate, sums over all ranks, and the gradient's norm."""
         numbers = torch.cat([torch.stack([sums.loss, norm, not_finite(sums, norm)]), sums.stops, sums.ids.flatten()])
         self.pending.append((step, rate, to_host(numbers)))
 
     def drain(self, behind: int = 0) -> tuple[int, int]:
-        """Make the reports of queued steps until `behind` are left; the observers get them when `all_did` is called.
+        """Make the reports of queued steps until `behind` are left. The observers get them when `all_did` is called.
 
-        Returns how many workers stop after the last, and how many of them leave.
+        Returns how many workers stop after the last of these steps, and how many of them leave.
         """
         stops = leaves = 0.0
         while len(self.pending) > behind:
@@ -129,7 +130,7 @@ class Reporter:
         return int(stops), int(leaves)
 
     def all_did(self) -> None:
-        """Tell the observers the reports there are. A collective after these steps has ended: each rank came to it."""
+        """Give the reports to the observers. Call it after a collective that follows the steps: all ranks have come to it."""
         while self.untold:
             report = self.untold.popleft()
             for observer in self.observers:
@@ -139,7 +140,7 @@ class Reporter:
         self.all_did()
         for observer in self.observers:
             observer.on_evaluation(step, loss if math.isfinite(loss) else None)
-        self.clock = time.perf_counter()  # an evaluation is not part of the next step's time
+        self.clock = time.perf_counter()  # so that an evaluation does not count as time of the next step
 
     def say(self, text: str) -> None:
         for observer in self.observers:

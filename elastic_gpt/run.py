@@ -1,12 +1,12 @@
-"""An elastic run of anybody's model: a loop over steps that goes on through the loss and the coming of nodes.
+"""An elastic run of any model: a loop over steps that goes on while nodes are lost and added.
 
-    for step in run:                        # a step that a lost peer interrupted comes again
+    for step in run:                        # a step that the loss of a peer interrupted comes again
         for inputs, targets in step:        # this worker's share of the global batch
             step.backward(loss(inputs, targets))
         step.update()
 
-`Elastic` takes a model, an optimizer and an indexable data set. Underneath, `Worlds` has what every elastic run needs and no
-more; nanoGPT's training (model_zoo/nanogpt/train.py) is another user of it.
+`Elastic` takes a model, an optimizer and an indexable data set. It is built on `Worlds`, which has
+what every elastic run needs; nanoGPT's training (model_zoo/nanogpt/train.py) is built on it too.
 """
 
 import abc
@@ -69,7 +69,7 @@ HALVINGS = 16  # skipped updates in which a float16 run's loss scale may find it
 
 @dataclass(frozen=True)
 class Plan:
-    """What an elastic run is to do, whatever its model."""
+    """Settings that every elastic run has, whatever its model."""
 
     run_dir: Path
     steps: int
@@ -77,16 +77,16 @@ class Plan:
     global_batch: int
     """Sequences or examples a step, whatever the number of workers."""
     micro_batch: int
-    """Of them, in one forward pass; divides it."""
+    """How many of them go through one forward pass; a divisor of global_batch."""
     seed: int = 0
     targets: int = 1
-    """In one of them; the gradient is that of the mean over all targets of the global batch."""
+    """Targets in one of them. The gradient is that of the mean loss over all targets of the global batch."""
     device: Device = "auto"
     resume: Resume = "auto"
     clip: float = 0.0
-    """Largest norm of the gradient; 0: any."""
+    """Largest norm of the gradient; 0: no clipping."""
     max_skipped: int = 10
-    """Updates in a row that are not finite, after which the run ends."""
+    """The run ends after so many updates in a row that are not finite."""
     exact: bool = False
     """Parameters equal bit for bit at every world size on the same kind of device."""
     traffic: Traffic = "float32"
@@ -96,7 +96,7 @@ class Plan:
     checkpoint_keep: int = 2
     checkpoint_dir: str | None = None
     evaluate_interval: int = 0
-    """Steps between evaluations; 0: at the end alone. Of a run that evaluates."""
+    """Steps between evaluations; 0: only at the end. For a run that evaluates."""
     grace_seconds: float = 25.0
     timeout_seconds: float = 120.0
     observe_interval: int = 10
@@ -125,12 +125,12 @@ class Step:
         self._now: tuple[int, torch.Tensor] | None = None
         self.lost: PeerLost | None = None
         self.did: tuple[float, StepSums, torch.Tensor] | None = None
-        """Learning rate, what the ranks found together, and the gradient's norm, once it is done."""
+        """Learning rate, sums over all ranks, and the gradient's norm, when the step is done; None before."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """The micro-batches of this worker's share, on the device; it may be empty."""
+        """The micro-batches of this worker's share, on the device. There may be none."""
         for index, ids, *tensors in self._batches.step(self.number):
-            # Dropout: on any rank the same.
+            # Dropout is the same on any rank.
             torch.manual_seed(micro_batch_seed(self._worlds.plan.seed, self.number, index))
             self._now = index, ids
             yield tuple(tensors)
@@ -139,7 +139,8 @@ class Step:
         """Add the gradient of a micro-batch.
 
         Args:
-            loss_sum: the sum of the loss over its targets, not the mean: a scalar. It is divided by all of the step's.
+            loss_sum: a scalar, the sum (not the mean) of the loss over its targets. It is divided by the targets of the
+                whole step.
         """
         if self._now is None:
             raise RuntimeError("step.backward() belongs into the loop over the step's micro-batches, once in each")
@@ -148,10 +149,10 @@ class Step:
         self._worlds.gradients.backward(index, ids, loss_sum, scale.factor if scale else 1.0)
 
     def update(self, rate: float | None = None) -> None:
-        """Sum the gradient over all workers and do the update; where a worker was lost, drop the step, and it comes again.
+        """Sum the gradient over all workers and do the update. If a worker is lost, the step is dropped and comes again.
 
         Args:
-            rate: learning rate of this update; None: as the optimizer has it.
+            rate: learning rate of this update; None: that of the optimizer.
         """
         worlds, plan = self._worlds, self._worlds.plan
         called = False
@@ -163,7 +164,7 @@ class Step:
         except PeerLost as error:
             self.lost = error
             return
-        # Between the sum over the ranks and the end of this nothing fails: all do the step, or none.
+        # After the sum over the ranks nothing can fail, so either all ranks do the step or none.
         if worlds.scale:
             worlds.scale.unscale(worlds.gradients.gradient)
         norm = worlds.gradients.clip(plan.clip)
@@ -176,9 +177,9 @@ class Step:
 
 
 class Worlds(abc.ABC):
-    """A run, as one worker sees it: what lives on from world to world, and what is done in one.
+    """A run as one worker sees it: what it keeps from world to world, and what it does in each.
 
-    A subclass says how the directory is opened and what the batches are.
+    A subclass defines how the run directory is opened and what the batches are.
     """
 
     def __init__(
@@ -202,9 +203,9 @@ class Worlds(abc.ABC):
         self.snapshots: Snapshots | None = None
         self.reporter: Reporter | None = None
         self.observers: list[Observer] = []
-        """Of the user's own; they hear of each step on the first worker."""
+        """The user's own observers, which get each step's report on the first worker."""
 
-    # --- what a subclass says
+    # --- what a subclass defines
 
     evaluates = False
     """Whether there is a validation loss."""
@@ -218,11 +219,11 @@ class Worlds(abc.ABC):
         """This rank's micro-batches of each step."""
 
     def evaluate(self, world: World) -> float:
-        """The validation loss, together with all ranks."""
+        """The validation loss, computed by all ranks together."""
         raise NotImplementedError
 
     def speed(self, world: World) -> tuple[int, float | None]:  # noqa: ARG002 - a subclass may need it
-        """Operations for a target, forward and backward; and a device's peak, operations a second."""
+        """Operations per target, forward and backward; and the device's peak in operations per second, if known."""
         return 0, None
 
     def introduce(self, world: World, restored: Restored) -> list[str]:  # noqa: ARG002 - a subclass may need it
@@ -232,7 +233,7 @@ class Worlds(abc.ABC):
     # --- the loop
 
     def __iter__(self) -> Iterator[Step]:
-        """The steps that are left, in one world after the other. Ends when the run is finished; else the process ends."""
+        """The steps that are left, in one world after the other. Returns only if the run is finished; else the process ends."""
         while True:
             try:
                 if self.agent and not self.agent.next_world(self.held.step, lambda: self.signals.stop):
@@ -243,7 +244,7 @@ class Worlds(abc.ABC):
                 lost_at = self.held.step
                 if error.noticed_by:
                     self.ledger.write("interrupted", node=error.noticed_by, cause="lost a peer")
-                # On a GPU the update may have been given to the device before the sum failed: what it holds is not known.
+                # On a GPU the update may have been queued before the sum failed, so its state is not known.
                 half = devices.works_on(place(self.plan.device))
                 if self.agent is None or half or isinstance(error, NotJoined) or not leave() or not self.keep():
                     raise
@@ -257,15 +258,15 @@ class Worlds(abc.ABC):
                     return
 
     def report_last(self, step: Step) -> None:
-        """Report a step after which the loop was left."""
+        """Report a step after which the caller left the loop."""
         if self.reporter and step.did:
             self.reporter.step(step.number + 1, *step.did)
             self.reporter.drain()
 
     def keep(self) -> bool:
-        """Keep the state that this worker holds, out of its world: in place, and in shared memory should it die, too.
+        """Keep this worker's state between two worlds: in its tensors, and in shared memory in case it dies as well.
 
-        Returns whether there is one.
+        Returns whether the state is whole.
         """
         if self.reporter:
             self.reporter.drain()
@@ -279,14 +280,14 @@ class Worlds(abc.ABC):
         return True
 
     def in_world(self, world: World) -> Generator[Step, None, int]:
-        """One life of the run: until it is over, or until the world changes. Returns the exit code."""
+        """One life of the run, until the run is over or the world changes. Returns the exit code."""
         joined = time.time()
         lived_on = self.held.life >= 0
         run, claim = self.open(world)
         over = False
         try:
             over, code = yield from self._live(world, run, joined, lived_on)
-        except ValueError:  # a user's mistake: nobody tries again
+        except ValueError:  # a user's mistake: another try would not help
             over = True
             raise
         finally:
@@ -295,18 +296,21 @@ class Worlds(abc.ABC):
         return code
 
     def _live(self, world: World, run: Run, joined: float, lived_on: bool) -> Generator[Step, None, tuple[bool, int]]:
-        """Restore, train until the end or until the world changes. Returns whether the job is over, and the exit code.
+        """Restore the state, then train to the end or until the world changes.
 
         Args:
             joined: when the world was formed, seconds since 1970.
             lived_on: whether this process was in the life before.
+
+        Returns:
+            Whether the job is over, and the exit code.
         """
         plan, tensors, held, ledger, signals = self.plan, self.tensors, self.held, self.ledger, self.signals
         self.gradients.world = world
         batches = self.batches(world)
         max_skipped = plan.max_skipped + (HALVINGS if self.scale else 0)
 
-        # --- where it is taken up again
+        # --- restore the state
         snapshots = self.snapshots = self._open_snapshots(run, world)
         checkpoints = Checkpoints(checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run)
         restored = restore(tensors, snapshots, checkpoints, run, world, plan.resume, held)
@@ -316,7 +320,7 @@ class Worlds(abc.ABC):
         nodes, stayed = sorted({node for node, *_ in here}), sorted({node for node, lives_on, _ in here if lives_on})
         observers, last_step = self._open_observers(run, nodes, stayed, world, restored)
         for node, _, cause in here if world.first else []:
-            if cause:  # its agent ended the worker that was there before
+            if cause:  # the agent ended the worker that was here before
                 ledger.write("replaced", node=node, cause=cause)
         # --- reports
         back = time.time()
@@ -333,17 +337,17 @@ class Worlds(abc.ABC):
         for line in [*self.introduce(world, restored), run.note, restored.choice]:
             if line:
                 reporter.say(line)
-        # --- what the change of members left to be saved
+        # --- save what the membership change left unsaved
         if snapshots and snapshots.step != restored.step:
-            snapshots.save(restored.step, run.life, tensors, restored.reports)  # now every node has it
+            snapshots.save(restored.step, run.life, tensors, restored.reports)  # so that every node has it
         if world.first and restored.step - checkpoints.listed >= plan.checkpoint_interval:
-            checkpoints.save(restored.step, tensors, restored.reports)  # the one that was due died with its writer
+            checkpoints.save(restored.step, tensors, restored.reports)  # it was due, but lost with its writer
 
         if restored.step >= plan.steps:
             reporter.say(f"nothing to do at step {restored.step} of {plan.steps}: a larger --steps goes on from there")
 
         def give_up(step: int, good: int, what: str) -> NoReturn:
-            """The states after `good` up to `step` are worth nothing. The ledger says so, and no later life takes one."""
+            """End the run: the states after `good` up to `step` are useless, and the ledger says so to later lives."""
             if world.first:
                 ledger.write("diverged", step=step, good=good)
             older = world.first_does(lambda: max((one for one in checkpoints.steps() if one <= good), default=None))
@@ -354,7 +358,7 @@ class Worlds(abc.ABC):
             raise NotFinite(f"{what}: {last}; the same command with a smaller --optimizer.learning-rate goes on")
 
         def keep_finite(step: int) -> None:
-            """Called before a state is kept."""
+            """Called before a state is saved: ends the run if it is not finite."""
             if name := broken(tensors):
                 give_up(step, step - 1, f"the update of step {step} made the state infinite or not a number ({name})")
 
@@ -362,7 +366,7 @@ class Worlds(abc.ABC):
         with contextlib.closing(batches), _on_its_way(snapshots, checkpoints, ledger):
             while step < plan.steps and not stopping:
                 if self.evaluates and step > 0 and plan.evaluate_interval > 0 and step % plan.evaluate_interval == 0:
-                    # After the state is saved; if this world is asked to stop, the next one does it.
+                    # Evaluates after the state is saved. If this world has to stop, the next one evaluates.
                     reporter.evaluation(step, self.evaluate(world))
                 # --- one step: the gradient of the whole batch, then one update
                 if self.agent:
@@ -375,14 +379,14 @@ class Worlds(abc.ABC):
                 if this.did is None:
                     raise RuntimeError("step.update() was not called: it ends each step")
                 rate, sums, norm = this.did
-                reporter.all_did()  # the steps before: each rank has come to this one
+                reporter.all_did()  # all ranks have come to this step, so they have done the ones before
                 step += 1
 
-                # --- what is known of it: reports, and whether the run can go on
+                # --- its report, and whether the run can go on
                 snapshot = step % plan.snapshot_interval == 0
                 save = step % plan.checkpoint_interval == 0 or (snapshot and checkpoints.owed)
                 reporter.step(step, rate, sums, norm)
-                # A GPU works on while the step before is reported; but nothing is saved before its report is written.
+                # A GPU computes while the step before is reported. But before a save, all reports are written.
                 if world.first and ledger.superseded():
                     raise PeerLost(f"another world trains into {shown(plan.run_dir)} since this one was formed")
                 stopping, leaving = reporter.drain(
@@ -393,11 +397,11 @@ class Worlds(abc.ABC):
                 if reporter.skipped >= max_skipped:
                     what = f"loss or gradient not finite in {reporter.skipped} updates in a row, up to step {step}"
                     give_up(step, step - reporter.skipped, f"{what} (optimizer.max_skipped)")
-                if reporter.skipped:  # what follows a bad update may be bad: nothing good is replaced by it
+                if reporter.skipped:  # the state may be bad, so it must not replace a good one
                     snapshot = save = False
                 if snapshot or save:
                     keep_finite(step)
-                # --- what is kept of it: in memory, and on storage
+                # --- save it: in memory, and on storage
                 if snapshots and snapshot:
                     snapshots.save(step, run.life, tensors, list(reporter.recent))
                     snapshots.drop_others(nodes)
@@ -408,11 +412,11 @@ class Worlds(abc.ABC):
                     else:
                         checkpoints.save(step, tensors, list(reporter.recent))
 
-            # --- the end of this life: the last state is saved, and the ledger says how it ended
-            # Every rank is out of the loop after the same step: at the end, or because somebody was asked to stop.
+            # --- the end of this life: save the last state, and write to the ledger how it ended
+            # All ranks leave the loop after the same step: at the end, or because a worker was asked to stop.
             reporter.drain()
             keep_finite(step)
-            world.gather(None)  # so each of them has done the last step, too
+            world.gather(None)  # now all of them have done the last step
             reporter.all_did()
             finished = step >= plan.steps
             if finished and restored.step < step and self.evaluates:
@@ -431,7 +435,7 @@ class Worlds(abc.ABC):
             deadline = time.monotonic() + plan.grace_seconds - max(world.gather(signals.waited))
 
             def settle() -> bool:
-                """Storage has this step when nodes leave, for it may not be the last node that does; and at the end."""
+                """Save this step on storage at the end, and if nodes leave (all may). Returns whether it is there."""
 
                 def wait() -> None:
                     while checkpoints.pending and (finished or time.monotonic() < deadline):
@@ -468,7 +472,7 @@ class Worlds(abc.ABC):
         return over, RESTART_ME if world.elastic else 128 + signals.number
 
     def _open_snapshots(self, run: Run, world: World) -> Snapshots | None:
-        """This node's snapshots, on its first worker. Too little shared memory is said, and the run goes on without."""
+        """This node's snapshots, on its first worker. If shared memory is too small, says so and goes on without."""
         if not world.first_of_node:
             return None
         if self.snapshots:
@@ -476,7 +480,7 @@ class Worlds(abc.ABC):
             return self.snapshots
         try:
             folder, metrics = shared_memory() / run.run_id, self.plan.run_dir / METRICS
-            # A mirror's may be ahead of what the store has, with which a later life begins.
+            # A mirror may be ahead of the store, with which the next life begins.
             history = None if mirror_of(metrics) else metrics
             return Snapshots(folder, world.node, run.run_id, self.tensors, name=run.name, history=history)
         except SnapshotError as error:
@@ -486,9 +490,10 @@ class Worlds(abc.ABC):
     def _open_observers(
         self, run: Run, nodes: list[str], stayed: list[str], world: World, restored: Restored
     ) -> tuple[list[Observer], float | None]:
-        """The observers of a world, on its first worker; and when the last step before was written, seconds since 1970.
+        """Open the observers of a world, on its first worker, and write the beginning of this life to the ledger.
 
-        The ledger gets the beginning of this life.
+        Returns the observers, and the time of the last step before, in seconds since 1970 (None: no
+        step yet).
         """
         if not world.first:
             return [], None
@@ -506,21 +511,21 @@ class Worlds(abc.ABC):
             metrics,
             LedgerObserver(ledger),
         ]
-        if file := progress_file():  # in a pod
+        if file := progress_file():  # only in a pod
             start, interval = restored.step, plan.observe_interval
             observers.append(ProgressObserver(plan.steps, start, interval, workers=world.size, file=file))
-        if plan.tensorboard and not mirror_of(plan.run_dir):  # its files grow by appending
+        if plan.tensorboard and not mirror_of(plan.run_dir):  # it appends to its files, which no store can
             observers.append(TensorBoardObserver(plan.run_dir / TENSORBOARD, restored.step))
         return observers + self.observers, metrics.last_step
 
 
 @contextlib.contextmanager
 def _on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints, ledger: Ledger) -> Iterator[None]:
-    """What is being saved when a peer is lost is saved to its end: it may be the newest there is."""
+    """If a peer is lost while a state is being saved, wait until it is saved: it may be the newest one."""
     try:
         yield
     except (PeerLost, NotFinite):
-        leave()  # first, for others may be waiting for this one
+        leave()  # first, since others may be waiting for this worker
         if snapshots:
             snapshots.wait()
         _tell_saved(checkpoints, ledger, print, wait=True)
@@ -528,7 +533,7 @@ def _on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints, ledger: L
 
 
 def _tell_saved(checkpoints: Checkpoints, ledger: Ledger, say: Callable[[str], None], wait: bool = False) -> None:
-    """Write down what became of a checkpoint. A failed one is tried again with each snapshot, and told once."""
+    """Write to the ledger whether a checkpoint was saved. One that failed is tried again with each snapshot, and told once."""
     again, result = checkpoints.failed, checkpoints.finished(wait)
     if isinstance(result, OSError) and not again:
         ledger.write("save_failed", error=str(result))
@@ -539,9 +544,9 @@ def _tell_saved(checkpoints: Checkpoints, ledger: Ledger, say: Callable[[str], N
 
 @contextlib.contextmanager
 def exits(run_dir: Path) -> Iterator[None]:
-    """What goes wrong in a run is told in a line, and ends this process with the exit code (contract.py) that its agent knows.
+    """Tells an error in one line, and ends this process with the exit code (contract.py) that its agent knows.
 
-    After 1, 3 and 4 an agent tries again. Without one, 3 and 4 would mean nothing to anybody, and are 1.
+    After 1, 3 and 4 an agent tries again. Without an agent, 3 and 4 become 1.
     """
     agent = "TORCHELASTIC_RUN_ID" in os.environ
     try:
@@ -550,38 +555,38 @@ def exits(run_dir: Path) -> Iterator[None]:
         raise SystemExit(fail(error)) from error
     except PeerLost as error:
         text = f"{error}; this worker ends{', its agent forms a new world' if agent else ''}"
-        # A peer that dies is nothing to tell; a world that cannot be formed may be a wrong setting of the network.
+        # The loss of a peer needs no message. That no world can be formed may be due to wrong network settings.
         print(f"warning: {text}" if isinstance(error, NotJoined) else text, file=sys.stderr, flush=True)
         if isinstance(error, NotJoined):
             time.sleep(NETWORK_SECONDS)
             os._exit(NO_WORLD if agent else FAILED)
-        # At once: a process group with a dead member cannot be torn down in good order.
+        # At once, since a process group with a dead member cannot be torn down properly.
         os._exit(RESTART_ME if agent else FAILED)
     except Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        # An outage passes, and the agent tries until it has; what never answered is a crash, and crashes are counted.
+        # The agent tries until an outage is over. A store that never answered counts as a crash, and crashes are limited.
         os._exit(RESTART_ME if agent and Ledger(run_dir).lives() else FAILED)
     except Exception as error:
-        if agent:  # a worker: its node's log is for who looks into the program
+        if agent:  # the traceback goes to the node's log
             traceback.print_exc()
-        # At once: if the peers ended first, the agent would take this crash for a change of members.
+        # At once: if peers ended first, the agent would take this crash for a membership change.
         os._exit(fail(error))
 
 
 class Elastic(Worlds):
     """An elastic run of a model on an indexable data set: iterate over it, and over each step (see above).
 
-    Started by `elastic-gpt launch --nodes 3 -- my_script.py`, it goes on through the loss and the coming of nodes; alone, it
-    is a training in one process that can be killed and started again.
+    Started by `elastic-gpt launch --nodes 3 -- run my_script.py`, it goes on while nodes are lost
+    and added. Alone, it is a training in one process that can be killed and started again.
 
     Args:
-        run_dir: of the run, or its URL; one that is found there is gone on with.
-        model: without BatchNorm, whose statistics would be of one worker's share.
-        optimizer: of all of the model's parameters.
-        data: `data[i]` is a tuple of tensors or numbers, `len(data)` how many there are; the same on every worker.
-        identity: what makes this another run than one before, beside the sizes and the model's shapes: names and plain values.
-        observers: the user's own (elastic_gpt/reports.py); they hear of each step on the first worker.
-        plan: as `Plan` has it: steps, global_batch, micro_batch ...
+        run_dir: run directory, or its URL. A run that is there is resumed.
+        model: the model; without BatchNorm, whose statistics would depend on one worker's share.
+        optimizer: an optimizer of all parameters of the model.
+        data: `data[i]` is a tuple of tensors or numbers, `len(data)` their number; the same on every worker.
+        identity: names and plain values that a run cannot change, beside the sizes and the model's shapes.
+        observers: the user's own (elastic_gpt/reports.py), which get each step's report on the first worker.
+        plan: the fields of `Plan`: steps, global_batch, micro_batch ...
 
     Raises:
         SettingsError: with the cure.
@@ -623,7 +628,7 @@ class Elastic(Worlds):
         }
 
     def __iter__(self) -> Iterator[Step]:
-        """The steps that are left. A worker that ends before the run does ends its process here, with the right exit code."""
+        """The steps that are left. If this worker has to end before the run does, its process ends here."""
         steps = super().__iter__()
         while True:
             with exits(self.plan.run_dir):

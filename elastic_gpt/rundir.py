@@ -1,4 +1,4 @@
-"""The directory of any run: opened by all ranks together, claimed for their job, and told apart from a copy of it."""
+"""The run directory: all ranks open it together, claim it for their job, and notice if it is a copy."""
 
 import dataclasses
 import time
@@ -21,7 +21,7 @@ from elastic_gpt.storeclaim import StoreClaim
 from elastic_gpt.world import World
 from prepare.frontdoor import FULL
 
-LOOKS, LOOK_SECONDS = 60, 0.5  # for a file that another node made; an NFS client may know of it 30 s later
+LOOKS, LOOK_SECONDS = 60, 0.5  # for a file of another node, which an NFS client may see 30 s later
 
 
 def open_together(
@@ -30,14 +30,16 @@ def open_together(
     """Make or find a run directory. The first worker has the claim.
 
     Args:
-        mine: settings that this rank was given, which have to be those of all.
-        make: is called by the first worker with what claims the directory for this job, and writes what is in it.
+        mine: the settings of this rank, which have to be the same on all ranks.
+        make: called by the first worker; it makes what is in the directory. Its argument is a function that claims the
+            directory for this job.
 
     Raises:
-        SettingsError: on all ranks, if they were given different settings, or if the directory cannot be written or is
-            not shared by the nodes; and whatever `make` raises.
+        SettingsError: on all ranks, if their settings differ, or the directory cannot be written or is not shared by
+            the nodes; and whatever `make` raises.
         InUse: on all ranks, if another job trains into the directory.
     """
+    # --- all ranks have the same settings
     told = world.gather((dict(mine), world.node, process()))
     first = told[0][0]
     for given, node, _ in told:
@@ -46,10 +48,11 @@ def open_together(
                 "the nodes were given different settings:"
                 f" {differing}={given.get(differing)} on {node}, {first[differing]} on another node"
             )
+    # --- the first worker claims the directory and makes what is in it
     claims: list[Claim] = []
     mirror = mirror_of(folder)
     if mirror:
-        mirror.reopen()  # the world before this one may have written meanwhile
+        mirror.reopen()  # the world before may have written to the store
 
     def take() -> tuple[Run, Ledger]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +81,9 @@ def open_together(
             raise SettingsError(f"{told}: choose another --run-dir") from error
 
     run = world.first_does(first_makes)
-    for _ in range(LOOKS):  # all ranks look equally often, and none waits long for another
+
+    # --- all ranks see it
+    for _ in range(LOOKS):  # all ranks look equally often, since each look is a collective
         if mirror and not world.first:
             mirror.pull(LEDGER)
         seen = any(event.get("run_id") == run.run_id for event in Ledger(folder).events())
@@ -93,11 +98,11 @@ def open_together(
 
 
 def _recognise(ledger: Ledger, folder: Path, continues: bool) -> tuple[str, str]:
-    """The id of the run in `folder`: a new one, and a line about it, where this is not the folder in which the run was last."""
+    """The id of the run in `folder`, and a line for a person. A copy of the folder gets a new id; the line says so."""
     known, here = ledger.identities(), directory(folder)
-    if not known or continues:  # within a job nothing is copied, and nodes may see the same folder with other numbers
+    if not known or continues:  # nobody copies within a job, and nodes may see the same folder with different numbers
         return ledger.run_id(), ""
-    before = known[-1].get("directory")  # none in a run of 0.1.0
+    before = known[-1].get("directory")  # version 0.1.0 did not write it
     if before and same_directory(here, before):
         return str(known[-1]["run_id"]), ""
     run_id = new_id()
@@ -109,7 +114,7 @@ def _recognise(ledger: Ledger, folder: Path, continues: bool) -> tuple[str, str]
 
 
 def _run(ledger: Ledger, run_id: str, name: str, continues: bool) -> Run:
-    """What the ledger says of the run."""
+    """Reads from the ledger what the workers have to know about the run."""
     saved: list[tuple[int, str]] = []
     left: set[str] = set()
     lives: dict[str, int] = {}
@@ -120,7 +125,7 @@ def _run(ledger: Ledger, run_id: str, name: str, continues: bool) -> Run:
         elif event["event"] == "joined":
             lives[event.get("name", "")] = event["life"]
         elif event["event"] == "copied":
-            if event["directory"]["path"] != before["path"]:  # else a backup was put back where it was
+            if event["directory"]["path"] != before["path"]:  # if not, a backup was put back in its place
                 left |= {place for _, place in saved}
             before = event["directory"]
         else:
@@ -142,10 +147,10 @@ def _run(ledger: Ledger, run_id: str, name: str, continues: bool) -> Run:
 
 
 def settings_before(path: Path) -> dict[str, Any]:
-    """The settings of the life before, by dotted name; none for a new run."""
+    """The settings of the life before, by dotted name; {} for a new run."""
     try:
         return settings.flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):  # who writes there is told the second
+    except (FileNotFoundError, NotADirectoryError):  # writing there will report the second
         return {}
     except OSError as error:
         raise SettingsError(f"cannot read {path} ({error.strerror}): choose another --run-dir") from error

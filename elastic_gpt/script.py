@@ -1,4 +1,4 @@
-"""A training script of one's own, run as one worker of many: it imports `Elastic` and iterates over it (elastic_gpt/run.py)."""
+"""Runs a user's training script as one of many workers. The script iterates over `Elastic` (elastic_gpt/run.py)."""
 
 import runpy
 import sys
@@ -16,7 +16,7 @@ examples:
 
 
 def check(argv: Sequence[str], prog: str = "elastic-gpt run") -> tuple[Path, list[str]]:
-    """The script and its arguments. Raises ValueError where there is no such script."""
+    """The script and its arguments. Raises ValueError if there is no such script."""
     parser = Parser(prog, description="Run a training script of your own elastically.", epilog=EXAMPLES)
     parser.add_argument("script", metavar="SCRIPT", help="a Python file that iterates over elastic_gpt.Elastic")
     parser.add_argument("arguments", nargs=REMAINDER, metavar="...", help="its own")
@@ -29,14 +29,14 @@ def check(argv: Sequence[str], prog: str = "elastic-gpt run") -> tuple[Path, lis
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt run") -> int:
-    """Exit codes: the script's; of a worker that its agent starts again, as in contract.py."""
+    """Run the script. Exit codes: those of the script, and of workers (contract.py)."""
     script, arguments = check(sys.argv[1:] if argv is None else argv, prog)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except Exception as error:  # the user's own: where it comes from is what they need
+    except Exception as error:  # the user needs the traceback of their own error
         traceback.print_exc()
-        last_word(f"error: {script}: {type(error).__name__}: {printable(str(error))}")  # a launcher shows no more
+        last_word(f"error: {script}: {type(error).__name__}: {printable(str(error))}")  # the launcher shows this
         return FAILED
     return DONE

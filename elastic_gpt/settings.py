@@ -1,8 +1,9 @@
-"""One door for settings: preset, then environment, then flags; the last one wins.
+"""Settings from a preset, the environment and flags; the last one wins.
 
-All three become one list of flags for one parser, so a typo in any of them gets the same answer: the offending name,
-where it stands, and the nearest right one. A preset is a YAML file of nested settings; `EGPT__MODEL__N_LAYER=6` in the
-environment and `--model.n-layer 6` on the command line name the same field.
+All three become one list of flags for one parser, so a typo in any of them gets the same answer:
+the wrong name, where it is, and the nearest right one. A preset is a YAML file of nested settings;
+`EGPT__MODEL__N_LAYER=6` in the environment and `--model.n-layer 6` on the command line name the
+same field.
 """
 
 import ast
@@ -29,34 +30,34 @@ import yaml
 from prepare.frontdoor import fail as fail
 from prepare.frontdoor import utf8
 
-# Values of settings that several rooms know, none of which should need torch for that.
+# Types of settings that several modules share. None of them should need torch for these.
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Resume = Literal["auto", "storage", "memory"]
 Traffic = Literal["float32", "bfloat16"]
 
 PREFIX = "EGPT__"
-MOST_BYTES = 1 << 20  # of a preset; a corpus that is named in its place is not read
+MOST_BYTES = 1 << 20  # largest preset, so that a corpus that is named by mistake is not read
 
 
 T = TypeVar("T")
 
 
 class SettingsError(ValueError):
-    """A setting that the user can mend. The message is one line and holds the cure."""
+    """A wrong setting that the user can mend. The message is one line with the cure."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`: did you mean 'x'?` with the known name closest to `name`, or a list of all when none is close."""
+    """`: did you mean 'x'?` with the known name closest to `name`, or a list of all if none is close."""
     names = list(known)
     section, _, leaf = name.rpartition(".")
     leaves = {other: other.rpartition(".")[2] for other in names}
-    # A right field in a wrong section is nearer than a string distance over the whole name, and so is "lr" for
+    # The right field in a wrong section is nearer than the distance of the whole names tells, and so is "lr" for
     # "learning_rate".
     near = difflib.get_close_matches(leaf, set(leaves.values()), n=1, cutoff=0.75)
     close = [other for other in names if leaves[other] in near]
     close = close or [other for other in names if leaf == "".join(word[:1] for word in leaves[other].split("_"))]
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    close.sort(key=lambda other: other.rpartition(".")[0] != section)  # the section that was named comes first
+    close.sort(key=lambda other: other.rpartition(".")[0] != section)  # names in the same section come first
     return f": did you mean '{close[0]}'?" if close else f": choose from {', '.join(names)}"
 
 
@@ -67,7 +68,7 @@ def refuse_rounded(traffic: Traffic, *, exact: bool) -> None:
 
 
 def node_range(nnodes: str) -> tuple[int, int]:
-    """The least and the most nodes of a job, from `MIN:MAX` or one number for both. Raises ValueError for others."""
+    """The least and the most nodes, from `MIN:MAX`, or one number for both. Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+)(?::(\d+))?", nnodes)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
@@ -76,7 +77,7 @@ def node_range(nnodes: str) -> tuple[int, int]:
 
 
 def field_types(kind: type) -> dict[str, Any]:
-    """Dotted name to type, for every leaf field of a (nested) dataclass."""
+    """Dotted name to type of every field of a dataclass and of the dataclasses in it."""
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -89,7 +90,7 @@ def field_types(kind: type) -> dict[str, Any]:
 
 
 def field_help(kind: type) -> dict[str, str]:
-    """Name to the docstring line under it, for the fields of a dataclass that have one."""
+    """Field name to the docstring under it, for the fields of a dataclass that have one."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(definition, ast.ClassDef)
     return {
@@ -112,8 +113,11 @@ def parse(
     """Build a `kind` from `argv`: a preset (a name in `presets`, or a path to a YAML file), then flags.
 
     Args:
-        kind: a frozen dataclass of settings, its sections being dataclasses in turn.
-        environment: where `EGPT__SECTION__FIELD` variables are looked up.
+        kind: a frozen dataclass of settings, whose sections are dataclasses too.
+        argv: the command line.
+        presets: the folder of presets.
+        prog: name of the command, for messages.
+        environment: the variables among which `EGPT__SECTION__FIELD` are settings.
         unheard: settings that the preset does not decide, though it names them.
 
     Raises:
@@ -141,7 +145,7 @@ def parse(
         if known[name] is bool:
             given[name] = (str(value).capitalize(), given[name][1])
     try:
-        # With the equals sign, or -3 would be taken for a flag.
+        # With an equals sign, since -3 alone would be taken for a flag.
         parsed = _tyro(kind, [f"--{name}={value}" for name, (value, _) in given.items()], prog)
         for name, value in flatten(dataclasses.asdict(parsed)).items():  # type: ignore[call-overload]
             if isinstance(value, float) and not math.isfinite(value):
@@ -157,9 +161,9 @@ def preset_names(presets: Path) -> list[str]:
 
 
 def find_preset(name: str, presets: Path) -> Path:
-    """The path of a preset named by its path, or by its name in the folder `presets`."""
+    """The path of a preset. `name` is its path, or its name in the folder `presets`."""
     for path in (Path(name), presets / name, presets / f"{name}.yaml"):
-        with contextlib.suppress(OSError, ValueError):  # no path: too long, say
+        with contextlib.suppress(OSError, ValueError):  # not a path: too long, for example
             if path.is_file():
                 return path
     if Path(name).is_dir():
@@ -170,7 +174,7 @@ def find_preset(name: str, presets: Path) -> Path:
 
 
 def dump(settings: Any) -> str:
-    """A settings dataclass as YAML, in the form that a preset has."""
+    """A settings dataclass as YAML, in the form of a preset."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -219,7 +223,7 @@ def _from_preset(path: Path, known: Mapping[str, Any]) -> dict[str, tuple[Any, s
 
 
 class _Loader(yaml.SafeLoader):
-    """Of two equal keys YAML's loader takes the last, and says nothing."""
+    """YAML's loader that refuses two equal keys, of which the original silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -230,13 +234,13 @@ class _Loader(yaml.SafeLoader):
 
 
 def _leaves(tree: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of what a preset sets; a section goes as deep as the settings do."""
+    """Dotted name and value of each setting in a preset."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         section = any(other.startswith(f"{name}.") for other in known)
         if section and isinstance(value, Mapping):
             yield from _leaves(value, known, f"{name}.")
-        elif not (section and value is None):  # all its lines are comments
+        elif not (section and value is None):  # a section with comments only
             yield name, value
 
 
@@ -283,7 +287,7 @@ def _say(note: str) -> None:
 
 
 def _shape(hint: Any) -> str:
-    """What a value of this type looks like, for a message."""
+    """In words, what a value of this type looks like."""
     if typing.get_origin(hint) is Literal:
         return "|".join(str(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
@@ -292,21 +296,21 @@ def _shape(hint: Any) -> str:
 
 
 def _tyro(kind: type[T], args: list[str], prog: str) -> T:
-    """tyro explains a bad value in a box of several lines; its first paragraph is the message."""
+    """Parse with tyro. Its error is a box of several lines, whose first paragraph becomes our message."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
             return tyro.cli(kind, args=args, prog=prog, config=(tyro.conf.FlagConversionOff,))
     except SystemExit as stop:
-        # A title, a rule (none where the terminal has rounded corners), the message, a rule, advice.
+        # The box has a title, perhaps a rule, the message, a rule, and advice.
         _, *lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()]
         message = itertools.takewhile(_is_text, itertools.dropwhile(lambda line: not _is_text(line), lines))
         text = " ".join(message) or f"settings refused ({stop.code})"
         text = re.sub(r"^Error parsing (--\S+): (?:invalid literal for int.*10|could not convert string to float):",
                       r"\1 is not a number:", text)  # fmt: skip
-        text = re.sub(r"^Error parsing \w+: ", "", text)  # a dataclass's own error, which names its setting
+        text = re.sub(r"^Error parsing \w+: ", "", text)  # the error of a dataclass, which names the setting itself
         raise SettingsError(text) from None
-    except ValueError as error:  # a dataclass's own check in __post_init__
+    except ValueError as error:  # raised by the __post_init__ of a dataclass
         raise SettingsError(str(error)) from error
 
 

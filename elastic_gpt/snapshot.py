@@ -1,7 +1,8 @@
-"""The state in a node's shared memory: it outlives the worker process, and costs a copy to make.
+"""Snapshots: copies of the state in a node's shared memory, which outlive the worker process.
 
-Two buffers take turns, so one is whole at any moment. A snapshot is the file `N.tensors`, filled in place, and `N.json`,
-which makes it one: the json is removed before the tensors are touched and appears, by a rename, once their checksum is known.
+Two buffers take turns, so one of them is whole at any moment. A snapshot is a file `N.tensors`,
+written in place, and its header `N.json`. The header is removed before the tensors are overwritten.
+It is renamed into place again when their checksum is known.
 """
 
 import contextlib
@@ -24,40 +25,40 @@ import torch
 
 from elastic_gpt.ledger import strict_json
 
-ALIGNMENT = 64  # bytes; a tensor's place in the buffer
+ALIGNMENT = 64  # bytes; tensors begin at multiples of it
 LEFT_OVER_SECONDS = 3600.0
 
 
 class SnapshotError(OSError):
-    """No snapshots can be kept on this node; the run goes on with a smaller guarantee."""
+    """This node cannot keep snapshots. The run goes on without them, and may lose more steps."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot in one of the buffers."""
+    """A whole snapshot in one of the buffers."""
 
     header: Path
     step: int
     life: int
-    """Number of the life of the run in which it was made."""
+    """Number of the life in which it was made."""
     name: str
     """Name of that life."""
     history_bytes: int
-    """How long metrics.jsonl was: a shorter one is of a run directory that was rolled back."""
+    """Length of metrics.jsonl then. If the file is shorter now, the run directory was rolled back."""
     reports: list[dict[str, Any]]
     crc32: int
-    """Of the buffer."""
+    """Checksum of the buffer."""
 
 
 def sweep(root: Path) -> None:
-    """Free what killed jobs left in shared memory: folders that nobody holds and that are older than an hour.
+    """Delete what killed jobs left in shared memory: folders that no process uses and that are older than an hour.
 
-    The hour lets a job that was killed be taken up again from its memory.
+    Within the hour, a job that was killed can be resumed from its memory.
     """
     for tensors in root.glob("*/*/0.tensors"):
-        with contextlib.suppress(OSError), tensors.open("rb") as file:  # another may sweep at the same time
+        with contextlib.suppress(OSError), tensors.open("rb") as file:  # another may sweep as well
             newest = max(path.stat().st_mtime for path in tensors.parent.iterdir())
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its worker lives
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its worker lives
             if time.time() - newest > LEFT_OVER_SECONDS:
                 shutil.rmtree(tensors.parent, ignore_errors=True)
                 tensors.parent.parent.rmdir()
@@ -67,12 +68,12 @@ class Snapshots:
     """The snapshots of one node in one run.
 
     Args:
-        folder: in shared memory, the run's own; each node has a folder in it.
+        folder: the run's folder in shared memory; each node has a folder in it.
         node: name of this node.
-        identity: of the run; snapshots of another run or another layout are not seen.
-        tensors: the live state. Its names, shapes and dtypes fix the layout.
-        name: of this life of the run.
-        history: the run's metrics.jsonl.
+        identity: identity of the run; snapshots of another run or another layout are ignored.
+        tensors: the live state. Its names, shapes and dtypes define the layout.
+        name: name of this life.
+        history: path of the run's metrics.jsonl.
 
     Raises:
         SnapshotError: if shared memory cannot hold two buffers.
@@ -115,27 +116,27 @@ class Snapshots:
                 " since the last checkpoint"
             ) from error
         self.turn = 0
-        self.step = -1  # of the newest that this process has saved
+        self.step = -1  # step of the newest snapshot that this process has saved
         self.checksummer = ThreadPoolExecutor(1, "snapshot")
         self.pending: Future[None] | None = None
 
     def newest(self, valid: Callable[[Snapshot], bool]) -> Snapshot | None:
-        """The newest whole snapshot of the run in this machine's memory, also of a node that has gone.
+        """The newest whole snapshot of the run in this machine's memory, even if its node has gone.
 
         Args:
-            valid: whether such a state is part of the run's history, and not of an abandoned end of it.
+            valid: tells whether a snapshot is part of the run's history, and not abandoned.
         """
         found = [snapshot for header in self.run.glob("*/[01].json") if (snapshot := self._read(header))]
         found = [snapshot for snapshot in found if valid(snapshot)]
         found.sort(key=lambda snapshot: (snapshot.step, snapshot.life), reverse=True)
         newest = next(filter(_whole, found), None)
         if newest and newest.header.parent == self.folder:
-            self.turn = 1 - int(newest.header.stem)  # the other buffer is overwritten first
+            self.turn = 1 - int(newest.header.stem)  # so that the other buffer is overwritten first
         return newest
 
     @torch.no_grad()
     def save(self, step: int, life: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> None:
-        """Copy the state; the checksum and the commit follow in a thread while training goes on."""
+        """Copy the state. A thread computes the checksum and commits, while training goes on."""
         self.wait()
         number = self.turn
         self._header(number).unlink(missing_ok=True)
@@ -153,12 +154,12 @@ class Snapshots:
         self.turn, self.step = 1 - number, step
 
     def wait(self) -> None:
-        """Until the newest snapshot is committed."""
+        """Wait until the newest snapshot is committed."""
         pending, self.pending = self.pending, None
         try:
             if pending:
                 pending.result()
-        except OSError as error:  # without its header it does not count, and the one before it still does
+        except OSError as error:  # without a header it does not count; the one before is still whole
             print(f"warning: a snapshot could not be kept: {error}", file=sys.stderr, flush=True)
 
     @torch.no_grad()
@@ -169,28 +170,28 @@ class Snapshots:
             tensor.copy_(self._view(buffer, name, tensor))
 
     def drop_others(self, nodes: list[str]) -> None:
-        """Free the memory of nodes of this run that have gone.
+        """Delete the snapshots of nodes of this run that have gone.
 
         Args:
-            nodes: those that are.
+            nodes: names of the nodes that are still there.
         """
         for folder in self.run.glob("*"):
             if folder.name not in nodes:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def discard(self) -> None:
-        """Free this node's memory: the run is over."""
+        """Delete this node's snapshots at the end of the run."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the last node of this machine removes the run's folder
+        with contextlib.suppress(OSError):  # the last node on this machine can remove the run's folder
             self.run.rmdir()
 
     def _reserve(self, path: Path) -> np.memmap:
-        self.held.append(path.open("ab"))  # and kept open: `sweep` sees by the lock that somebody is there
+        self.held.append(path.open("ab"))  # kept open: its lock tells `sweep` that a process uses it
         fcntl.flock(self.held[-1], fcntl.LOCK_SH)
         with path.open("ab") as file:
             if os.fstat(file.fileno()).st_size != self.bytes:
                 file.truncate(0)
-                # Reserved now: a memory-mapped write to a full /dev/shm would be a SIGBUS, not an error.
+                # Space is reserved now, since a memory-mapped write to a full /dev/shm is a SIGBUS and not an error.
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
         return np.memmap(path, dtype=np.uint8, mode="r+")
 
@@ -199,13 +200,13 @@ class Snapshots:
         return torch.from_numpy(buffer[start:end]).view(like.dtype).view(like.shape)
 
     def _read(self, header: Path) -> Snapshot | None:
-        """What a header says, if it is of this run."""
+        """The snapshot that a header describes; None if it is not of this run."""
         try:
             content = json.loads(header.read_text())
             if content.pop("identity") != self.identity:
                 return None
             return Snapshot(header, **content)
-        except (OSError, ValueError, KeyError, TypeError):  # not one of ours, or no more
+        except (OSError, ValueError, KeyError, TypeError):  # another file, or just deleted
             return None
 
     def _commit(self, number: int, header: dict[str, Any]) -> None:
@@ -218,7 +219,7 @@ class Snapshots:
 
 
 def _own(folder: Path) -> None:
-    """/dev/shm is everybody's: whoever made the folder could exchange what is in it, and have other files deleted."""
+    """Make `folder`, or check that it is this user's. In /dev/shm, the owner of a folder could exchange what is in it."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise SnapshotError(
@@ -228,7 +229,7 @@ def _own(folder: Path) -> None:
 
 
 def _length(path: Path | None) -> int:
-    """Bytes of a file, 0 where that cannot be known. Opened, for a network file system looks again then."""
+    """Bytes of a file; 0 if not known. Opens the file, which makes a network file system look again."""
     if path is not None:
         with contextlib.suppress(OSError), path.open("rb") as file:
             return file.seek(0, os.SEEK_END)

@@ -1,8 +1,9 @@
-"""What must survive: the parameters, the optimizer's moments and the step; and where they are restored from.
+"""The state that must survive (parameters, the optimizer's moments, the step), and where it is restored from.
 
-The state is a flat mapping of names to *live* tensors, so saving reads the tensors that train and restoring writes them.
-A restore is a collective step: the newest state that a worker which lives on has in its tensors, or a surviving node in its
-shared memory, else the newest on storage, is sent by one rank to all the others.
+The state is a flat mapping of names to *live* tensors: saving reads the tensors that train, and
+restoring writes them. All ranks restore together. One rank has the newest state: in the tensors of
+a worker that lives on, in the shared memory of a node that survived, or else on storage. It sends
+the state to all others.
 """
 
 import sys
@@ -20,41 +21,42 @@ from elastic_gpt.world import PeerLost, World
 
 
 class NotFinite(ValueError):
-    """The state, or too many updates in a row, are no longer finite. The message holds the step and the cure."""
+    """The state is not finite, or too many updates in a row were not. The message has the step and the cure."""
 
 
 @dataclass
 class Held:
-    """The state in the tensors of a worker that lives on: whole between two steps, whatever became of its peers."""
+    """The state in the tensors of a worker that lives on. It is whole between two steps, whatever happens to peers."""
 
     step: int = -1
-    """Updates done; -1: what the tensors hold is worth nothing, or half overwritten."""
+    """Updates done; -1: the tensors have no state, or are half overwritten."""
     life: int = -1
-    """Number of the life in which they were done."""
+    """Number of the life in which the updates were done."""
     reports: list[dict[str, Any]] = field(default_factory=list)
     """The recent step reports, oldest first."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """Where a life of the run begins."""
+    """The state with which a life of the run begins."""
 
     step: int
     """Updates done."""
     source: str
-    """`worker of node N`, one that lives on; `snapshot of node N`, `checkpoint step_...`, or `start`."""
+    """Where it came from: `worker of node N` (one that lives on), `snapshot of node N`, `checkpoint step_...` or `start`."""
     reports: list[dict[str, Any]]
-    """The step reports that came with the state, oldest first: they fill what a killed rank 0 did not write."""
+    """The step reports that came with it, oldest first. They replace lines that a killed rank 0 did not write."""
     choice: str = ""
-    """Which of memory and storage was taken and why, in a line for who started the job; empty where they agree."""
+    """One line that says whether memory or storage was taken, and why; "" if they agree."""
 
 
 def training_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Live tensors by name: `model.<parameter>`, `optimizer.<moment>.<parameter>`, and a float16 run's `optimizer.scaler`.
+    """Live tensors by name: `model.<parameter>`, `optimizer.<moment>.<parameter>`, in float16 also `optimizer.scaler`.
 
-    AdamW makes its moments at the first step; one update at rate zero makes them now, and changes nothing else.
+    AdamW makes its moments at the first update. So this does one at rate zero, which changes
+    nothing else.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -73,12 +75,12 @@ def training_state(
 
 @torch.no_grad()
 def broken(tensors: dict[str, torch.Tensor]) -> str | None:
-    """Name of a tensor that holds a NaN or an infinity, or None. Reads the state once, waits for the device once."""
+    """Name of a tensor with a NaN or an infinity, or None. Reads the state once and waits for the device once."""
     device = next(iter(tensors.values())).device
     sums = torch.stack([tensor.sum().to(device) for tensor in tensors.values()])
     if sums.isfinite().all():
         return None
-    # Sums of large numbers may overflow where each of them is finite.
+    # A sum of large numbers may overflow though each is finite.
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
@@ -95,22 +97,26 @@ def restore(
     """Fill `tensors` on every rank with the newest state there is, or with rank 0's initial values.
 
     Args:
-        snapshots: this node's, on the first worker of the node; None elsewhere.
-        resume: what somebody who starts a job wants where memory is ahead of storage. `auto`: memory, unless the checkpoint
-            that was saved last has been deleted, which is how one goes back. Within a job, memory is always right.
-        held: what the tensors of this worker hold already; they are left alone where nobody has anything newer.
+        tensors: the live state.
+        snapshots: this node's snapshots, on its first worker; None on others.
+        checkpoints: the run's checkpoints.
+        run: the run and its history.
+        world: the ranks that restore.
+        resume: what a new job begins with if memory is ahead of storage. `auto`: memory, unless the checkpoint that was
+            saved last was deleted, which is how people go back. Within a job it is always memory.
+        held: the state that is already in this worker's tensors. It stays if no rank has a newer one.
 
     Raises:
-        CheckpointError: on every rank, if there are checkpoints and none is whole, or none where there were some: a run
-            never starts over silently.
-        Unreachable: on every rank, if storage does not answer and may hold what no memory does.
+        CheckpointError: on every rank, if no checkpoint is whole, or all of them have disappeared. A run never starts
+            over silently.
+        Unreachable: on every rank, if storage does not answer and may have a state that no memory has.
     """
 
     def valid(snapshot: Snapshot) -> bool:
         known = run.lives.get(snapshot.name) == snapshot.life and snapshot.history_bytes <= run.history_bytes
         return known and run.valid(snapshot.life, snapshot.step)
 
-    # --- what there is, in memory and on storage
+    # --- which states there are, in memory and on storage
     held = held or Held()
     lives_on = held.step >= 0 and run.valid(held.life, held.step)
     snapshot = snapshots.newest(valid) if snapshots and not lives_on else None
@@ -127,7 +133,7 @@ def restore(
     except Unreachable as error:
         if newest < 0 or life < run.life - 1:
             raise
-        # The life before this one kept snapshots up to its end: storage cannot be ahead by more than they are apart.
+        # The life before kept snapshots up to its end, so storage is ahead by at most the interval between them.
         stored = None
         if world.first:
             print(f"warning: {error}; the run goes on from memory", file=sys.stderr, flush=True)
@@ -136,9 +142,9 @@ def restore(
             f"no node holds this run in memory{f' as far as step {stored} on storage' if stored else ''}:"
             " leave --resume memory out"
         )
-    # --- the newest of it, read by one rank, or the reason why there is nothing
+    # --- one rank reads the newest one, or knows why there is none
     reports: list[dict[str, Any]] = []
-    same = False  # whether all have it in place
+    same = False  # whether all ranks have it in their tensors already
     if stored is not None:
         reader, step, source = 0, stored, f"checkpoint {checkpoints.name(stored)}"
     elif newest >= 0:
@@ -176,7 +182,7 @@ def restore(
 
 
 def _goes_back(newest: int, checkpoints: Checkpoints, run: Run, resume: Resume) -> tuple[bool, str]:
-    """Whether storage is taken although memory holds `newest`, and the line that tells of the choice."""
+    """Whether storage is taken although memory has step `newest`, and the line that says so."""
     steps = checkpoints.steps()
     stored = max(steps, default=None)
     if stored is not None and stored >= newest:

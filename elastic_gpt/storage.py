@@ -1,7 +1,8 @@
-"""Where checkpoints are kept: a local folder, or a place that fsspec reaches (s3://bucket/run). Files by relative name.
+"""Where checkpoints are kept: a local folder, or a place that fsspec can reach (s3://bucket/run).
 
-Both storages make a file appear whole or not at all: the folder by a rename, the object store because a PUT of one
-object is atomic. Every failure is an OSError, so that who saves can go on and try again.
+Files have names relative to the place. In both kinds a file appears whole or not at all: in a
+folder by a rename, in an object store because the PUT of an object is atomic. Every failure is an
+OSError, so that training can go on and save again later.
 """
 
 import contextlib
@@ -18,34 +19,34 @@ import fsspec
 from elastic_gpt.contract import MANIFEST
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.:-]+")
-FOLDER = re.compile(r"step_\d+")  # ours; others may lie beside them: lost+found, a user's copy
+FOLDER = re.compile(r"step_\d+")  # our folders; others may be beside them (lost+found, a user's copy)
 
 
 class Unreachable(OSError):
-    """The storage does not answer: what it holds is unknown, and so neither damaged nor absent."""
+    """The storage does not answer, so it is not known what it has. That is neither damage nor absence."""
 
 
 class Storage(Protocol):
-    """Files by their names relative to one place; `step_00000010/MANIFEST.json` is one."""
+    """Files in one place, by relative names such as `step_00000010/MANIFEST.json`."""
 
     def manifests(self) -> list[str]:
-        """Names of our folders that hold a MANIFEST.json. Raises Unreachable if nobody may know."""
+        """Names of our folders that have a MANIFEST.json. Raises Unreachable if they cannot be listed."""
 
     def read_text(self, name: str) -> str: ...
 
     def write_text(self, name: str, text: str) -> None:
-        """Whole or not at all, and on storage for good when this returns."""
+        """Write a file, whole or not at all. It is on storage when this returns."""
 
     def write_file(self, name: str, write: Callable[[Path], Any], check: Callable[[Path], Any]) -> Any:
-        """Have `write` make a local file, put it under `name`; returns `check` of what was written."""
+        """Let `write` make a local file and store it as `name`. Returns the result of `check` on the local file."""
 
     def open_file(self, name: str) -> contextlib.AbstractContextManager[Path]:
-        """A local path with the content of `name`, for as long as the context lasts."""
+        """A context with a local path that has the content of `name`."""
 
     def delete(self, name: str) -> None: ...
 
     def delete_folder(self, name: str) -> None:
-        """Remove what is left of a folder without a manifest; what cannot be removed now stays."""
+        """Delete a folder that has no manifest. What cannot be deleted now stays."""
 
 
 class LocalStorage:
@@ -56,7 +57,7 @@ class LocalStorage:
         return str(self.folder)
 
     def manifests(self) -> list[str]:
-        # Not glob and exists: they take an error for an absence, and the run would start from zero.
+        # Not glob and exists: they treat an error as an absence, and the run would start from zero.
         return [name for name in self._list(".") if FOLDER.fullmatch(name) and MANIFEST in self._list(name)]
 
     def _list(self, name: str) -> list[str]:
@@ -153,7 +154,7 @@ class RemoteStorage:
 
 
 def url_of(place: Path | str) -> str | None:
-    """The URL that `place` is; None for a path of this machine. (A Path keeps one slash of two.)"""
+    """`place` as a URL; None if it is a path of this machine. (A Path has only one slash after `s3:`.)"""
     scheme, slash, rest = str(place).partition(":/")
     if not slash or not SCHEME.fullmatch(scheme):
         return None
@@ -163,11 +164,14 @@ def url_of(place: Path | str) -> str | None:
 def open_url(url: str, setting: str) -> tuple[Any, str]:
     """fsspec's file system for `url`, and the path in it.
 
+    Args:
+        setting: the setting that named the URL, for the message.
+
     Raises:
-        ValueError: if nothing installed knows the URL's protocol; `setting` is who named it.
+        ValueError: if no installed package knows the URL's protocol.
     """
     try:
-        # Never from a cache: another process may have written since.
+        # Without fsspec's cache of listings, since other processes write too.
         files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         return files, str(root).rstrip("/")
     except ImportError as error:
@@ -180,17 +184,17 @@ def open_url(url: str, setting: str) -> tuple[Any, str]:
 
 
 def open_storage(place: Path | str) -> Storage:
-    """The storage of a folder or an fsspec URL.
+    """The storage at a folder or an fsspec URL.
 
     Raises:
-        ValueError: if nothing installed knows the URL's protocol.
+        ValueError: if no installed package knows the URL's protocol.
     """
     return RemoteStorage(place) if "://" in str(place) and isinstance(place, str) else LocalStorage(Path(place))
 
 
 @contextlib.contextmanager
 def as_os_error(what: str) -> Iterator[None]:
-    """The libraries below fsspec have errors of their own for a network that fails."""
+    """Turns the errors that the libraries below fsspec have for a failed network into OSError."""
     try:
         yield
     except FileNotFoundError:
@@ -200,7 +204,7 @@ def as_os_error(what: str) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    """Have the file system write a file or a folder's entries out."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,10 @@
-"""The claim to a run directory on an object store, which knows no rename and, as fsspec has it, no exclusive creation.
+"""The claim to a run directory on an object store, where fsspec has neither renames nor exclusive creation.
 
-    RUN/claim.json     whose it is: who writes it last has it, so who takes it looks once more after a moment
-    RUN/claims/LIFE    that it is renewed; apart, for who renews must not overwrite what another has taken meanwhile
+    RUN/claim.json     which job has the claim: the last one to write it, so a job checks after a moment that it still has it
+    RUN/claims/LIFE    renewals; a file of its own, so that a renewal never overwrites the claim of another job
 
-Should two jobs have it all the same, the one that was overwritten sees that at its next renewal, and writes nothing from then
-on: its world ends with the next step.
+If two jobs have the claim all the same, the one that was overwritten notices it at its next
+renewal. It writes nothing from then on, and its world ends with the next step.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ RENEWALS = "claims"
 
 
 class StoreClaim(Claim):
-    """As a Claim; `mirror` is of the run directory."""
+    """Has the interface of Claim. `mirror` is the mirror of the run directory."""
 
     def __init__(self, mirror: Mirror, life: str, processes: list[dict[str, Any]]) -> None:
         super().__init__(mirror.folder, life, processes)
         self.mirror = mirror
 
     def take(self, run_id: str) -> bool:
-        """As Claim.take. Raises Unreachable if the store does not answer."""
+        """See Claim.take. Also raises Unreachable if the store does not answer."""
         self.content |= {"run_id": run_id, "directory": directory(self.mirror.folder)}
         mine, claim = False, self._look()
         while claim is None or claim["life"] != self.life:
@@ -43,9 +43,9 @@ class StoreClaim(Claim):
         return mine
 
     def release(self) -> None:
-        """The job is over: the next need not wait."""
+        """Give the claim back at the end of the job, so that the next one does not have to wait."""
         self.ended.set()
-        with contextlib.suppress(OSError):  # a store that is away: it expires
+        with contextlib.suppress(OSError):  # the store is away, so the claim expires by itself
             claim = self._look()
             if claim and claim["life"] == self.life:
                 self.mirror.delete(CLAIM)
@@ -60,12 +60,12 @@ class StoreClaim(Claim):
         count = 0
         while not self.ended.wait(RENEW_SECONDS):
             count += 1
-            with contextlib.suppress(OSError):  # a store that is away: again in a moment
+            with contextlib.suppress(OSError):  # the store is away: try again in a moment
                 claim = self._look()
                 if claim and claim["life"] == self.life:
                     self.mirror.write_text(f"{RENEWALS}/{self.life}", str(count))
                 elif claim:
-                    if self.mirror.life == self.life:  # else this worker has gone on to the next
+                    if self.mirror.life == self.life:  # if not, this worker is in the next life already
                         self.mirror.fenced = True
                     self.mirror.delete(f"{RENEWALS}/{self.life}")
                     return

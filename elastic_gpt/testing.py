@@ -1,12 +1,13 @@
-"""Is a training script elastic? Anybody can assert it of their own:
+"""Tests whether a training script is elastic, in a test of your own:
 
     from elastic_gpt.testing import assert_elastic
 
     def test_my_training_is_elastic(tmp_path):
         assert_elastic("my_model.py", lambda run: [run, "--steps=12"], tmp_path)
 
-The script runs once undisturbed, then on one, two and three workers of which one is killed after every step; each time what was
-used, and what came of it, has to be the same. Linux only: workers are forked from a process that has torch imported.
+The script runs once undisturbed, then with one, two and three workers, one of which is killed after
+every step. The data that is used and the results have to be the same each time. Linux only: workers
+are forked from a process that has imported torch.
 """
 
 import os
@@ -25,8 +26,8 @@ from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.nodes import standby
 from elastic_gpt.nodes.workers import Workers
 
-PATIENCE = 240.0  # seconds that a step may take; it only bounds a failure
-TOLERANCE = 0.05  # of losses, relative, where sums of floats come in another order
+PATIENCE = 240.0  # seconds for a step; only a failure takes that long
+TOLERANCE = 0.05  # relative, of losses; float sums in another order differ a little
 
 
 def assert_elastic(
@@ -37,17 +38,17 @@ def assert_elastic(
     sizes: Sequence[int] = (1, 2, 3),
     exact: bool = True,
 ) -> None:
-    """Assert that a training script that iterates over `Elastic` is the same run whatever happens to its workers.
+    """Assert that a training script that iterates over `Elastic` makes the same run whatever happens to its workers.
 
     Args:
-        script: its path. Twelve steps are enough.
-        arguments: run directory to its arguments.
-        folder: an empty one, for the runs.
-        sizes: of the worlds.
+        script: path of the script. Twelve steps are enough.
+        arguments: gives the arguments of the script for a run directory.
+        folder: an empty folder for the runs.
+        sizes: numbers of workers to try.
         exact: whether parameters and losses have to be equal bit for bit.
 
     Raises:
-        AssertionError: with what differs, and in which world.
+        AssertionError: says what differs, and in which world.
     """
     name = f"elastic-gpt-testing-{os.getpid()}-{secrets.token_hex(8)}"
     standby.keep(name, ["elastic_gpt.script", "torch._dynamo"])
@@ -77,7 +78,7 @@ def _compare(run: Path, undisturbed: Path, where: str, exact: bool) -> None:
 
 
 class _Job:
-    """Workers of one script, and what master and agents are to them."""
+    """Runs the workers of one script, in the role of their master and agents."""
 
     def __init__(
         self, name: str, script: Path | str, arguments: Callable[[str], Sequence[str]], run: Path, workers: int
@@ -90,7 +91,7 @@ class _Job:
         self.workers: list[subprocess.Popen[Any]] = []
 
     def train(self, *, kill: bool = False) -> None:
-        """To the end; with `kill`, one worker, each in turn, is killed after every step."""
+        """Train to the end. With `kill`, one worker is killed after every step, each in turn."""
         try:
             self.workers = [self._start(node) for node in range(len(self.agents))]
             done, lives, deadline = 0, 0, time.monotonic() + PATIENCE
@@ -105,7 +106,7 @@ class _Job:
                 self._form_world()
                 if len(read_metrics(self.run)) > done:
                     done, deadline = len(read_metrics(self.run)), time.monotonic() + PATIENCE
-                    # One a life: what the second holds is what the first has left.
+                    # Only one kill in each life: the state of the next one has to be restored first.
                     if kill and Ledger(self.run).lives() > lives:
                         lives = Ledger(self.run).lives()
                         self.workers[self.kills % len(self.workers)].kill()
@@ -135,7 +136,7 @@ class _Job:
             )  # fmt: skip
 
     def _form_world(self) -> None:
-        """Give a world to all, once all wait for one."""
+        """Form a world of all workers, as soon as all wait for one."""
         there = [bool(agent.waiting()) for agent in self.agents]
         if not any(there):
             return

@@ -1,7 +1,7 @@
-"""Who is here: rank, size and device of this process; joining and leaving the group. The only reader of RANK and its kin.
+"""The world of this process: its rank, size and device, and how to join and leave. Only this module reads RANK and the like.
 
-A world lasts from one rendezvous to the next. When its members change, the workers leave it and join another, those that
-live on in the same process; nothing may assume that a rank or a size survives that (law 7).
+A world lasts from one rendezvous to the next. When its members change, the workers leave it and
+join another one. Those that live on do so in the same process, with another rank and size (law 7).
 """
 
 import datetime
@@ -32,10 +32,10 @@ LEAVE_SECONDS = 5.0  # in which a group with a dead member has to be torn down
 
 
 class PeerLost(RuntimeError):
-    """A peer vanished or stopped answering in the middle of a collective; the world has to be formed anew."""
+    """A peer disappeared or stopped answering during a collective. A new world has to be formed."""
 
     noticed_by: str | None = None
-    """The node whose first worker noticed it."""
+    """Name of the node whose first worker noticed it."""
 
 
 class NotJoined(PeerLost):
@@ -44,20 +44,20 @@ class NotJoined(PeerLost):
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the workers of one rendezvous."""
+    """The place of this process among the workers of one rendezvous."""
 
     rank: int
     size: int
     local_rank: int
     node: str
-    """Name of this node: stable as long as its agent lives, never reused by another node of the job."""
+    """Name of this node. Stays while its agent lives; no other node of the job ever has it."""
     device: torch.device
     elastic: bool
     """Whether an agent started this worker and will restart it."""
 
     @property
     def first(self) -> bool:
-        """Whether this worker does what is done once in a world (rank 0's work)."""
+        """Whether this worker is rank 0, which does what has to be done once in a world."""
         return self.rank == 0
 
     @property
@@ -76,7 +76,7 @@ class World:
         return came
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` (picklable, small) of every rank, in order of rank, on every rank."""
+        """The `value` of every rank, in order of rank, on every rank. It has to be small and picklable."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -84,7 +84,7 @@ class World:
         return values
 
     def broadcast(self, tensors: list[torch.Tensor], source: int) -> None:
-        """Replace `tensors` everywhere by those of rank `source`. Small ones travel together."""
+        """Replace `tensors` on all ranks by those of rank `source`. Small ones are sent together."""
         if self.size == 1:
             return
         for together in _parcels(tensors):
@@ -97,9 +97,10 @@ class World:
                     tensor.copy_(part.view_as(tensor))
 
     def first_does(self, work: Callable[[], T]) -> T:
-        """Have rank 0 do `work` and give its result, or its error, to every rank.
+        """Let rank 0 do `work`. Every rank returns its result or raises its error.
 
-        It may take longer than a collective waits for a silent peer: the ranks keep in touch meanwhile.
+        The work may take longer than a collective waits for a silent peer, since rank 0 sends signs
+        of life.
         """
         if self.size == 1:
             return work()
@@ -122,7 +123,7 @@ class World:
             return
         except (RuntimeError, ValueError) as error:  # gloo and NCCL have no narrower type for a lost peer
             why = str(error)
-            # Its frames hold the group, and a group that is held keeps its connections, for which other peers may wait.
+            # The frames of its traceback refer to the group, whose connections would stay open, and other peers wait for them.
             traceback.clear_frames(error.__traceback__)
         lost = PeerLost(f"rank {self.rank} of {self.size} lost a peer: {why}")
         lost.noticed_by = self.node if self.first_of_node else None
@@ -130,7 +131,7 @@ class World:
 
 
 def _parcels(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours of one type together, up to PARCEL bytes; a larger one alone."""
+    """Groups neighbouring tensors of one type, up to PARCEL bytes; a larger tensor is alone."""
     parcel: list[torch.Tensor] = []
     for tensor in tensors:
         if parcel and (tensor.dtype != parcel[0].dtype or sum(one.nbytes for one in parcel) + tensor.nbytes > PARCEL):
@@ -142,16 +143,17 @@ def _parcels(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def place(device: Device) -> torch.device:
-    """The device that this worker computes on, in whatever world."""
+    """The device that this worker computes on, in all of its worlds."""
     return devices.pick(device, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = lambda: False) -> World:
-    """Join the group that the agent (ours, DLRover's or torchrun) announced in the environment, or be a world of one.
+    """Join the group that the agent (ours, DLRover's or torchrun's) put into the environment, or be a world of one.
 
     Args:
-        timeout_seconds: how long a collective waits for a peer that says nothing before the world is given up.
-        called: whether the members change again, so that nobody need wait for those who do not come.
+        device: kind of device to compute on.
+        timeout_seconds: how long a collective waits for a silent peer before it gives up.
+        called: tells whether the members change again, so that waiting for missing peers is useless.
 
     Raises:
         NotJoined: if a peer does not come.
@@ -159,10 +161,10 @@ def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = la
     """
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     if elastic:
-        die_with_parent(os.getppid())  # for plain torchrun: a worker of ours has done so at its birth
+        die_with_parent(os.getppid())  # for plain torchrun; our own workers have done it already
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    # A replaced node is a new pod. Under plain torchrun the agent's process id tells nodes apart.
+    # The pod's name, since a replaced node is a new pod. Under plain torchrun, the agent's process id.
     node = os.environ.get("POD_NAME") or (f"{socket.gethostname()}-{os.getppid()}" if elastic else "single")
     where = place(device)
     backend = devices.backend(where)
@@ -171,7 +173,7 @@ def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = la
         try:
             store = _meet(rank, size, timeout_seconds, called)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        except RuntimeError as error:  # a peer of this rendezvous died before it came here
+        except RuntimeError as error:  # a peer died before it joined
             if isinstance(error, PeerLost):
                 raise
             raise NotJoined(f"rank {rank} of {size} could not join its peers: {error}") from error
@@ -179,7 +181,7 @@ def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = la
 
 
 def _meet(rank: int, size: int, seconds: float, called: Callable[[], bool]) -> dist.Store:
-    """The store of the new group, once all its ranks are there: from then on making the group takes no time."""
+    """Wait until all ranks are at the store of the new group, and return it. Making the group then takes no time."""
     deadline = time.monotonic() + seconds
     at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store, there = None, 0
@@ -217,9 +219,9 @@ def _listens(address: tuple[str, int]) -> bool:
 
 
 def leave() -> bool:
-    """Leave the group, whatever state it is in. Returns whether that was done in bounded time.
+    """Leave the group, whatever state it is in. Returns whether that was done in time (LEAVE_SECONDS).
 
-    Peers that still wait for this one then see its connections closed, and leave as well.
+    Peers that still wait for this worker see its connections close, and leave as well.
     """
     if not dist.is_initialized():
         return True
@@ -230,19 +232,20 @@ def leave() -> bool:
 
 
 class Signals:
-    """What this worker was asked to do; read once a step.
+    """The signals that this worker got. They are checked once in each step.
 
-    Our agent (launch.py) sends SIGTERM when it restarts its workers because the members change, and SIGUSR1 first when the
-    node itself has to go. Any other SIGTERM, Ctrl-C, and a terminal that closes (SIGHUP) may mean going for good. A second
-    Ctrl-C stops at once, but not under our agent: there one key reaches a worker from the terminal and by way of its client.
+    Our agent (launch.py) sends SIGTERM to restart its workers after a membership change. If the
+    node has to leave, it sends SIGUSR1 first. Without our agent, SIGTERM, Ctrl-C and a terminal
+    that closes (SIGHUP) may mean leaving for good. A second Ctrl-C stops at once, but not under our
+    agent: there, one key press reaches a worker twice (from the terminal and through its client).
     """
 
     def __init__(self) -> None:
         self.stop = False
         self.leave = False
-        """What this node knows has to be on storage: it may be going."""
+        """Whether this node may leave, so that its state has to be saved on storage."""
         self.released = False
-        """Whoever started this worker starts no other."""
+        """Whether no other worker will be started in its place."""
         self.number = 0
         self._since = 0.0
         self.told_apart = "DLROVER_MASTER_ADDR" in os.environ
@@ -252,7 +255,7 @@ class Signals:
 
     @property
     def waited(self) -> float:
-        """Seconds since the first signal; 0 without one."""
+        """Seconds since the first signal; 0 if there was none."""
         return time.monotonic() - self._since if self.stop else 0.0
 
     def _asked(self, number: int, _frame: Any) -> None:

@@ -1,10 +1,10 @@
-"""The main job on this machine, in a few minutes: text in, elastic training, text out, over HTTP as well.
+"""The whole way on this machine in a few minutes: text in, elastic training, text out, also over HTTP.
 
     make demo
 
-Three local nodes train under DLRover; one is killed with `kill -9`, the one that held rank 0; later another joins. The same
-configuration then is trained undisturbed by one process, and demo/elastic.png lays the two loss curves over each other.
-Exits with 1 if they are not the same.
+Three local nodes train under DLRover. The one with rank 0 is killed with `kill -9`, and later
+another one joins. Then one process trains the same configuration undisturbed. demo/elastic.png
+shows both loss curves. Exits with 1 if they differ.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A classifier of two interleaved half-moons, on nodes that come and go. Nothing in it is ours but `Elastic`.
+"""A classifier of two interleaved half-moons, trained on nodes that come and go. Its only import of ours is `Elastic`.
 
 elastic-gpt run examples/own_model.py runs/moons
 elastic-gpt launch --nodes 3 -- run examples/own_model.py runs/moons

@@ -2,7 +2,8 @@
 
     elastic-gpt convert data/mine data/for_llmc --format llm.c
 
-Reads what training reads (ours, nanoGPT's, DLRover's, llm.c's), and llm.c's shards too, which nanoGPT's format joins.
+Reads what training reads (ours, nanoGPT's, DLRover's, llm.c's), and llm.c's shards too, which
+nanoGPT's format joins.
 """
 
 import os
@@ -32,7 +33,7 @@ def llmc_header(dtype: str, tokens: int) -> bytes:
 
 
 def meta_pkl(vocab_size: int, characters: Sequence[str] = ()) -> bytes:
-    """meta.pkl as nanoGPT and DLRover write it, for `characters` in the order of their ids; none where ids are others."""
+    """meta.pkl as nanoGPT and DLRover write it, for `characters` in the order of their ids (none: ids are not characters)."""
     fields: dict[str, Any] = {"vocab_size": vocab_size}
     if characters:
         fields["itos"] = dict(enumerate(characters))
@@ -43,7 +44,7 @@ def meta_pkl(vocab_size: int, characters: Sequence[str] = ()) -> bytes:
 def write_nanogpt(folder: Path, target: Path) -> list[Path]:
     """Writes what nanoGPT and DLRover read into `target`: uint16 without a header, and meta.pkl unless it is GPT-2's ids.
 
-    Returns the files. Raises DataError where `target` has token files, or the ids of `folder` need uint32.
+    Returns the files. Raises DataError if `target` has token files, or the ids of `folder` need uint32.
     """
     sides = _sides(folder)
     if any(ids.itemsize != 2 for side in sides.values() for ids in side):
@@ -63,7 +64,7 @@ def write_nanogpt(folder: Path, target: Path) -> list[Path]:
 def write_llmc(folder: Path, target: Path, shard_tokens: int = _MAX_TOKENS) -> list[Path]:
     """Writes train.bin and val.bin with llm.c's header into `target`; train_000000.bin, ... above `shard_tokens` ids.
 
-    Returns the files. Raises DataError where `target` has token files.
+    Returns the files. Raises DataError if `target` has token files.
     """
     with _new_files(target) as stage:
         for split, side in _sides(folder).items():
@@ -114,9 +115,9 @@ def _sides(folder: Path) -> dict[str, list[np.memmap]]:
 
 @contextmanager
 def _new_files(target: Path) -> Iterator[Path]:
-    """A folder to write to, whose files become those of `target` when all are whole.
+    """A context with a folder to write to. At its end, all files in it are moved to `target`.
 
-    A stop between two renames leaves a train.bin without a val.bin, which nobody takes for data.
+    A stop between two renames leaves a train.bin without a val.bin, which no tool takes for data.
     """
     if any(target.glob("*.bin")) or (target / META).exists():
         raise DataError(f"{target} holds data already: choose another folder")

@@ -1,7 +1,8 @@
-"""The text of the sources, read document by document, in whatever of formats.py's formats they are.
+"""The text of the sources, read document by document, in any of the formats that formats.py knows.
 
-Text passes through as bytes of UTF-8 in pieces of about 0.5 MiB, whose borders mean nothing (they may cut a character). Of
-plain text no more than a piece is held; a record (records.py) is held whole.
+Text passes through as bytes of UTF-8 in pieces of about 0.5 MiB. Their borders mean nothing: they
+may cut a character. No more than one piece of plain text is in memory at a time; a record
+(records.py) is held whole.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from prepare import records
+from prepare.marks import Row, without_marks
 from prepare.records import Tally, Texts
 from prepare.sources import Source, sample_texts, state
 from prepare.streams import Advance, opened, read_up_to
@@ -19,21 +21,18 @@ from prepare.tokens import DataError, Input
 
 PIECE_BYTES = 1 << 19
 
-Row = tuple[int, int, bool, bytes]
-"""A Piece without its source."""
-
 
 class Piece(NamedTuple):
     """Some text of one document."""
 
     source: int
-    """Which of the sources."""
+    """Index of the source that it comes from."""
     row: int
     """The number of its record (line, element or row), from 1 on; 0 in plain text."""
     offset: int
-    """Where it begins: the byte of that row's text, or of the (unpacked) file."""
+    """The byte at which it begins, counted in the record's text, or in the unpacked file for plain text."""
     begins: bool
-    """Whether a document begins here; else it goes on."""
+    """Whether a document begins with it; if not, it continues the piece before."""
     data: bytes
 
 
@@ -42,16 +41,16 @@ class Layout:
     """How documents lie in the files."""
 
     separator: bytes = b""
-    """Between the documents of a text file; empty: the file is one."""
+    """What stands between the documents of a text file. Empty: each file is one document."""
     field: str = "text"
-    """Of a record, whose text is read."""
+    """The field of a record whose text is read."""
     lenient: bool = False
-    """Whether broken records are left out and counted, instead of stopping."""
+    """Whether broken records are left out and counted. If not, the first one is an error."""
 
 
 @dataclass
 class _Seen:
-    """What was read of a source."""
+    """What was read of one source so far."""
 
     documents: int = 0
     characters: int = 0
@@ -69,12 +68,12 @@ class Reading:
         self._advance = advance
         self._seen: list[_Seen] = []
         self.tallies = [Tally(source.name, layout.field, layout.lenient) for source in sources]
-        """What of the records of each source was left out."""
+        """For each source, the records that were left out."""
         self.undivided: list[int] = []
-        """Sources of plain text in which the separator does not occur."""
+        """Indices of the plain text sources in which the separator does not occur."""
 
     def pieces(self) -> Iterator[Piece]:
-        """All text there is. Raises DataError where a source cannot be read as what it should be, or changed."""
+        """All pieces of all sources. Raises DataError if a source cannot be read in its format, or has changed."""
         for number, source in enumerate(self._sources):
             empty = True
             for row, offset, begins, data in self._read(number, source):
@@ -85,7 +84,7 @@ class Reading:
                 raise DataError(f"{source.name} is empty: there is nothing to learn from")
 
     def measured_pieces(self) -> Iterator[Piece]:
-        """The same; at their end, `inputs` knows what they were."""
+        """The same pieces. When the last one has come, `inputs` describes what was read."""
         self._seen = [_Seen() for _ in self._sources]
         for piece in self.pieces():
             seen = self._seen[piece.source]
@@ -96,7 +95,7 @@ class Reading:
             yield piece
 
     def inputs(self, repaired: Sequence[int]) -> list[Input]:
-        """What measured_pieces read; `repaired` of each source is the number of places that were no UTF-8."""
+        """What `measured_pieces` read. `repaired`: for each source, how many places were not valid UTF-8."""
         counts = zip(self._sources, self._seen, repaired, self.tallies, strict=True)
         return [
             Input(
@@ -126,16 +125,17 @@ class Reading:
                         read += len(block)
                         yield block
 
-                for row in _separated(blocks(), self._layout.separator, start):
-                    text += len(row[3])
-                    yield row
+                def rows() -> Iterator[Row]:
+                    nonlocal text
+                    for row in _separated(blocks(), self._layout.separator, start):
+                        text += len(row[3])
+                        yield row
+
+                yield from without_marks(rows(), self.tallies[number].marks)
                 if text == read > 0:
                     self.undivided.append(number)
             else:
-                offset = start
-                for block in _blocks(file):
-                    yield 0, offset, offset == start, block
-                    offset += len(block)
+                yield from without_marks(_undivided(file, start), self.tallies[number].marks)
         if state(source) != now:
             raise DataError(f"{source.name} changed while it was being read: try again when nobody writes to it")
 
@@ -151,23 +151,31 @@ def _records(kind: str, file: IO[bytes], tally: Tally) -> Texts:
 
 
 def count_characters(data: bytes) -> int:
-    """Characters that begin in `data`: its bytes but those that continue one."""
+    """Number of UTF-8 characters that begin in `data`."""
     return int(np.count_nonzero(np.frombuffer(data, dtype=np.int8) >= -64))
 
 
 def offset_of_character(data: bytes, number: int) -> int:
-    """Where in `data` the character with that number (from 0 on) begins."""
+    """The byte of `data` at which its character `number` begins, counted from 0."""
     return int(np.flatnonzero(np.frombuffer(data, dtype=np.int8) >= -64)[number])
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """All of a file in blocks of PIECE_BYTES, the last one shorter, however few a read gives."""
+    """All of a file in blocks of PIECE_BYTES; only the last one may be shorter, even if single reads give less."""
     while block := read_up_to(file, PIECE_BYTES):
         yield block
 
 
+def _undivided(file: IO[bytes], offset: int) -> Iterator[Row]:
+    """All of a file as one document. `offset`: of its first byte."""
+    begins = True
+    for block in _blocks(file):
+        yield 0, offset, begins, block
+        offset, begins = offset + len(block), False
+
+
 def _separated(blocks: Iterator[bytes], separator: bytes, start: int = 0) -> Iterator[Row]:
-    """The text between separators (found from the left). Documents without text are left out. `start`: the first offset."""
+    """The text between the separators. Empty documents are left out. `start`: offset of the first byte."""
     held, at, begins = b"", start, True
     for block in blocks:
         *documents, held = (held + block).split(separator)
@@ -176,7 +184,7 @@ def _separated(blocks: Iterator[bytes], separator: bytes, start: int = 0) -> Ite
                 yield 0, at, begins, document
             at += len(document) + len(separator)
             begins = True
-        # What might be the beginning of a separator waits for the next block.
+        # The end of a block may be the beginning of a separator: it waits for the next block.
         sure = max(0, len(held) - len(separator) + 1)
         if sure:
             yield 0, at, begins, held[:sure]

@@ -1,4 +1,4 @@
-"""Opens a prepared folder, ours or another tool's: what it holds, its ids, its tokenizer."""
+"""Opens a prepared folder, whether we or another tool made it: its description, its ids, its tokenizer."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from prepare.tokens import META, DataError, Meta
 
 
 def read_meta(folder: Path) -> Meta:
-    """What `folder` holds, ours or another tool's. Raises DataError where there is nothing that this version can read."""
+    """The description of a prepared folder, whoever made it. Raises DataError if this version cannot read it."""
     if meta := tokens.read_meta(folder) or interop.foreign_meta(folder):
         return meta
     raise DataError(f"no {META} in {folder}: prepare the data first (elastic-gpt prepare --help)")
@@ -22,7 +22,7 @@ def read_meta(folder: Path) -> Meta:
 def open_split(folder: Path, split: str) -> np.memmap:
     """The ids of `split` ("train" or "val") as a read-only memmap of shape (tokens,).
 
-    Raises DataError where the file is missing or its size is not what meta.json says.
+    Raises DataError if the file is missing or does not have the size that meta.json says.
     """
     meta = read_meta(folder)
     if split not in meta.splits:
@@ -38,9 +38,9 @@ def open_split(folder: Path, split: str) -> np.memmap:
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a prepared folder; None where another tool made it and did not leave the tokenizer there.
+    """The tokenizer of a prepared folder. None if another tool made the folder and left no tokenizer in it.
 
-    Raises DataError where its file is missing or changed.
+    Raises DataError if the tokenizer's file is missing or was changed.
     """
     section = read_meta(folder).tokenizer
     if not is_ours(folder):
@@ -49,16 +49,16 @@ def find_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """As `find_tokenizer`; raises DataError where it is not known."""
+    """As `find_tokenizer`, but raises DataError if the folder has no tokenizer."""
     if found := find_tokenizer(folder):
         return found
     raise DataError(f"{folder} does not say what tokenizer its ids are of: name a folder that prepare made")
 
 
 def save_tokenizer(folder: Path, target: Path) -> None:
-    """Writes into the folder `target` what it takes to decode the ids of `folder`: meta.json and tokenizer/."""
+    """Writes into the folder `target` what decoding the ids of `folder` needs: meta.json and tokenizer/."""
     if is_ours(folder):
-        if (folder / FOLDER).exists():  # bytes need no files
+        if (folder / FOLDER).exists():  # the byte tokenizer needs no file
             shutil.copytree(folder / FOLDER, target / FOLDER)
         shutil.copy(folder / META, target)
         return
@@ -69,5 +69,5 @@ def save_tokenizer(folder: Path, target: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether `prepare` made the folder, and not another tool."""
+    """Whether our `prepare` made the folder."""
     return (folder / META).exists()

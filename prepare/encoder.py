@@ -1,5 +1,7 @@
-"""Exact encoding in bounded memory, on all cores: the ids are those of the whole text, though no more than some chunks of
-it are held, and they come in order.
+"""Exact encoding in bounded memory, on all cores.
+
+The ids are those of the whole text and come in order, though no more than a few chunks are in
+memory at a time.
 """
 
 import codecs
@@ -29,9 +31,9 @@ from prepare.tokenizer import Tokenizer, Words, endless_blanks
 from prepare.tokens import DataError, TokenizerSection
 
 CHUNK = 1 << 19
-"""Bytes of text in a chunk, about."""
+"""About how many bytes of text a chunk has."""
 MAX_CHUNK = 64 << 20
-"""Bytes without a safe cut that we are ready to hold. Needs 2-3 GB while encoding; plain text needs 1/60 of it."""
+"""Most bytes without a safe cut. Encoding that much at once takes 2-3 GB; ordinary text takes 1/60 of it."""
 
 # Where cutting leaves the ids as they are, for the patterns of gpt2, cl100k_base and o200k_base: their matchers run left
 # to right without look-behind, so a cut is safe where both the whole text and its left part end a token.
@@ -46,15 +48,15 @@ _UP_TO_LAST_SAFE_CUT = re.compile(rb"(?s:.*)(?:[!-~](?= )|(?:[!-~]|%b)\n(?=[!-.0
 _UP_TO_LAST_CHARACTER = re.compile(rb"(?s:.*)(?=[^\x80-\xbf])")
 
 TRIM_EVERY = 128
-"""Chunks, after which freed memory is given back."""
+"""Freed memory is given back to the system after so many chunks."""
 _SAMPLE_EVERY = 16
 _SAMPLE_BYTES = 32 << 10
-"""Of every 16th chunk so many bytes are encoded by tiktoken too: 0.4 % of the text, 3 % of the time."""
+"""tiktoken encodes so many bytes of every 16th chunk as well: 0.4 % of the text, 3 % of the time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Text of one document on one side, in one chunk."""
+    """The part of one document that lies on one side (train or val) and in one chunk."""
 
     side: int
     parted: bool
@@ -62,13 +64,13 @@ class Part:
     source: int
     row: int
     offset: int
-    """These three as in corpus.Piece."""
+    """`source`, `row` and `offset` mean the same as in corpus.Piece."""
     data: bytes
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is encoded at a time: a part of a long document, or many short ones."""
+    """What is encoded in one go: a part of a long document, or many short documents."""
 
     parts: list[Part]
 
@@ -78,7 +80,7 @@ class Chunk:
 
     @property
     def crc(self) -> int:
-        """Of the text and of how it is to be encoded."""
+        """Checksum of the text and of all that decides how it is encoded."""
         crc = 0
         for part in self.parts:
             crc = zlib.crc32(part.data, zlib.crc32(b"%d%d%d" % (part.side, part.parted, part.source), crc))
@@ -87,44 +89,47 @@ class Chunk:
 
 @dataclass
 class Coded:
-    """A chunk in tokens."""
+    """The tokens of a chunk."""
 
     ids: list[bytes]
-    """Per side, as they go to the file."""
+    """For each side, the bytes that go to its file."""
     repaired: dict[int, int] = field(default_factory=dict)
-    """Source -> places that were no UTF-8."""
+    """Index of a source to the number of places that were not valid UTF-8."""
     unknown: int = 0
-    """<unk> among the ids."""
+    """How many ids are <unk>."""
 
 
 class BadText(Exception):
-    """A byte that is not UTF-8: its source, row, offset (as in corpus.Piece) and value."""
+    """A byte that is not UTF-8. Its arguments: source, row and offset (as in corpus.Piece), and its value."""
 
 
 class WrongIds(DataError):
-    """The fast engine erred, perhaps in other chunks too."""
+    """The fast engine gave a wrong id. It may have done so in other chunks too."""
 
 
 class Chunker:
-    """Cuts text into chunks where encoding does not notice, and counts the documents and bytes of both sides.
+    """Cuts text into chunks at places that do not change its ids, and counts the documents and bytes of both sides.
 
-    A chunk ends at the last safe cut of a piece; where a piece has none (Chinese, base64) it grows by the next piece.
-    Chunks depend on the text alone.
+    A chunk ends at the last safe cut of a piece. If a piece has none (Chinese, base64), the next
+    piece is added to it. The chunks of a text are always the same.
     """
 
     def __init__(self, *, cuts_anywhere: bool) -> None:
-        """`cuts_anywhere`: whether text may be cut between any two characters, as Tokenizer has it."""
+        """`cuts_anywhere`: see Tokenizer.cuts_anywhere."""
         self.documents = [0, 0]
         self.bytes = [0, 0]
         self._cut = _UP_TO_LAST_CHARACTER if cuts_anywhere else _UP_TO_LAST_SAFE_CUT
 
     def chunks(self, pieces: Iterable[tuple[int, Piece]]) -> Iterator[Chunk]:
-        """Raises DataError where a document has more than MAX_CHUNK bytes without a safe cut."""
+        """The chunks of `pieces`, each of which comes with its side (0 train, 1 val).
+
+        Raises DataError if a document has more than MAX_CHUNK bytes without a safe cut.
+        """
         parts: list[Part] = []
         whole = 0  # bytes in `parts`
-        held: list[bytes] = []  # text of the document at hand, which may go on
+        held: list[bytes] = []  # text of the document that is being read
         size = 0
-        side, parted, source, row, offset = -1, False, 0, 0, 0  # of what is held
+        side, parted, source, row, offset = -1, False, 0, 0, 0  # these describe `held`
 
         def close(more: bytes | memoryview = b"") -> None:
             nonlocal held, size, whole, parted, offset
@@ -142,7 +147,7 @@ class Chunker:
                 self.documents[now] += 1
             data = piece.data
             self.bytes[now] += len(data)
-            # A cut exactly between two pieces is not seen: no harm, there is another one soon.
+            # A safe cut exactly between two pieces is not found; there will be another one soon.
             cut = self._cut.match(data) if whole + size + len(data) >= CHUNK else None
             if cut:
                 close(memoryview(data)[: cut.end()])
@@ -164,9 +169,10 @@ class Chunker:
 
 
 def decoded(data: bytes, errors: str) -> tuple[str, int]:
-    """The text of UTF-8, and the number of places that are not UTF-8: replaced (by U+FFFD) or left out ("skip").
+    """Decodes UTF-8. Returns the text and the number of places that were not valid UTF-8.
 
-    Raises UnicodeDecodeError at the first of them where `errors` is "strict".
+    Such a place becomes U+FFFD if `errors` is "replace", and is left out if it is "skip". Raises
+    UnicodeDecodeError at the first one if it is "strict".
     """
     try:
         return data.decode(), 0
@@ -196,9 +202,9 @@ class Coder:
         self.errors = errors
 
     def __call__(self, chunk: Chunk, number: int = 0) -> Coded:
-        """The chunk's tokens; `number`, its place among all, decides whether the reference checks them.
+        """The tokens of a chunk. Every 16th `number` (its index among all chunks) is also checked against tiktoken.
 
-        Raises BadText, WrongIds, and DataError where the text cannot be encoded.
+        Raises BadText or WrongIds, or DataError if the text cannot be encoded.
         """
         coded = Coded([])
         texts = []
@@ -230,7 +236,7 @@ class Coder:
         return coded
 
     def _compare(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> None:
-        """Encodes the beginning of the chunk with tiktoken too. Raises WrongIds where an id differs."""
+        """Encodes the beginning of the chunk with tiktoken too. Raises WrongIds if an id differs."""
         left = _SAMPLE_BYTES
         for text, fast in zip(texts, ids, strict=True):
             if len(text) > left:
@@ -251,10 +257,11 @@ class Coder:
 def encode(
     chunks: Iterable[tuple[int, Chunk]], coder: Coder, workers: int, section: TokenizerSection, folder: Path
 ) -> Iterator[tuple[Chunk, Coded]]:
-    """Numbered chunks and what they become, in their order, whatever `workers` is; 2 more than these are under way.
+    """Encodes numbered chunks with `workers` workers. Yields each chunk with its tokens, in order.
 
-    The fast engine works in threads (it lets go of Python's lock), all others in processes of their own, which read the
-    tokenizer that `section` describes from `folder`.
+    At most `workers` + 2 chunks are in memory. The fast engine works in threads, since it releases
+    Python's lock; all other tokenizers work in processes, which load the tokenizer that `section`
+    describes from `folder`.
     """
     if workers == 1:
         for number, chunk in chunks:
@@ -290,7 +297,7 @@ def encode(
 
 @contextmanager
 def _ctrl_c_later() -> Iterator[None]:
-    """For the start of worker processes: until they ignore it, a Ctrl-C would have them print tracebacks."""
+    """Holds back Ctrl-C while worker processes start: until they ignore it, they would print tracebacks."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -302,12 +309,12 @@ _coder: Coder
 
 
 def _begin_work(section: TokenizerSection, folder: Path, dtype: str, errors: str) -> None:
-    """The beginning of a worker process."""
+    """Runs first in each worker process."""
     global _coder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends this process
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # Killed, the parent can end nobody.
+    # A parent that is killed cannot end its workers, so they watch it.
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     tokenizer = tokenizers.from_section(section, folder)
     _coder = Coder(tokenizer, engines.choose("tiktoken", tokenizer, folder), dtype, errors)
@@ -320,7 +327,7 @@ def _work(chunk: Chunk, number: int) -> Coded:
 
 
 def give_memory_back() -> None:
-    """Hands what was freed to the system. glibc keeps it otherwise, in pieces, and grows by half in some gigabytes."""
+    """Gives freed memory back to the system. glibc would keep it, and the process would grow by half."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # there is none outside glibc
+    if trim is not None:  # only glibc has it
         trim(0)

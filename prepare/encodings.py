@@ -1,21 +1,21 @@
-"""Bytes that are not UTF-8: what encoding they seem to be in, or that they are not text at all."""
+"""Guesses what bytes that are not UTF-8 are: text in another encoding, or no text at all."""
 
 import codecs
 import re
 
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r\f\v\b\x1a\x1b")) + b"\x7f"
-_HALVES = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")  # a character as two of UTF-16
+_HALVES = re.compile(rb"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]")  # a character as its two UTF-16 halves
 _NO_WINDOWS_1252 = b"\x81\x8d\x8f\x90\x9d"
 
 
 def is_utf8(head: bytes) -> bool:
-    """Whether it is UTF-8, but for a character that is cut at the end."""
+    """Whether `head` is UTF-8. Its last character may be cut."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -24,30 +24,34 @@ def is_utf8(head: bytes) -> bool:
 
 
 def is_binary(head: bytes) -> bool:
-    """Whether there is more of what text does not have than an accident explains."""
+    """Whether `head` has too many control characters to be text."""
     if is_utf8(head):
         return head.count(0) * 10 > len(head)
     return (len(head) - len(head.translate(None, _CONTROLS))) * 20 > len(head)
 
 
 def wide_encoding(head: bytes) -> str:
-    """UTF-16 or UTF-32, as iconv calls them, with their byte order where there is no mark that tells; else ""."""
+    """The name that iconv has for the UTF-16 or UTF-32 of `head`; "" if it is neither.
+
+    The name includes the byte order (UTF-16LE) if no byte order mark tells it.
+    """
     for mark, name in _MARKS:
-        if head.startswith(mark) and _likeness(head, name.lower()) > 0:
+        # No text begins with FF FE or FE FF but in UTF-16. UTF-32's mark could be the one of UTF-16 and a NUL.
+        if head.startswith(mark) and (name == "UTF-16" or head == mark or _likeness(head, name.lower()) > 0):
             return name
     if not head.count(0) or (is_utf8(head) and not is_binary(head)):
         return ""
     controls = len(head) - len(head.translate(None, _CONTROLS))
-    # Of ASCII text every second byte would be zero, or more.
+    # ASCII text in UTF-16 has a zero in at least every second byte.
     if head.isascii() and controls == head.count(0) and head.count(0) * 4 < len(head):
         return ""
     likeness = {name: _likeness(head, name.lower()) for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")}
     best = max(likeness, key=lambda name: likeness[name])
-    return best if likeness[best] > 0.05 else ""  # lower where numbers lie in a file
+    return best if likeness[best] > 0.05 else ""  # files of binary numbers score lower
 
 
 def _likeness(head: bytes, encoding: str) -> float:
-    """How much like text `head` is in an encoding: the share of its commonest characters, 0 where it cannot be text."""
+    """How much `head` looks like text in an encoding: the share of common characters, 0 if it cannot be text."""
     width = 4 if "32" in encoding else 2
     try:
         text = (
@@ -63,9 +67,10 @@ def _likeness(head: bytes, encoding: str) -> float:
 
 
 def narrow_encoding(data: bytes) -> str:
-    """What text of 8 bits a character (or of East Asia's older encodings) seems to be, as iconv calls it; "" if UTF-8.
+    """Guesses the 8-bit or older East Asian encoding of `data`, by the name that iconv has for it.
 
-    For text that has some valid UTF-8 beyond ASCII and some errors, too: that is damaged, not encoded otherwise.
+    Returns "" for UTF-8, and for text with some valid UTF-8 beyond ASCII and some errors: that is
+    damaged UTF-8.
     """
     if is_utf8(data):
         return ""
@@ -73,9 +78,9 @@ def narrow_encoding(data: bytes) -> str:
         return "CESU-8"
     beyond = [c for c in data.decode("utf-8", "ignore") if c > "\x7f"]
     high = sum(b > 0x7F for b in data)
-    if len(beyond) * 4 > high:  # each takes two bytes or more
+    if len(beyond) * 4 > high:  # each of them takes at least two bytes
         return ""
-    if high * 5 > len(data):  # not mostly ASCII: no language of Western Europe
+    if high * 5 > len(data):  # less than 80 % ASCII: not a language of Western Europe
         from charset_normalizer import from_bytes
 
         candidates = [
@@ -92,7 +97,7 @@ def narrow_encoding(data: bytes) -> str:
         ]
         if best := from_bytes(data, cp_isolation=candidates).best():
             return best.encoding.replace("_", "-").replace("cp125", "windows-125").upper()
-    # EBCDIC: a blank is 0x40, and most letters lie where Latin-1 has controls and signs.
+    # EBCDIC: a space is 0x40, and most letters are above 0x7F.
     if data.count(0x40) * 20 > len(data) and not data.count(0x20) and high * 2 > len(data):
         return "IBM037"
     return "ISO-8859-1" if any(b in _NO_WINDOWS_1252 for b in data) else "WINDOWS-1252"

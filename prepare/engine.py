@@ -1,6 +1,6 @@
-"""The fast engine: fastokens, which gives tiktoken's ids at 10 to 30 times its speed. The one door to it.
+"""The fast engine: fastokens, which gives tiktoken's ids at 10 to 30 times its speed. Only this module imports it.
 
-It is checked against tiktoken all the time (encoder.py); a text that would tell them apart stops the run.
+Its ids are compared with tiktoken's in every run (encoder.py). A difference stops the run.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from prepare.ranks import KNOWN, PATTERNS, printable_bytes
 from prepare.tokenizer import BytePairs, Tokenizer
 from prepare.tokens import DataError
 
-# What fastokens knows by heart instead of running a regular expression: these very strings. GPT-2's goes another way.
+# fastokens has its own code for patterns that are exactly these strings, and is slow for others. GPT-2's has its own type.
 _KNOWN_BY_HEART = {
     PATTERNS["cl100k_base"]: (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,7 +32,7 @@ _TRIAL = (
 
 
 class Engine(Protocol):
-    """Something that encodes texts, each by itself: ids of shape (n,), uint32."""
+    """Encodes texts, each one by itself. The ids of a text are uint32 of shape (n,)."""
 
     name: str
 
@@ -40,7 +40,7 @@ class Engine(Protocol):
 
 
 class Plain:
-    """The tokenizer itself."""
+    """The tokenizer itself, for all that the fast engine cannot do."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = "tiktoken" if isinstance(tokenizer, BytePairs) else "numpy"
@@ -51,23 +51,23 @@ class Plain:
 
 
 class Fast:
-    """fastokens with the vocabulary of a BytePairs."""
+    """fastokens, with the vocabulary of a BytePairs tokenizer."""
 
     name = "fastokens"
 
     def __init__(self, tokenizer: BytePairs, folder: Path) -> None:
-        """`folder` holds the tokenizer's saved ranks. Raises Unfit where it would not give the same ids."""
+        """`folder` holds the tokenizer's saved ranks. Raises Unfit if fastokens would not give the same ids."""
         try:
             import fastokens
         except ImportError as error:
             raise Unfit("fastokens is not installed (pip install fastokens)") from error
-        # Its own threads would make --workers a lie, and each keeps a cache of some ten megabytes.
+        # Its own threads would come on top of --workers, and each keeps a cache of some ten megabytes.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         if tokenizer.pattern == PATTERNS["gpt2"]:
             self._engine = fastokens.Tokenizer.from_json_str(_as_json(tokenizer.merges))
         elif tokenizer.pattern in _KNOWN_BY_HEART:
-            # At the end of a text, tiktoken's own form of cl100k_base's pattern takes "\n " as one piece, the older form as
-            # two. That makes no difference with the real vocabulary, and may with another.
+            # At the end of a text, tiktoken's form of cl100k_base's pattern takes "\n " as one piece; the older form, which
+            # fastokens knows, takes it as two. That makes a difference only with other vocabularies than the real one.
             real = hashlib.sha256(tokenizer.data).hexdigest() == KNOWN["cl100k_base"].sha256
             if tokenizer.pattern == PATTERNS["cl100k_base"] and not real:
                 raise Unfit("with this pattern it knows cl100k_base's own vocabulary only")
@@ -79,20 +79,20 @@ class Fast:
             raise Unfit("it gives other ids with this vocabulary")
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # Without split_special_tokens, a <|endoftext|> in the text could become the special token.
+        # Without split_special_tokens, the text "<|endoftext|>" would become the special token.
         ids, offsets = self._engine.encode_batch_flat(list(texts), split_special_tokens=True)
         borders = np.frombuffer(offsets, dtype="<u8")[1:-1]
         return np.split(np.frombuffer(ids, dtype="<u4"), borders.astype(np.int64)) if texts else []
 
 
 class Unfit(Exception):
-    """The fast engine cannot do this tokenizer. The message says why."""
+    """The fast engine cannot stand in for this tokenizer. The message says why."""
 
 
 def choose(name: str, tokenizer: Tokenizer, folder: Path) -> Engine:
     """The engine for `tokenizer`, whose files are in `folder`. `name` is auto, fast or tiktoken.
 
-    Raises DataError where the fast one is wanted and does not fit.
+    Raises DataError if the fast engine is asked for and cannot do this tokenizer.
     """
     if name == "tiktoken" or not isinstance(tokenizer, BytePairs):
         return Plain(tokenizer)
@@ -107,7 +107,7 @@ def choose(name: str, tokenizer: Tokenizer, folder: Path) -> Engine:
 
 
 def _as_json(ranks: dict[bytes, int]) -> str:
-    """The vocabulary as Hugging Face's tokenizer.json, with GPT-2's own way of splitting."""
+    """The vocabulary as a Hugging Face tokenizer.json that splits text as GPT-2 does."""
     letters = printable_bytes()
     spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
     model = {
@@ -120,7 +120,7 @@ def _as_json(ranks: dict[bytes, int]) -> str:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that each token of two or more bytes is made of, by rank: what merging leaves before its last step."""
+    """For each token of two or more bytes, in order of rank, the two tokens that its last merge joins."""
     halves: dict[bytes, tuple[bytes, bytes]] = {}
     rank_of = ranks.get
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -139,15 +139,16 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 def _apart(
     left: bytes, right: bytes, rank: int, ranks: dict[bytes, int], halves: dict[bytes, tuple[bytes, bytes]]
 ) -> bool:
-    """Whether merging the bytes of both up to `rank` leaves just these two tokens.
+    """Whether merging the bytes of `left` + `right`, up to `rank`, ends with just these two tokens.
 
-    Undoes the merges at their border, the last one first: none may have had a better one across the border instead.
+    Goes back through the merges at their border, the last one first. Each must have been done
+    before any merge across the border.
     """
     while ranks.get(left + right, rank) >= rank:
         if left in halves and (right not in halves or ranks[left] > ranks[right]):
             rank, left = ranks[left], halves[left][1]
         elif right in halves:
-            rank, right = ranks[right] + 1, halves[right][0]  # of two equal merges the left one came first
+            rank, right = ranks[right] + 1, halves[right][0]  # of two equal merges the left one is done first
         else:
             return True
     return False

@@ -1,8 +1,8 @@
-"""What a file is, by its first bytes and then its name: one of the formats that are read, or a refusal that names what it
-seems to be and the command that helps.
+"""Finds out what a file is, by its first bytes and then its name: a format that can be read, or something to refuse.
 
-Text is what nothing else claims: source code, logs, and prose that begins with a bracket. What is claimed must be sure: JSON
-has to parse, a picture has to begin as pictures do.
+A refusal names what the file seems to be and the command that helps. Whatever is not surely
+something else is text: source code, logs, prose that begins with a bracket. To be taken for JSON it
+has to parse as JSON.
 """
 
 import json
@@ -11,7 +11,8 @@ import shlex
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from prepare.refusals import About, NoText, refuse_binary
+from prepare.marks import BOM
+from prepare.not_text import About, NoText, refuse_binary
 from prepare.streams import PACKINGS
 
 NAMES = {
@@ -25,18 +26,16 @@ NAMES = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-"""Format by the ending of the name; of a folder's files, those with these are read."""
+"""The format by the ending of the name. Of a folder, only the files with these endings are read."""
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet")
-BOM = b"\xef\xbb\xbf"
-"""A byte order mark in UTF-8. At the beginning of a file it is not part of the text."""
 
-JSON = json.JSONDecoder(parse_int=float)  # Python refuses integers of more than 4,300 digits; nobody wants them here
+JSON = json.JSONDecoder(parse_int=float)  # as floats, since Python refuses integers of more than 4,300 digits
 
 
 def suffixes(name: str) -> tuple[str, str]:
-    """The ending that tells the format and the one that tells the packing, in small letters; empty where there is none.
+    """The two endings of a name, for its format and for its packing, in lower case. "" if it has none.
 
-    Of a web address, what follows ? and # is not part of the name.
+    In a web address, what follows ? or # does not belong to the name.
     """
     path = urlsplit(name).path if name.lower().startswith(("http://", "https://")) else name
     path = PurePosixPath(path).name.lower()
@@ -47,9 +46,16 @@ def suffixes(name: str) -> tuple[str, str]:
 def format_of(
     head: bytes, name: str, place: str, packing: str, *, whole: bool, field: str, wanted: str = "auto"
 ) -> str:
-    """One of FORMATS, for a file that begins with `head` once it is unpacked (`packing`); `whole`: there is no more.
+    """The format of a file, one of FORMATS. Raises NoText if it cannot be read as text.
 
-    `wanted`, if it is one of FORMATS, decides. `field` is what CSV is known by where its name does not tell. Raises NoText.
+    Args:
+        head: its first bytes, unpacked.
+        name: what the user called it.
+        place: its path or URL.
+        packing: how it is packed, one of the values of streams.PACKINGS; "" if it is not.
+        whole: whether `head` is all of it.
+        field: a file with another ending is CSV if it has a column of this name.
+        wanted: what the user says it is: one of FORMATS, or "auto".
     """
     head_text = head.removeprefix(BOM)
     if wanted not in ("auto", "json"):
@@ -57,7 +63,7 @@ def format_of(
     about = About(name, place, packing)
     ending, packed = suffixes(place)
     if head.startswith(b"PAR1"):
-        if packing:  # its end is read first
+        if packing:  # reading Parquet begins at its end, which packing hides
             raise about.refusal(f"Parquet, packed with {packing}", about.filter("cat", ".parquet"))
         return "parquet"
     if ending in (".parquet", ".pq"):
@@ -79,12 +85,12 @@ def format_of(
     return _separated(head_text, field) or "text"
 
 
-# --- text that is made of other text
+# --- markup, JSON and tables
 
 
 def _refuse_markup(begin: bytes, ending: str, about: About) -> None:
     after = re.sub(rb"(?s)\A(?:\s*(?:<\?xml.*?\?>|<!--.*?-->))*\s*", b"", begin).lower()
-    # Pieces of pages, dense with tags; Markdown, too, may begin with one.
+    # A piece of a page, dense with tags. Markdown may begin with a tag, too.
     piece = re.match(
         rb"<(?:div|p|span|table|ul|ol|h[1-6]|article|section|main|nav|script|style|meta|title)[\s>]", after
     )
@@ -103,7 +109,7 @@ def _refuse_markup(begin: bytes, ending: str, about: About) -> None:
 
 
 def _json(begin: bytes, named: str, about: About, whole: bool) -> str:
-    """jsonl, json (an array of objects), or "" where it is not JSON."""
+    """ "jsonl", "json" (an array of objects), or "" if it is not JSON. `named`: the format that its name tells."""
     text = begin.decode("utf-8", "surrogateescape")
     if text.startswith("["):
         value = parsed(text) if whole else None
@@ -114,14 +120,14 @@ def _json(begin: bytes, named: str, about: About, whole: bool) -> str:
         first = parsed(text.split("\n", 1)[0])
         if named == "json" and (isinstance(value, list) or re.match(r"\[\s*(?:\"|\[|-?\d|null|true|false)", text)):
             if isinstance(first, list) and "\n" in text.strip():
-                return "jsonl"  # whose lines will be told
+                return "jsonl"  # reading it will tell which lines are not objects
             raise about.refusal(
                 "a JSON array of other things than objects", about.filter("jq -c '.[] | {text: .}'", ".jsonl")
             )
         return ""
     lines = [line for line in text.split("\n") if line.strip()]
     if not whole and len(lines) > 1:
-        lines.pop()  # may be cut
+        lines.pop()  # it may be cut
     if not lines:
         return ""
     objects = [bool(parsed(line)) and line.lstrip().startswith("{") for line in lines[:100]]
@@ -131,10 +137,10 @@ def _json(begin: bytes, named: str, about: About, whole: bool) -> str:
     ):
         return "jsonl"
     if len(lines) == 1 and not whole and _begins_object(text):
-        return "jsonl"  # a line longer than what is looked at
+        return "jsonl"  # its first line is longer than `begin`
     if named == "jsonl" or not text.startswith("{"):
         return ""
-    # One object in many lines, or several: no line of it is JSON by itself.
+    # One or more objects, each spread over several lines.
     if _all_objects(text) if whole else re.match(r'\{\s*\n\s*"(?:[^"\\\n]|\\.)*"\s*:', text):
         value = parsed(text) if whole else None
         lists = [key for key, held in value.items() if isinstance(held, list)] if isinstance(value, dict) else []
@@ -146,7 +152,7 @@ def _json(begin: bytes, named: str, about: About, whole: bool) -> str:
 
 
 def parsed(text: str) -> object:
-    """The JSON value; None where the text is not JSON (or too deep for Python)."""
+    """The JSON value of `text`; None if it is not JSON, or nested too deeply for Python."""
     try:
         value: object = JSON.decode(text)
     except (ValueError, RecursionError):
@@ -155,7 +161,7 @@ def parsed(text: str) -> object:
 
 
 def _all_objects(text: str) -> bool:
-    """Whether it is objects, one after the other, and nothing else."""
+    """Whether `text` is a sequence of JSON objects and nothing else."""
     at = 0
     while text := text[at:].lstrip():
         try:
@@ -168,12 +174,12 @@ def _all_objects(text: str) -> bool:
 
 
 def _begins_object(text: str) -> bool:
-    """Whether an object, or the beginning of one, comes first."""
+    """Whether `text` begins with a JSON object, which may be cut."""
     return bool(re.match(r'\{\s*(?:\}|"(?:[^"\\]|\\.)*"\s*:\s*["\[{\dtfn-])', text))
 
 
 def _separated(head: bytes, field: str) -> str:
-    """csv or tsv where the first line has a column `field` and those after it have as many cells; else ""."""
+    """ "csv" or "tsv" if the first line names a column `field` and the next lines are divided too; else ""."""
     lines = head.decode("utf-8", "replace").splitlines()[:20]
     for delimiter, found in ((",", "csv"), ("\t", "tsv")):
         names = [cell.strip().strip('"') for cell in lines[0].split(delimiter)] if len(lines) > 2 else []

@@ -1,6 +1,7 @@
-"""The front door of every command: typos, wrong values, `--help`, exit codes, and errors in one line, all alike.
+"""The front door of every command: all answer typos, wrong values and `--help` alike, and tell errors in one line.
 
-A command is a function `main(argv, prog) -> int` under `@command`, and its flags are those of a `Parser`.
+A command is a function `main(argv, prog) -> int` decorated with `@command`. It reads its flags with
+a `Parser`.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
-# How every command ends. 128 + the number of a signal where one ended it: 130 Ctrl-C, 143 SIGTERM, 141 a reader that left.
+# Exit codes of all commands. A signal ends one with 128 + its number: 130 Ctrl-C, 143 SIGTERM, 141 the reader has left.
 DONE = 0
-FAILED = 1  # starting it again may help
-USERS_MISTAKE = 2  # starting it again will not help
-TIMED_OUT = 124  # as `timeout` has it
+FAILED = 1  # running it again may help
+USERS_MISTAKE = 2  # running it again will not help
+TIMED_OUT = 124  # the same as of the command `timeout`
 
-TRACEBACK = "ELASTIC_GPT_TRACEBACK"  # a variable: show where an error of ours came from
+TRACEBACK = "ELASTIC_GPT_TRACEBACK"  # environment variable: show the traceback of an error
 
 LAST_WORD = Path("/dev/termination-log")  # the default terminationMessagePath of a container
 
@@ -41,11 +42,11 @@ EXTRAS = {
     "s3fs": "s3",
     "torchft": "torchft",
 }
-"""What provides a package that a plain installation lacks, as in `pip install 'elastic-gpt[train]'`."""
+"""Package to the extra that installs it, as in `pip install 'elastic-gpt[train]'`."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the user's share of it
 
-# What the user has to change. All other errors of the system (a full disk, a network) may have passed by the next try.
+# Errors of the system that only the user can mend. Others (a full disk, a network) may be over at the next try.
 _MISTAKES = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO),
@@ -55,10 +56,10 @@ P = ParamSpec("P")
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorates a command's `main`: whatever ends it, a person sees one line at most, and the exit code says what it was.
+    """Decorates the `main` of a command. However it ends, a person sees at most one line, and the exit code says why.
 
-    SIGTERM unwinds it as Ctrl-C does, so that what it started and half-wrote goes. A command that sets a handler of its own
-    keeps it.
+    SIGTERM unwinds it as Ctrl-C does, so that its processes end and half-written files go. A
+    command may set its own handlers.
     """
 
     @functools.wraps(main)
@@ -68,13 +69,13 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             try:
                 try:
                     return main(*args, **kwargs)
-                finally:  # after --help, too; not at the very end, where nobody could catch what it raises
+                finally:  # also after --help; when Python itself flushes, at its end, nobody can catch the error
                     if sys.stdout is not None:
                         sys.stdout.flush()
             except KeyboardInterrupt as stop:
                 return 128 + (stop.args[0] if stop.args else signal.SIGINT)
             except SystemExit as stop:
-                if isinstance(stop.__context__, BrokenPipeError):  # rich makes exit code 1 of it
+                if isinstance(stop.__context__, BrokenPipeError):  # rich turns it into SystemExit(1)
                     return fail(stop.__context__)
                 raise
             except Exception as error:
@@ -84,14 +85,15 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def fail(error: Exception) -> int:
-    """The one way to end on an error: one line on standard error, no traceback. Returns the exit code.
+    """Tells an error in one line on standard error, without a traceback. Returns the exit code.
 
-    Nothing is said where the reader of standard output has left, as in `elastic-gpt ledger RUN | head -1`.
+    Says nothing if the reader of standard output has left, as in `elastic-gpt ledger RUN | head
+    -1`.
     """
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except (OSError, ValueError):  # /dev/full, say: Python would complain once more at its end
+    except (OSError, ValueError):  # /dev/full, for example; Python would report it a second time at its end
         _give_up_stdout()
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE
@@ -101,8 +103,8 @@ def fail(error: Exception) -> int:
 
 
 def last_word(line: str) -> None:
-    """Tell why this process is about to end: on standard error, and in a container to Kubernetes, which keeps it in the pod."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+    """Tell why this process is about to end: on standard error, and in a pod also as its termination message."""
+    with contextlib.suppress(OSError, ValueError):  # standard error is closed
         print(line, file=sys.stderr, flush=True)
     if LAST_WORD.exists():
         with contextlib.suppress(OSError):
@@ -110,20 +112,20 @@ def last_word(line: str) -> None:
 
 
 def printable(name: str) -> str:
-    """`name` as it can be written anywhere: bytes that are not UTF-8, and what a terminal would obey, are spelled out."""
+    """`name` with escapes for bytes that are not UTF-8 and for control characters, so that any terminal can show it."""
     try:
         text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # half a character, which is not a byte of a name
+    except UnicodeEncodeError:  # a lone surrogate that does not stand for a byte
         text = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _told(error: Exception) -> tuple[int, str]:
-    """An error's exit code, and what a person is told."""
-    text = " ".join(line.strip() for line in str(error).splitlines())  # a printed command keeps its blanks
+    """The exit code for an error, and the line that a person is told."""
+    text = " ".join(line.strip() for line in str(error).splitlines())  # spaces in a printed command stay
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
         return USERS_MISTAKE, f"no package {package}: pip install 'elastic-gpt[{EXTRAS[package]}]'"
-    if isinstance(error, ValueError) and not isinstance(error, OSError) and text:  # our own errors are
+    if isinstance(error, ValueError) and not isinstance(error, OSError) and text:  # our own errors are of this kind
         return (FAILED if _may_pass(error.__cause__) else USERS_MISTAKE), text
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
@@ -146,7 +148,7 @@ def _told(error: Exception) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Of an error of the system that names no file, as that of a write on a full disk, say `place`."""
+    """Within this context, a system error that names no file (a write to a full disk) gets the name `place`."""
     try:
         yield
     except OSError as error:
@@ -156,7 +158,7 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def _may_pass(error: BaseException | None) -> bool:
-    """Whether it is the system's, and may be gone at the next try: a full disk, a network."""
+    """Whether it is an error of the system that may be over at the next try: a full disk, a network."""
     return isinstance(error, OSError) and error.errno is not None and error.errno not in _MISTAKES
 
 
@@ -169,7 +171,7 @@ def _terminable() -> Iterator[None]:
         free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         if free:
             signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # another thread than the main one gets no signals
+    except ValueError:  # only the main thread gets signals
         free = False
     try:
         yield
@@ -179,7 +181,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _mend_streams() -> None:
-    """Make standard streams that can be written to, whatever the shell closed and the locale cannot say."""
+    """Make sure that the standard streams can be written to, even if the shell closed them or the locale is C."""
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         stream = getattr(sys, name)
         if stream is None:  # closed (`>&-`): the next file that is opened would get its number, and what is printed
@@ -193,14 +195,14 @@ def _mend_streams() -> None:
 
 
 def _give_up_stdout() -> None:
-    with contextlib.suppress(OSError, ValueError):  # a stream that is not a file
+    with contextlib.suppress(OSError, ValueError):  # the stream is not a file
         descriptor = os.open(os.devnull, os.O_WRONLY)
         os.dup2(descriptor, sys.stdout.fileno())
         os.close(descriptor)
 
 
 def utf8(word: str) -> str:
-    """`word` of a command line. Raises ValueError where its bytes are not text, for files and logs hold text."""
+    """`word`, if it is UTF-8. Raises ValueError if not, since it could not be written into files and logs."""
     try:
         word.encode()
     except UnicodeEncodeError as error:
@@ -213,7 +215,7 @@ def _shown(word: str) -> str:
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of a flag whose value is a whole number of at least `least` (and at most `most`)."""
+    """An argparse type: a whole number from `least` to `most` (None: no upper limit)."""
     bounds = f"from {least} to {most}" if most is not None else f"of {least} or more"
 
     def parse(text: str) -> int:
@@ -229,7 +231,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def number(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """The type of a flag whose value is a finite number of at least `least` (and at most `most`)."""
+    """An argparse type: a finite number from `least` to `most`."""
     bounds = f"from {least:g} to {most:g}" if most < math.inf else f"of {least:g} or more"
 
     def parse(text: str) -> float:
@@ -245,7 +247,7 @@ def number(least: float, most: float = math.inf) -> Callable[[str], float]:
 
 
 def hint(typo: str, known: list[str] | tuple[str, ...]) -> str:
-    """`: did you mean X?` with the known word that is nearest to `typo`; nothing where none is near."""
+    """`: did you mean X?` with the known word nearest to `typo`; "" if none is near."""
     near = difflib.get_close_matches(typo, known, n=1)
     return f": did you mean {near[0]}?" if near else ""
 
@@ -254,7 +256,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that answers a typo with the nearest right word, in one line, and takes no abbreviations.
 
     Args:
-        any_bytes: names of files that are not UTF-8 are taken; else they are refused, for what is written holds text.
+        any_bytes: take file names that are not UTF-8. If not, they are refused, since output files could not name them.
     """
 
     def __init__(self, *args: Any, any_bytes: bool = False, **kwargs: Any) -> None:
@@ -263,7 +265,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """A subparser would hand what it does not know up to one that knows other flags."""
+        """Refuse unknown words here: a subparser would pass them up to a parser with other flags."""
         words = sys.argv[1:] if args is None else list(args)
         try:
             for word in [] if self.any_bytes else words:

@@ -4,8 +4,8 @@ nanoGPT   train.bin, val.bin of uint16 without a header; meta.pkl where a token 
 DLRover   the same, always with meta.pkl
 llm.c     *train*.bin, *val*.bin: 256 int32 (magic, version, tokens, zeros), then ids; in shards where they are many
 
-None of them has a meta.json or a fingerprint, so their ids are read through once and what was found is remembered in
-the user's cache. Nothing is ever written into their folder.
+None of them has a meta.json or a fingerprint, so their ids are read through once and what was found
+is remembered in the user's cache. Nothing is ever written into their folder.
 """
 
 import functools
@@ -43,7 +43,7 @@ _MAX_PICKLE_BYTES = 64 << 20  # all of Unicode takes 25 MB
 
 @dataclass(frozen=True)
 class Kind:
-    """What llm.c's header says of the ids behind it."""
+    """One kind of llm.c's headers, and what the ids behind it are."""
 
     magic: int
     version: int
@@ -51,7 +51,7 @@ class Kind:
     tokenizer: str
     vocab_size: int
     eot_id: int
-    """Stands before each document."""
+    """The id before each document."""
 
 
 KINDS = (
@@ -62,11 +62,11 @@ GPT2 = KINDS[0]
 
 
 def foreign_meta(folder: Path) -> Meta | None:
-    """What meta.json would say of a folder that another tool prepared; None where there are no token files.
+    """Describes a folder that another tool prepared, as meta.json would. None if it has no token files.
 
-    Raises DataError where the files do not fit together, or an id is not in their vocabulary.
+    Raises DataError if the files do not fit together, or an id is not in their vocabulary.
     """
-    if (folder / FOLDER).is_dir():  # ours, and its meta.json is lost
+    if (folder / FOLDER).is_dir():  # our own folder, without its meta.json
         return None
     files = {split: token_files(folder, split) for split in ("train", "val")}
     found = [split for split in files if files[split]]
@@ -119,15 +119,15 @@ def foreign_meta(folder: Path) -> Meta | None:
 
 
 def header_bytes(path: Path) -> int:
-    """Where the ids of another tool's file begin."""
+    """The byte at which the ids of another tool's file begin."""
     return HEADER_BYTES if kind_of(path) else 0
 
 
 def read_meta_pkl(path: Path) -> tuple[int, list[str] | None]:
-    """Vocabulary size of a meta.pkl, and its characters in the order of their ids; None where they are not sorted.
+    """The vocabulary size in a meta.pkl, and its characters in order of their ids (None if they are not sorted).
 
-    A pickle is a program. This one may make numbers, strings, lists and dicts; at the first name of anything else it is
-    refused, before that is looked up. Raises DataError.
+    A pickle is a program. This reader lets it make numbers, strings, lists and dicts, and raises
+    DataError as soon as it names anything else, before that is imported.
     """
     if path.stat().st_size > _MAX_PICKLE_BYTES:
         raise DataError(
@@ -153,7 +153,7 @@ def read_meta_pkl(path: Path) -> tuple[int, list[str] | None]:
 
 
 def foreign_tokenizer(folder: Path, name: str) -> Tokenizer | None:
-    """The tokenizer of that name of another tool's folder; None where the tool did not leave it there."""
+    """The tokenizer `name` of another tool's folder; None if the tool did not leave it there."""
     if name == "gpt2":
         return gpt2()
     return Characters(read_meta_pkl(folder / "meta.pkl")[1] or []) if name == "char" else None
@@ -171,21 +171,21 @@ def _section(kind: Kind) -> TokenizerSection:
 
 
 def token_files(folder: Path, split: str) -> list[Path]:
-    """The files of one side: nanoGPT's one, or llm.c's shards in order."""
+    """The token files of one split: nanoGPT's single file, or llm.c's shards in order."""
     if (folder / f"{split}.bin").is_file():
         return [folder / f"{split}.bin"]
     return [path for path in sorted(folder.glob(f"*{split}*.bin")) if kind_of(path)]
 
 
 def kind_of(path: Path) -> Kind | None:
-    """What llm.c's header says; None where there is none. Raises DataError where it does not fit the file."""
+    """The kind of llm.c header that a file has; None if it has none. Raises DataError if it does not fit the file."""
     with path.open("rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
     size = path.stat().st_size
     if len(header) == HEADER_BYTES:
         magic, version, tokens = header.view("<i4")[:3].tolist()
         for kind in KINDS:
-            if magic != kind.magic:  # two ids that neither vocabulary has, so no ids of nanoGPT's
+            if magic != kind.magic:  # as ids these bytes are in neither vocabulary, so it is not a file of nanoGPT
                 continue
             if version != kind.version:
                 raise DataError(
@@ -202,7 +202,7 @@ def kind_of(path: Path) -> Kind | None:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What reading all ids of a file found."""
+    """What was found when all ids of a file were read."""
 
     sha256: str
     tokens: int
@@ -211,7 +211,7 @@ class _Scan:
 
 
 def _scanned(path: Path, eot_id: int | None) -> _Scan:
-    """Scans a file, once: the result is kept in the user's cache for as long as the file is not touched."""
+    """Reads a file once. The result stays in the user's cache until the file changes."""
     stat = path.stat()
     state = [str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, eot_id]
     name = hashlib.sha256(json.dumps(state).encode()).hexdigest()
@@ -234,7 +234,7 @@ def _scan_or_recall(path: Path, eot_id: int | None, name: str) -> _Scan:
         aside.write_text(json.dumps(asdict(scan)))
         aside.rename(cached)
     except OSError:
-        pass  # it only costs time
+        pass  # without a cache the file is read again next time
     return scan
 
 

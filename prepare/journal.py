@@ -1,13 +1,13 @@
-"""Work that survives its process: the folder `.prepare` beside the output, and a line in it for each chunk that is done.
+"""Work that survives its process: a folder `.prepare` beside the output, with a journal line for each finished chunk.
 
-    .prepare/lock            held by the run at work
-    .prepare/plan.json       what is being made, of what
+    .prepare/lock            held by the process that works here
+    .prepare/plan.json       the settings and inputs of the work
     .prepare/train.bin       (and val.bin) the tokens so far
     .prepare/journal.jsonl   [text: bytes, crc32], [train: bytes, crc32], [val: ...], repaired, unknown; a line a chunk
-    .prepare/tokenizer/      as it will be published
+    .prepare/tokenizer/      the tokenizer's files
 
-A line is written after the tokens that it speaks of, and both are checked when the next run goes on: what kill -9 or a power
-cut left beyond the last good line is cut off. So nothing needs to be flushed on the way.
+A line is written after the tokens that it describes. The next run checks both and cuts off whatever
+kill -9 or a power cut left behind the last good line. So nothing needs to be flushed on the way.
 """
 
 import fcntl
@@ -27,18 +27,18 @@ from prepare.tokens import DataError, write_file
 
 STAGE = ".prepare"
 STDIN = "stdin"
-VERSION = 3
-"""Of plan.json and journal.jsonl, and of how text is cut into chunks: a run of another one starts afresh."""
+VERSION = 4
+"""Version of plan.json, journal.jsonl, and how text is cut into chunks. Work of another version is started afresh."""
 SIDES = ("train.bin", "val.bin")
 _BLOCK = 1 << 20
 
 
 @contextmanager
 def stage(output_dir: Path) -> Iterator[Path]:
-    """The folder to work in, for us alone. It stays where it is; `remove` takes it away.
+    """The folder to work in, locked for this process. It is still there afterwards; `remove` deletes it.
 
-    `output_dir` is made where it is missing. Raises DataError where nothing can be written there, or another run is at
-    work there.
+    Makes `output_dir` if it is missing. Raises DataError if it cannot be written, or another
+    process works there.
     """
     folder = output_dir / STAGE
     try:
@@ -47,7 +47,7 @@ def stage(output_dir: Path) -> Iterator[Path]:
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The run before us may have removed the folder while we waited at its door.
+                # The process before may have removed the folder while we waited for the lock.
                 if os.fstat(lock).st_ino == (folder / "lock").stat().st_ino:
                     break
             except FileNotFoundError:
@@ -67,7 +67,7 @@ def stage(output_dir: Path) -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Forgets all work in the stage `folder`, which stays ours, as does what was saved of standard input."""
+    """Deletes all work in the stage `folder`. Its lock and the copy of standard input stay."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -80,7 +80,7 @@ def remove(folder: Path) -> None:
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """What an unfinished run of this version was making; None where there was none."""
+    """The plan of unfinished work of this version; None if there is none."""
     try:
         plan: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -94,22 +94,22 @@ def write_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 
 class Changed(Exception):
-    """The text is not the one that the journal speaks of."""
+    """The text is not the one that the journal describes."""
 
 
 class Journal:
-    """The two token files as far as they are whole, and the lines that say how far that is."""
+    """The two unfinished token files, and the journal lines that say which part of them is whole."""
 
     def __init__(self, folder: Path) -> None:
         self.done: list[dict[str, Any]] = []
-        """A line a chunk that need not be encoded again."""
+        """The line of each chunk that does not have to be encoded again."""
         self.repaired: Counter[int] = Counter()
-        """Source -> places that were no UTF-8."""
+        """Index of a source to the number of places that were not valid UTF-8."""
         self.unknown = 0
         """Words that became <unk>."""
         self._hashes = [hashlib.sha256(), hashlib.sha256()]
         self.bytes = [0, 0]
-        """Of train.bin and val.bin."""
+        """Bytes so far of train.bin and val.bin."""
         path = folder / "journal.jsonl"
         path.touch()
         self._files = [open(folder / side, "a+b", buffering=0) for side in SIDES]  # noqa: PTH123, SIM115
@@ -127,7 +127,7 @@ class Journal:
         self._lines = path.open("ab", buffering=0)
 
     def is_done(self, number: int, chunk: Chunk) -> bool:
-        """Whether the chunk with this number needs no encoding. Raises Changed where it was another text then."""
+        """Whether chunk `number` is already encoded. Raises Changed if its text was another one then."""
         if number >= len(self.done):
             return False
         if self.done[number]["text"] != [chunk.size, chunk.crc]:
@@ -149,7 +149,7 @@ class Journal:
         self._count(entry)
 
     def finish(self) -> list[str]:
-        """Brings the files down to the disk. Returns their sha256."""
+        """Flushes the token files to disk. Returns their sha256."""
         for file in self._files:
             os.fsync(file.fileno())
         return [digest.hexdigest() for digest in self._hashes]
@@ -163,7 +163,7 @@ class Journal:
         self.unknown += entry["unknown"]
 
     def _is_whole(self, entry: dict[str, Any]) -> bool:
-        """Whether both files go on with what `entry` says. Moves past it if so."""
+        """Whether the bytes that `entry` describes come next in both files. If so, moves past them."""
         hashes = [digest.copy() for digest in self._hashes]
         for side, (length, crc) in enumerate(entry["tokens"]):
             self._files[side].seek(self.bytes[side])
@@ -190,7 +190,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _write(file: Any, data: bytes) -> None:
-    """All of it: a full disk may take a part and say so only at the next try."""
+    """Writes all of `data`: a full disk may take a part of it, and report the error only at the next write."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]

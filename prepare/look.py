@@ -1,11 +1,12 @@
-"""What is in prepared data: a table, a histogram of document lengths, or a full check.
+"""Shows what prepared data holds: a table, a histogram of document lengths, or a full check.
 
     elastic-gpt inspect data/mine
     elastic-gpt inspect data/mine --histogram lengths.png
     elastic-gpt inspect data/mine --verify
 
-Opens folders that nanoGPT, DLRover and llm.c prepared too. Memory does not grow with the data. (The command is not the
-module's name: the standard library has an `inspect`, which a file of that name would hide.)
+Opens folders of nanoGPT, DLRover and llm.c too. Memory does not grow with the data. (The module is
+not called inspect.py like its command, since that name would hide the standard library's
+`inspect`.)
 """
 
 import itertools
@@ -29,14 +30,14 @@ from prepare.tokenizer import Tokenizer
 from prepare.tokens import META, DataError, Meta, blocks, document_lengths, fingerprint
 from prepare.verify import Finding, verify
 
-_SHOWN_CHARACTERS = 300  # of decoded text
+_SHOWN_CHARACTERS = 300  # of decoded text are shown
 _MOST_FREQUENT = 10
 _BINS_PER_DECADE = 10
 
 
 @dataclass
 class Counts:
-    """What the ids of one side add up to."""
+    """Statistics of the ids of one split."""
 
     ids: np.ndarray
     """How often each id occurs, shape (vocab_size + 1,); the last counts ids that are not in the vocabulary."""
@@ -44,11 +45,11 @@ class Counts:
     longest: int = 0
     """Tokens of the longest document."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(12 * _BINS_PER_DECADE, dtype=np.int64))
-    """Documents by length: bin i is for 10**(i/10) up to 10**((i+1)/10) tokens."""
+    """How many documents have which length: bin i is for 10**(i/10) up to 10**((i+1)/10) tokens."""
 
 
 def count(ids: np.memmap, vocab_size: int, eot_id: int | None, advance: Callable[[int], None]) -> Counts:
-    """Reads all of `ids`, shape (n,). `advance` is told the bytes that were read."""
+    """Reads all of `ids`, shape (n,). Calls `advance` with the number of bytes read since its last call."""
     counts = Counts(np.zeros(vocab_size + 1, dtype=np.int64))
 
     def read() -> Iterator[np.ndarray]:
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None, prog: str = "elastic-gpt inspect") -> in
 
 @quiet()
 def draw(counts: dict[str, Counts], folder: Path, path: Path) -> None:
-    """Draws how many documents of each side have how many tokens."""
+    """Draws a histogram of document lengths, in tokens, for each split."""
     from matplotlib.figure import Figure
 
     edges = 10 ** (np.arange(12 * _BINS_PER_DECADE + 1) / _BINS_PER_DECADE)
@@ -114,7 +115,7 @@ def draw(counts: dict[str, Counts], folder: Path, path: Path) -> None:
 
 
 def _check_drawable(meta: Meta, path: Path) -> None:
-    """Before anything is read, which may take minutes."""
+    """Raises DataError if no histogram can be drawn. Called first, since reading the data may take minutes."""
     if meta.eot_id is None:
         name = meta.tokenizer.name
         raise DataError(f"the {name} tokenizer puts nothing between documents: there are no lengths to draw")
@@ -157,9 +158,9 @@ def _parse(argv: list[str] | None, prog: str) -> Namespace:
 
 
 def check(folder: Path, more: Iterable[Finding] = ()) -> int:
-    """Prints what each check of `folder` found, and `more`. Returns 1 if something is wrong, else 0.
+    """Prints what each check of `folder` found, then the findings `more`. Returns 1 if something is wrong, else 0.
 
-    Raises DataError where there is no data.
+    Raises DataError if there is no data.
     """
     meta = read_meta(folder)
     console = Console(highlight=False, soft_wrap=True)
@@ -213,7 +214,7 @@ def _rows(meta: Meta, counts: dict[str, Counts], tokenizer: Tokenizer | None) ->
 
 
 def _bytes(side: Counts, tokenizer: Tokenizer) -> int:
-    """Bytes of text, end-of-text ids not counted."""
+    """Bytes of text that all ids of a split stand for; end-of-text ids count 0."""
     used = [i for i in np.flatnonzero(side.ids[:-1]).tolist() if i != tokenizer.eot_id]
     return sum(int(side.ids[i]) * len(tokenizer.decode_bytes([i])) for i in used)
 
@@ -245,7 +246,7 @@ def _frequent(meta: Meta, counts: dict[str, Counts], tokenizer: Tokenizer | None
 
 
 def _printable(text: str) -> str:
-    """`text` without what a terminal would obey."""
+    """`text` with control characters as escapes, so that a terminal does not obey them."""
     return "".join(
         character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
     )
@@ -257,7 +258,7 @@ def _size(meta: Meta) -> int:
 
 @contextmanager
 def _bars(title: str, size: int, results: Console) -> Iterator[Callable[[int], None]]:
-    """Shows how far reading came, on a terminal: below what is printed on `results` meanwhile, if that is one."""
+    """Shows a progress bar on a terminal, below anything that is printed on `results` meanwhile."""
     console = results if results.is_terminal else Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:

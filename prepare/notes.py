@@ -1,4 +1,4 @@
-"""What a person is told of text that cannot be used as it is: where, what it seems to be, and what helps."""
+"""Messages about text that cannot be used as it is: where it is, what it seems to be, and what helps."""
 
 import codecs
 from collections import Counter
@@ -9,20 +9,20 @@ from prepare.corpus import Reading
 from prepare.encodings import narrow_encoding
 from prepare.formats import suffixes
 from prepare.frontdoor import printable
-from prepare.refusals import About
+from prepare.not_text import About
 from prepare.sources import Say, Source
 from prepare.tokens import DataError
 
 
 def bad_text(source: Source, row: int, offset: int, byte: int) -> DataError:
-    """What to say of a byte that is not UTF-8, `offset` bytes into `row` of a source (0: of the file), and what helps."""
+    """The error for a `byte` that is not UTF-8. It lies `offset` bytes into record `row`, or into the file if `row` is 0."""
     bad = f"{source.name} is not UTF-8 text: {source.where(row, offset)} has 0x{byte:02x}"
     if row and byte == 0xED:
         return DataError(f"{bad}, half a character such as \\ud800: mend it, or say --errors replace or skip")
-    if source.kind == "parquet":  # no filter of bytes can mend what is inside
+    if source.kind == "parquet":  # iconv cannot convert what is inside Parquet
         return DataError(f"{bad}: write the column as strings, or say --errors replace or skip")
     _, head = streams.head(source.place, source.name, source.size) if source.place else ("", b"")
-    # Where the first bytes are ASCII, those from the one that is not are what there is to judge by.
+    # If the file begins with ASCII, guess the encoding by what follows the bad byte.
     sample = head if max(head, default=0) > 0x7F else _from(source, offset) or bytes([byte])
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return DataError(
@@ -33,7 +33,7 @@ def bad_text(source: Source, row: int, offset: int, byte: int) -> DataError:
 
 
 def _from(source: Source, offset: int) -> bytes:
-    """Some bytes of a plain text file from there on; none of others, which would have to be unpacked again as far."""
+    """Up to 4,096 bytes of a local plain text file from `offset` on; b"" for others, which would be slow to reach."""
     if source.kind != "text" or source.packing or not source.place or "://" in source.place:
         return b""
     with open(source.place, "rb") as file:  # noqa: PTH123
@@ -42,7 +42,7 @@ def _from(source: Source, offset: int) -> bytes:
 
 
 def _recoding(name: str, place: str, packing: str, data: bytes) -> str:
-    """What to do about text that is not UTF-8, of which `data` is the beginning or the part that is not."""
+    """What to do about text that is not UTF-8. `data`: its beginning, or the part that is not UTF-8."""
     otherwise = "--errors replace or skip"
     encoding = narrow_encoding(data)
     if not encoding:
@@ -58,7 +58,7 @@ def _recoding(name: str, place: str, packing: str, data: bytes) -> str:
 
 
 def left_out(reading: Reading, sources: Sequence[Source], separator: str, say: Say) -> None:
-    """Say which records gave no text, and what the separator did not divide."""
+    """Say which records gave no text, which byte order marks were found, and what the separator did not divide."""
     if broken := [tally for tally in reading.tallies if tally.broken]:
         number = sum(tally.broken for tally in broken)
         say(f"{number:,} broken records left out (first: {broken[0].name}:{broken[0].first_broken})")
@@ -71,6 +71,13 @@ def left_out(reading: Reading, sources: Sequence[Source], separator: str, say: S
             f"{sum(reasons.values()):,} records without text in {without[0].wanted!r} left out: {why} "
             f"(first: {without[0].name}:{without[0].first})"
         )
+    marked = [(source, tally.marks) for source, tally in zip(sources, reading.tallies, strict=True) if tally.marks]
+    if marked:
+        dropped, kept = (sum(getattr(marks, what) for _, marks in marked) for what in ("dropped", "kept"))
+        source, marks = marked[0]
+        told = [f"{dropped:,} at the beginning of lines left out"] * (dropped > 0)
+        told += [f"{kept:,} within lines kept as characters of the text"] * (kept > 0)
+        say(f"byte order marks (U+FEFF): {', '.join(told)} (first: {source.where(*marks.first)} of {source.name})")
     if reading.undivided:
         source = sources[reading.undivided[0]]
         number = len(reading.undivided)
@@ -81,7 +88,7 @@ def left_out(reading: Reading, sources: Sequence[Source], separator: str, say: S
 
 
 def _line_ends(source: Source) -> str:
-    """In words, what ends the lines of a text."""
+    """A phrase that says how the lines of a text end."""
     _, head = streams.head(source.place, source.name, source.size)
     crlf, lf, cr = head.count(b"\r\n"), head.count(b"\n"), head.count(b"\r")
     if crlf and crlf * 2 > lf:

@@ -1,7 +1,4 @@
-"""Drawing says nothing on a terminal.
-
-That a font lacks a letter, or that there is no folder for a cache, nobody there can do anything about.
-"""
+"""Keeps matplotlib quiet: users can do nothing about its warnings of missing letters or a missing cache folder."""
 
 import contextlib
 import logging
@@ -11,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Also a decorator. What imports matplotlib or draws with it runs within it."""
+    """A context (or decorator) for code that imports matplotlib or draws with it: no warnings on the terminal."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -19,5 +16,5 @@ def quiet() -> Iterator[None]:
 
 
 def plain(text: str) -> str:
-    """`text` as it is drawn: between two dollar signs matplotlib would read a formula."""
+    """`text` with its dollar signs escaped: between two of them matplotlib reads a formula."""
     return text.replace("$", r"\$")

@@ -1,8 +1,9 @@
 """From text to the files of training: plan (plan.py), encode, publish.
 
-The text is read in pieces and encoded in chunks: memory does not grow with it. What is done is written down (journal.py), so
-that the same call goes on after whatever stopped it. The files depend on the text and the settings alone, not on
-the number of workers, the engine, or how often they were stopped.
+The text is read in pieces and encoded in chunks, so memory does not grow with it. A journal of
+finished chunks (journal.py) lets the same call go on after whatever stopped it. The files depend on
+the text and the settings alone, not on the number of workers, the engine, or how often the work was
+stopped.
 """
 
 import math
@@ -37,7 +38,7 @@ from prepare.sources import Say, Source, find, sample
 from prepare.tokens import DataError, Meta
 
 SMALL = 8 << 20
-"""Bytes of input that one core encodes with tiktoken before a faster engine and other processes have started."""
+"""Inputs of at most so many bytes: tiktoken on one core is done before the fast engine and processes have started."""
 
 
 def _say(note: str) -> None:
@@ -54,10 +55,18 @@ def prepare(
     phase: Phase = progress.lines,
     say: Say = _say,
 ) -> Meta:
-    """Encodes what `inputs` name (nothing: the sample) into `output_dir`, whole or not at all.
+    """Encodes the text of `inputs` into `output_dir`, whole or not at all.
 
-    Goes on where a run with the same settings was stopped. `engine_name` is auto, fast or tiktoken; `workers` 0 means
-    as many as there are cores. Raises DataError for what the user can mend.
+    Goes on with the work of an earlier call with the same inputs and settings that was stopped.
+
+    Args:
+        inputs: files, folders, globs, URLs or "-", see sources.find. None at all: the sample.
+        engine_name: auto, fast or tiktoken.
+        workers: threads or processes that encode. 0: one for each core.
+        phase: shows progress.
+        say: is told, line by line, what a person should know.
+
+    Raises DataError for what the user can mend.
     """
     for name in inputs:
         if name != "-" and "://" not in name and _below(name, output_dir / journal.STAGE):
@@ -97,18 +106,18 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Encoded:
-    """All tokens, in the stage, and what was counted on the way."""
+    """The finished token files, still in the stage, and what was counted."""
 
     working: Coder
     done: Journal
     reading: Reading
     chunker: Chunker
     hashes: Sequence[str]
-    """sha256 of each side's file."""
+    """sha256 of train.bin and of val.bin."""
 
 
 def _encode(job: Job, plan: Plan) -> _Encoded:
-    """Encode what the journal does not have yet. Raises Changed where the text is not the one of the unfinished work."""
+    """Encode all chunks that are not done yet. Raises Changed if the text is not the one of the unfinished work."""
     settings, stage, coder = job.settings, job.stage, plan.coder
     small = job.size < SMALL
     chosen = engine.choose("tiktoken" if job.engine_name == "auto" and small else job.engine_name, coder, stage)
@@ -156,7 +165,7 @@ def _encode(job: Job, plan: Plan) -> _Encoded:
 
 
 def _publish(job: Job, plan: Plan, encoded: _Encoded) -> Meta:
-    """Move the files to their place, meta.json last; say what was left out on the way."""
+    """Move the files to their place, meta.json last, and tell what was left out of the text."""
     settings, done, chunker = job.settings, encoded.done, encoded.chunker
     counts = [length // encoded.working.dtype.itemsize for length in done.bytes]
     if min(counts) < 2:
@@ -195,7 +204,7 @@ def _below(path: str, folder: Path) -> bool:
 
 
 def _check_apart(source: Source, output_dir: Path) -> None:
-    """Raises DataError where writing the output would take a source away."""
+    """Raises DataError if writing the output would overwrite a source."""
     if not source.place or "://" in source.place or source.name == "standard input":
         return
     written = [output_dir / name for name in (*journal.SIDES, tokens.META, "tokenizer")]
@@ -204,7 +213,7 @@ def _check_apart(source: Source, output_dir: Path) -> None:
 
 
 def _tell_idle_settings(settings: Settings, sources: Sequence[Source], say: Say) -> None:
-    """What was asked for and has no effect on these sources."""
+    """Tell which settings have no effect on these sources."""
     kinds = {source.kind for source in sources if source.place}
     sampled = not any(source.place for source in sources)
     what = "the sample" if sampled else f"the input is {' and '.join(sorted(kinds))}"
@@ -219,7 +228,7 @@ def _tell_idle_settings(settings: Settings, sources: Sequence[Source], say: Say)
 
 
 def _spool(path: Path, phase: Phase) -> Path:
-    """Standard input, saved: text is read more than once, and again by a run that goes on."""
+    """Saves standard input to `path`, since text is read more than once."""
     with phase("saving standard input", 0) as meter, path.open("wb") as file:
         while block := sys.stdin.buffer.read(corpus.PIECE_BYTES):
             file.write(block)
@@ -228,10 +237,10 @@ def _spool(path: Path, phase: Phase) -> Path:
 
 
 def _cores() -> int:
-    """That this process may use: in a container, those of its limit."""
+    """How many cores this process may use; in a container, its limit."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no such limit ("max"), or no such file
+    except (OSError, ValueError):  # no limit ("max"), or not in a cgroup
         return cores

@@ -1,7 +1,7 @@
-"""What has to be known before the first token is written: the split and the vocabulary, from the text and the settings.
+"""What has to be known before the first token is written: how the text is split, and the vocabulary.
 
-The plan is kept in the stage beside what is done: a run that goes on takes it from there, if it was for the same text and
-the same settings.
+The plan is kept in the stage. A run that goes on uses it again if the text and the settings are the
+same.
 """
 
 import hashlib
@@ -23,41 +23,41 @@ from prepare.tokens import DataError, TokenizerSection
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, together with the text, what the files will be."""
+    """The settings that decide, together with the text, what the files will be."""
 
     tokenizer: str = "gpt2"
     vocab_size: int = 0
-    """For bpe and word, special tokens included; 0: all words."""
+    """Number of ids of bpe or word, special tokens included. 0: all words."""
     sample_size: int = 100_000_000
-    """Bytes of text that bpe learns from, taken from all of it evenly."""
+    """Bytes of text that bpe learns from, taken evenly from the whole text."""
     tokenizer_file: str | None = None
-    """Ranks of a known encoding, or of one of the user's own ("tiktoken")."""
+    """A ranks file: of a known encoding, or of the user's own (tokenizer "tiktoken")."""
     pattern: str = "gpt2"
-    """Of the user's own encoding: gpt2, cl100k_base or o200k_base."""
+    """The pattern of the user's own encoding: gpt2, cl100k_base or o200k_base."""
     separator: str = ""
-    """Between documents in text files; empty: a file is a document."""
+    """What stands between documents in text files. Empty: each file is one document."""
     format: str = "auto"
-    """What the files are: one of formats.FORMATS, or `auto`: what they look like."""
+    """The format of the files: one of formats.FORMATS, or `auto` to look at each file."""
     text_field: str = "text"
-    """Of JSON; the column of Parquet, CSV and TSV. `a.b` is field b of what a holds."""
+    """The JSON field, or the column of Parquet, CSV or TSV, that holds the text. `a.b` is field b within field a."""
     errors: str = "strict"
-    """What is not UTF-8: `strict` stops, `replace` puts U+FFFD, `skip` leaves it out."""
+    """What to do with bytes that are not UTF-8: `strict` stops, `replace` puts U+FFFD, `skip` leaves them out."""
     split: str = "auto"
-    """`tail`, `hash`, or `auto`: by the number of documents."""
+    """`tail`, `hash`, or `auto`, which depends on the number of documents (splits.py)."""
     seed: int = 0
-    """Of the hash."""
+    """Seed of the hash."""
     val_fraction: float = 0.1
-    """Above 0, below 1."""
+    """Share of the text that becomes val: above 0, below 1."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one call of `prepare` works with."""
+    """All that one call of `prepare` works with."""
 
     sources: Sequence[Source]
     output_dir: Path
     stage: Path
-    """Where the work lies until it is published."""
+    """The folder with the work until it is published."""
     settings: Settings
     engine_name: str
     workers: int
@@ -66,7 +66,7 @@ class Job:
 
     @property
     def size(self) -> int:
-        """Bytes of input, as they lie there."""
+        """Bytes of all inputs, as they are stored (packed)."""
         return sum(source.size for source in self.sources)
 
     @property
@@ -77,18 +77,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What has to be known before the first token is written; kept in the stage, for a run that goes on."""
+    """How the text is split. Kept in the stage, for a run that goes on."""
 
     method: str
-    """Of the split: tail or hash."""
+    """How the text is split: tail or hash."""
     border: int
-    """Of the tail: characters before it."""
+    """For `tail`, the number of characters before the val text."""
     coder: Tokenizer
     section: TokenizerSection
 
 
 def make_plan(job: Job) -> Plan:
-    """The plan of the unfinished work, if that was for the same; else a new one, the vocabulary learned."""
+    """The plan of unfinished work with the same text and settings, else a new one. Learns the vocabulary if needed."""
     settings, stage = job.settings, job.stage
     wanted = {
         "settings": _identity(settings),
@@ -117,9 +117,9 @@ def make_plan(job: Job) -> Plan:
 
 
 def _survey(settings: Settings, reading: Reading) -> tuple[str, int]:
-    """How to split (tail or hash), and for the tail the number of characters before the border.
+    """How to split (tail or hash), and for tail the number of characters before the border.
 
-    Reads everything only where that is the tail's.
+    Only for tail does it read all of the text.
     """
     enough = splits.many(settings.val_fraction)
     characters = 0
@@ -163,7 +163,7 @@ def _text(part: Part, sources: Sequence[Source], errors: str) -> str:
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-    """The settings, and what a file among them holds."""
+    """The settings, with the content of the tokenizer file in place of its name."""
     fields = asdict(settings)
     if settings.tokenizer_file and Path(settings.tokenizer_file).is_file():
         fields["tokenizer_file"] = hashlib.sha256(Path(settings.tokenizer_file).read_bytes()).hexdigest()
@@ -171,9 +171,9 @@ def _identity(settings: Settings) -> dict[str, Any]:
 
 
 def _difference(plan: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What of `plan` is not as it is wanted now, in words; nothing where all is.
+    """In words, how `plan` differs from what is wanted now; "" if it does not.
 
-    What was done under --errors strict had no errors, so it is good under replace and skip too.
+    Work done under --errors strict had no errors, so replace and skip can go on with it.
     """
     before, now = plan["settings"], wanted["settings"]
     for name in now:
@@ -187,6 +187,6 @@ def _difference(plan: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _unescaped(separator: str) -> bytes:
-    """What was typed in a shell: \\n, \\t, \\r, \\0 and \\\\ stand for what they do in Python."""
+    """A separator as typed in a shell, with the escapes \\n, \\t, \\r, \\0 and \\\\ replaced as in Python."""
     meanings = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
     return re.sub(r"\\([ntr0\\])", lambda found: meanings[found[1]], separator).encode()

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 if not __package__:
-    # Run as a script, Python puts this folder first on the path, where prepare.py hides the package `prepare`. The
-    # repository root takes its place.
+    # When this file is run as a script, Python puts its folder first on the path, and there prepare.py hides the package
+    # `prepare`. So the repository root takes its place.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import math
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
     notes: list[str] = []
 
     def stop(signum: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt(signum)  # so that SIGTERM too unwinds, and ends its workers
+        raise KeyboardInterrupt(signum)  # SIGTERM unwinds as Ctrl-C does, which ends the workers
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None, prog: str = "prepare.py") -> int:
 
 
 def _check(inputs: list[str], settings: Settings, meta: Meta, output_dir: Path) -> int:
-    """What was written, and what it was made of; standard input cannot be read twice."""
+    """Checks the output, and the inputs once more (except standard input, which cannot be read twice)."""
     from prepare.look import check
     from prepare.whole import inputs_whole
 
@@ -237,7 +237,7 @@ def _place(text: str) -> Path | str:
 
 
 def _size(text: str) -> int:
-    """Bytes, from 5000000, 5000kB, 5MB or 5GB."""
+    """A number of bytes, from text such as 5000000, 5000kB, 5MB or 5GB."""
     found = re.fullmatch(r"([0-9.]+)\s*([kMG]?)B?", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise ArgumentTypeError(f"{text!r} is not a size; say 100MB, for example")
@@ -246,7 +246,7 @@ def _size(text: str) -> int:
 
 
 def _beside(inputs: list[str]) -> Path:
-    """The folder to write to where none is given."""
+    """The folder to write to if no --output-dir is given."""
     if not inputs:
         return Path("data/sample")
     if any(name == "-" or "://" in name for name in inputs):
@@ -271,7 +271,7 @@ def _summary(meta: Meta, place: Path | str, asked: int) -> str:
         why = "has no more pairs to merge" if meta.tokenizer.kind == "bpe" else "has no more words"
         lines.append(f"note: the text {why}, so {meta.vocab_size:,} ids and not {asked:,}")
     if repaired := sum(source.repaired for source in meta.inputs):
-        lines.append(f"note: {repaired:,} places were no UTF-8 text (meta.json counts them for each input)")
+        lines.append(f"note: {repaired:,} places were not UTF-8 (meta.json counts them for each input)")
     return "\n".join(lines)
 
 

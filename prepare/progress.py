@@ -1,4 +1,4 @@
-"""How far a long work came: a bar in a terminal, a plain line every few seconds elsewhere."""
+"""Shows how far a long work has come: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 import sys
 import time
@@ -11,31 +11,31 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_EVERY = 5.0
-"""Seconds."""
+"""Seconds between two lines."""
 
 
 @dataclass
 class Meter:
-    """What was done so far. Whoever does it counts here."""
+    """Counts what was done so far. Whoever does the work updates it."""
 
     total: int
-    """Bytes to read, as they are stored; 0 where it is not known."""
+    """Bytes to read, as they are stored; 0 if that is not known."""
     show: Callable[["Meter"], None] = lambda _: None
     read: int = 0
     text: int = 0
-    """Bytes of text encoded, without those of a run before this one."""
+    """Bytes of text that this run has encoded."""
     tokens: int = 0
     began: float = 0.0
-    """When the first of this run's text was at hand, by time.monotonic()."""
+    """When this run began to encode, by time.monotonic()."""
     skipped: int = 0
-    """Of `read`: what a run before this one did."""
+    """The part of `read` that an earlier run had done."""
 
     def advance(self, count: int) -> None:
         self.read += count
         self.show(self)
 
     def start(self) -> None:
-        """From here on it is work and no longer looking at what was done before."""
+        """Call it when the work of earlier runs has been checked and this run's own work begins."""
         self.began = time.monotonic()
         self.skipped = self.read
 
@@ -53,7 +53,7 @@ class Meter:
 
 
 Phase = Callable[[str, int], AbstractContextManager[Meter]]
-"""`with phase(title, bytes ahead or 0) as meter` shows what is counted on the meter."""
+"""`with phase(title, total) as meter` shows the counts of the meter. `total`: bytes to read, 0 if not known."""
 
 
 @contextmanager
@@ -91,5 +91,5 @@ def lines(title: str, total: int) -> Iterator[Meter]:
 
 
 def phase() -> Phase:
-    """What suits where standard error goes."""
+    """The kind of display that suits standard error: a bar, or lines."""
     return bars if sys.stderr.isatty() else lines

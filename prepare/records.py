@@ -1,7 +1,8 @@
-"""Formats whose documents are records: JSON lines, a JSON array, CSV and TSV, Parquet. One text of each record is read.
+"""Formats whose documents are records: JSON lines, a JSON array, CSV and TSV, Parquet. One field of each record is read.
 
-Each reader gives (row, text), the number of the line, element or row and its UTF-8. Records without text (the field is
-missing, null, empty or no string) are left out and counted in a Tally; so are broken ones where that is allowed.
+Each reader yields (row, text): the number of the line, element or row, from 1 on, and the UTF-8 of
+its text. Records without text (the field is missing, null, empty or not a string) are left out and
+counted in a Tally, and so are broken records if that is allowed.
 """
 
 import csv
@@ -11,58 +12,65 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from prepare.formats import BOM, JSON
+from prepare.formats import JSON
+from prepare.marks import BOM, Marks, without_marks
 from prepare.streams import TransferError
 from prepare.tokens import DataError
 
 Texts = Iterator[tuple[int, bytes]]
 
 MAX_RECORD = 256 << 20
-"""Characters of a JSON element, or bytes of a CSV field, that we are ready to hold."""
+"""Most characters of a JSON element, or bytes of a CSV field."""
 BLOCK = 1 << 19
-"""Characters of an array that are read at a time."""
+"""Characters of a JSON array that are read at a time."""
 _MISSING = object()
 
 
 @dataclass
 class Tally:
-    """What of the records of a source was left out, and why."""
+    """Counts the records of one source that were left out, and why."""
 
     name: str
-    """Of the source."""
+    """What the user called the source."""
     wanted: str
-    """The field whose text is read; `a.b` is field b of what field a holds, where there is no field of that name."""
+    """The field whose text is read. `a.b` is field b within field a, unless a field is called "a.b"."""
     lenient: bool = False
-    """Whether broken records are left out, instead of stopping."""
+    """Whether broken records are left out. If not, the first one is an error."""
     unit: str = "line"
     record: str = "JSON object"
     texts: int = 0
     broken: int = 0
     first_broken: int = 0
     without: dict[str, int] = field(default_factory=dict)
-    """Why there was no text -> in how many records."""
+    """Reason why a record had no text, to the number of such records."""
     first: int = 0
     """The first record without text."""
     has: list[str] = field(default_factory=list)
     """Fields of the first record that lacks the one wanted."""
+    marks: Marks = field(default_factory=Marks)
 
     def take(self, row: int, value: object) -> Texts:
-        """The text of a record, if it has one."""
-        if isinstance(value, str | bytes) and value:
-            self.texts += 1
-            yield row, value if isinstance(value, bytes) else utf8(value)
-            return
+        """Yields the text of a record, if `value` is one, and counts it."""
+        if isinstance(value, str | bytes):
+            data = value if isinstance(value, bytes) else utf8(value)
+            if BOM in data:
+                whole = iter([(row, 0, True, data)])
+                value = data = b"".join(text for *_, text in without_marks(whole, self.marks))
+            if data:
+                self.texts += 1
+                yield row, data
+                return
         if value is _MISSING:
             reason = "missing"
         elif value is None:
             reason = "null"
         else:
-            reason = "no string" if not isinstance(value, str | bytes) else "empty"
+            reason = "not a string" if not isinstance(value, str | bytes) else "empty"
         self.first = self.first or row
         self.without[reason] = self.without.get(reason, 0) + 1
 
     def lookup(self, record: dict[str, Any]) -> object:
-        """What `field` is in a record."""
+        """The value of the wanted field in `record`, or _MISSING."""
         if self.wanted in record:
             return record[self.wanted]
         value: object = record
@@ -74,7 +82,7 @@ class Tally:
         return value
 
     def broke(self, row: int, reason: object, cure: str = "mend it") -> None:
-        """A record that cannot be read. Raises DataError unless those are left out."""
+        """Counts a record that cannot be read. Raises DataError unless these are left out."""
         if not self.lenient:
             raise DataError(
                 f"{self.unit} {row:,} of {self.name} is not a {self.record} ({reason}): {cure}, or leave such "
@@ -84,7 +92,7 @@ class Tally:
         self.first_broken = self.first_broken or row
 
     def finish(self) -> None:
-        """Raises DataError where there were records and none of them had text."""
+        """Raises DataError if there were records, but none of them had text."""
         if self.texts or not self.without or set(self.without) == {"empty"}:
             return
         if set(self.without) <= {"missing", "empty"}:
@@ -99,13 +107,15 @@ class Tally:
         )
 
     def reasons(self) -> str:
-        """In words, why records had no text."""
+        """A phrase that says why records had no text."""
         return ", ".join(f"{number:,} {reason}" for reason, number in sorted(self.without.items()))
 
 
 def json_lines(file: IO[bytes], tally: Tally) -> Texts:
     for at, line in enumerate(file, 1):
-        line = line.removeprefix(BOM).strip()  # files with a mark each may have been put together
+        if line.startswith(BOM):  # files that each begin with a mark were joined
+            tally.marks.count(at, 0, dropped=1)
+        line = line.removeprefix(BOM).strip()
         if not line:
             continue
         try:
@@ -123,12 +133,12 @@ def json_lines(file: IO[bytes], tally: Tally) -> Texts:
 
 
 def json_array(file: IO[bytes], tally: Tally) -> Texts:
-    """The elements of an array, of which no more than one and a block are held."""
+    """The elements of a JSON array. No more than one element and a block are in memory at a time."""
     tally.unit = "element"
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
     held = text.read(BLOCK).lstrip().removeprefix("[")
     at, begin = 1, 0
-    comma = False  # whether one must come before the next element
+    comma = False  # whether a comma must come before the next element
     while True:
         while begin < len(held) and held[begin] in " \t\r\n":
             begin += 1
@@ -151,7 +161,7 @@ def json_array(file: IO[bytes], tally: Tally) -> Texts:
         except json.JSONDecodeError as error:
             cut = error.pos > len(held) - 16 or error.msg.startswith("Unterminated")
             size = len(held) - begin
-            more = text.read(max(BLOCK, size)) if cut and size < MAX_RECORD else ""  # twice as much: not quadratic
+            more = text.read(max(BLOCK, size)) if cut and size < MAX_RECORD else ""  # doubles: not quadratic
             if not more:
                 end_of = "the file ends before the array does" if cut else "mend it"
                 raise DataError(
@@ -173,14 +183,14 @@ def json_array(file: IO[bytes], tally: Tally) -> Texts:
 
 
 def csv_rows(file: IO[bytes], tally: Tally, delimiter: str) -> Texts:
-    """Rows below a header; fields may be quoted, and then hold line breaks."""
+    """The rows below the header. Quoted fields may have line breaks."""
     tally.record = "CSV row"
     csv.field_size_limit(MAX_RECORD)
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
     head = text.readline()
     if delimiter == ",":
         delimiter = max(",;\t|", key=lambda sign: (tally.wanted in head.strip().split(sign), head.count(sign)))
-    lines = _Again(head, text)
+    lines = _Lines(head, text, tally.marks)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         names = next(rows, [])
@@ -214,16 +224,19 @@ def csv_rows(file: IO[bytes], tally: Tally, delimiter: str) -> Texts:
         yield from tally.take(at, row[column] if column < len(row) else _MISSING)
 
 
-class _Again:
-    """The lines of a file of which the first was read already."""
+class _Lines:
+    """The lines of a CSV file whose first line was read already, without byte order marks before a quoted first field."""
 
-    def __init__(self, first: str, file: io.TextIOWrapper) -> None:
-        self._first, self._file = first, file
+    def __init__(self, first: str, file: io.TextIOWrapper, marks: Marks) -> None:
+        self._first, self._file, self._marks = first, file, marks
 
     def __iter__(self) -> Iterator[str]:
         if self._first:
             yield self._first
-        yield from self._file
+        for number, line in enumerate(self._file, 2):
+            if line.startswith("\ufeff"):
+                self._marks.count(number, 0, dropped=1)
+            yield line.removeprefix("\ufeff")
 
 
 def parquet(file: IO[bytes], tally: Tally) -> Texts:
@@ -256,13 +269,13 @@ def parquet(file: IO[bytes], tally: Tally) -> Texts:
                     value = None if value is _MISSING else value
                 if value is not None and not isinstance(value, str | bytes):
                     raise DataError(
-                        f"column {tally.wanted!r} of {tally.name} holds no text but {kind}: choose with --text-field"
+                        f"column {tally.wanted!r} of {tally.name} has {kind}, not text: choose with --text-field"
                     )
                 yield from tally.take(at, value)
         if at != table.metadata.num_rows:
             raise DataError(f"{tally.name} has {at:,} rows and says {table.metadata.num_rows:,}: get it again")
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, TransferError) or getattr(error, "errno", None) is not None:  # no fault of its own
+        if isinstance(error, TransferError) or getattr(error, "errno", None) is not None:  # not the file's fault
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -271,14 +284,14 @@ def parquet(file: IO[bytes], tally: Tally) -> Texts:
 
 
 def _once(tally: Tally, names: list[str], name: str = "") -> None:
-    """Raises DataError where several columns have the name of the one that is read: nobody knows which is meant."""
+    """Raises DataError if several columns have the wanted name, since the right one cannot be known."""
     name = name or tally.wanted
     if (number := names.count(name)) > 1:
         raise DataError(f"{tally.name} has {number} columns {name!r}: rename the one that is not meant")
 
 
 def utf8(text: str) -> bytes:
-    """Its bytes. What is not UTF-8 (a bad byte, half a character like "\\ud800") stays so, and is dealt with later."""
+    """The UTF-8 of `text`. A bad byte or half a character (\\ud800) stays invalid, and encoding deals with it later."""
     try:
         return text.encode()
     except UnicodeEncodeError:

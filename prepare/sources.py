@@ -1,4 +1,4 @@
-"""Which text there is: files, folders, globs, URLs, standard input, or the sample; and what of it is left out."""
+"""Finds the text to read: files, folders, globs, URLs, standard input, or the sample. Tells what it leaves out."""
 
 import difflib
 import glob
@@ -11,49 +11,50 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prepare import formats, streams
-from prepare.formats import BOM, NAMES, suffixes
+from prepare.formats import NAMES, suffixes
 from prepare.frontdoor import printable
-from prepare.refusals import NoText
+from prepare.marks import BOM
+from prepare.not_text import NoText
 from prepare.streams import PACKINGS, store_of, unreachable
 from prepare.tokens import META, DataError
 
 UNITS = {"text": "byte", "jsonl": "line", "json": "element", "csv": "line", "tsv": "line", "parquet": "row"}
-"""What a place in a file of each format is counted in."""
+"""For each format, the unit in which a place in a file is told."""
 _ENDINGS = f"{', '.join(NAMES)} (plain or {', '.join(PACKINGS)})"
 
 BARRED_FOLDERS = "folders that this user may not read"
 
 Say = Callable[[str], None]
-"""Is told, in one line, what a person should know."""
+"""Called with one line that a person should see."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something to read documents from, as often as needed."""
+    """A file, URL or the sample: something to read documents from, as often as needed."""
 
     name: str
-    """As the user named it; printable."""
+    """What the user called it, in printable characters."""
     place: str
-    """The path or URL to open; empty for the sample."""
+    """The path or URL to open; "" for the sample."""
     size: int
-    """Bytes as it is stored."""
+    """Size in bytes, as it is stored (packed)."""
     state: str = ""
-    """What differs when it was written to since: time of the last change, or what the store gives instead."""
+    """Changes when the file is written to: its modification time, or what the store has instead."""
     kind: str = "text"
-    """One of formats.FORMATS."""
+    """Its format, one of formats.FORMATS."""
     packing: str = ""
-    """One of those of streams.py; empty where it is not packed."""
+    """How it is packed, a value of streams.PACKINGS; "" if it is not."""
     mark: int = 0
-    """Bytes of the byte order mark that it begins with, which is not text."""
+    """Length in bytes of the byte order mark at its beginning, which is not text; 0 if it has none."""
 
     def where(self, row: int, offset: int) -> str:
-        """In words, where a Piece's `row` and `offset` are."""
+        """In words, the place that a Piece's `row` and `offset` tell."""
         return f"{UNITS[self.kind]} {offset if self.kind == 'text' else row:,}"
 
 
 @dataclass
 class LeftOut:
-    """What of a folder or a glob is not read, by the reason."""
+    """The files of folders and globs that are not read, by the reason."""
 
     of: dict[str, list[str]] = field(default_factory=dict)
 
@@ -66,7 +67,7 @@ class LeftOut:
 
 
 def sample() -> Source:
-    """The topics of Python's own documentation: 79 documents, 0.46 MB of real English in Python 3.11."""
+    """The sample: topics of Python's own documentation, 79 documents, 0.46 MB of real English in Python 3.11."""
     size = sum(len(text.encode()) for text in sample_texts())
     return Source(f"pydoc_data.topics of Python {platform.python_version()}", "", size)
 
@@ -79,18 +80,22 @@ def find(
     field: str = "text",
     say: Say = lambda _: None,
 ) -> list[Source]:
-    """The sources that `names` stand for, in that order; a folder's and a glob's files in the order of their names.
+    """The sources that `names` stand for, in that order. The files of a folder or glob come in the order of their names.
 
-    A name is a file, a folder (of files whose endings are in formats.NAMES, at any depth, behind links too), a glob, a URL of
-    any of these (over HTTP, a folder's ends in /), or `-` for standard input, which was saved to `stdin`. Each is looked
-    at: `wanted` and `field` are as in formats.format_of. What is left out is told to `say`. Raises DataError where there is no
-    such thing, or where it cannot be read as text.
+    Args:
+        names: each a file, a folder, a glob, a URL of any of these (over HTTP, a folder ends in /), or `-` for standard
+            input. Of a folder, the files with an ending in formats.NAMES are read, at any depth and behind links too.
+        stdin: the file to which standard input was saved.
+        wanted, field: see formats.format_of.
+        say: is told what is left out.
+
+    Raises DataError if something is not there or cannot be read as text.
     """
     sources: list[Source] = []
     left_out = LeftOut()
     try:
         for name in names:
-            if not name:  # which the system takes for the folder that one is in
+            if not name:  # the system would take it for the current folder
                 raise DataError("an input has no name: is a variable empty?")
             if name == "-":
                 assert stdin is not None
@@ -110,7 +115,7 @@ def find(
 
 
 def _named(name: str) -> bool:
-    """Whether it is one file, which the user named."""
+    """Whether the user named one file, and not a folder or a glob."""
     return "://" in name or _what(Path(name)) != "folder"
 
 
@@ -123,7 +128,7 @@ def _saved(stdin: Path) -> Source:
 
 
 def _looked_at(source: Source, wanted: str, field: str, several: bool, left_out: LeftOut, say: Say) -> Source | None:
-    """The source with its format, or None where it is one of several and has nothing to read."""
+    """The source with its format; None if it has nothing to read but is one of several."""
     packing, head = streams.head(source.place, source.name, source.size)
     packed = suffixes(source.place)[1]
     if not head and not packing:
@@ -178,12 +183,12 @@ def _tell_repeated(sources: Sequence[Source], say: Say) -> None:
 
 
 def _what(path: Path) -> str:
-    """`file`, `folder`, `other` (a pipe, say), `nothing`, or `barred` where this user may not even know."""
+    """What is at `path`: "file", "folder", "other" (a pipe), "nothing", or "barred" if this user may not look."""
     try:
         mode = path.stat().st_mode
     except PermissionError:
         return "barred"
-    except (OSError, ValueError):  # also links in a circle, and names that no system takes
+    except (OSError, ValueError):  # links in a circle, and names that are too long or have NULs
         return "nothing"
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
@@ -239,7 +244,7 @@ def _local(name: str, left_out: LeftOut) -> list[Source]:
 
 
 def _walk(top: Path, left_out: LeftOut) -> Iterator[Path]:
-    """The text files below `top`. Links are followed, after what lies there itself, and each folder is read once."""
+    """The text files below `top`. Links are followed last. Each folder is read once, so loops do no harm."""
     folders, links = [top], list[Path]()
     seen = set()
     while folders or links:
@@ -253,7 +258,7 @@ def _walk(top: Path, left_out: LeftOut) -> Iterator[Path]:
             left_out.add(BARRED_FOLDERS, folder)
             continue
         entries = sorted(folder.iterdir())
-        ours = (folder / META).is_file() and (folder / "train.bin").is_file()  # what prepare wrote here before
+        ours = (folder / META).is_file() and (folder / "train.bin").is_file()  # the output of an earlier prepare
         for path in entries:
             if path.name in (".prepare", "train.bin", "val.bin") or (ours and path.name in (META, "tokenizer")):
                 continue
@@ -271,7 +276,7 @@ def _walk(top: Path, left_out: LeftOut) -> Iterator[Path]:
 
 
 def _unusable(path: Path, what: str, left_out: LeftOut) -> bool:
-    """Whether `path`, which is no folder, is left out whatever its name is."""
+    """Whether `path`, which is not a folder, is left out whatever its name is."""
     if what == "nothing":
         left_out.add("links to nothing", path)
     elif what == "other":
@@ -284,11 +289,11 @@ def _unusable(path: Path, what: str, left_out: LeftOut) -> bool:
 
 
 def matching(pattern: str, left_out: LeftOut | None = None) -> list[Path]:
-    """The files of a glob, in the order of their names."""
+    """The files that match a glob, in the order of their names."""
     found = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - Path.glob knows no absolute ones
     left_out = left_out or LeftOut()
     folders = {path for path in found if _what(path) == "folder"}
-    # What may not be listed, glob takes for empty.
+    # glob treats a folder that it may not list as empty.
     for folder in sorted(folders | set(map(Path, glob.glob(str(Path(pattern).parent), recursive=True)))):  # noqa: PTH207
         if _what(folder) == "folder" and not os.access(folder, os.R_OK | os.X_OK):
             left_out.add(BARRED_FOLDERS, folder)
@@ -303,7 +308,7 @@ def _remote(url: str, left_out: LeftOut) -> list[Source]:
     try:
         if glob.has_magic(path.partition("?")[0] if web else path):
             paths = sorted(store.glob(path))
-        # Over HTTP a folder is what ends in "/"; isdir would load a whole file, to look for links.
+        # Over HTTP, only the final "/" tells a folder. fsspec's isdir would load a whole file to look for links in it.
         elif path.endswith("/") or store.info(path)["type"] == "directory":
             paths = []
             for found in sorted(store.find(path)):
@@ -316,7 +321,7 @@ def _remote(url: str, left_out: LeftOut) -> list[Source]:
         else:
             paths = [path]
     except Exception as error:
-        # HTTP's store says "not found" where no server answers, too.
+        # Over HTTP, fsspec says "not found" also if no server answers.
         if not isinstance(error.__cause__ or error, FileNotFoundError):
             raise unreachable(url, error) from error
         paths = []
@@ -342,14 +347,14 @@ def _file_state(path: Path) -> tuple[int, str]:
 
 
 def state(source: Source) -> tuple[int, str]:
-    """Size and state (as in Source) of what is there now."""
-    if source.state.startswith("crc "):  # our own copy of standard input
+    """The size and state (see Source) of the file as it is now."""
+    if source.state.startswith("crc "):  # our own copy of standard input, which does not change
         return source.size, source.state
     return _remote_state(source.place) if "://" in source.place else _file_state(Path(source.place))
 
 
 def sample_texts() -> list[str]:
     """The documents of `sample`."""
-    from pydoc_data.topics import topics  # 0.5 MB of text: loaded only where it is wanted
+    from pydoc_data.topics import topics  # 0.5 MB of text, so it is imported only if needed
 
     return [topics[topic] for topic in sorted(topics)]

@@ -1,8 +1,9 @@
-"""Train and val: which text lies on which side.
+"""Divides the text into train and val.
 
-Of few documents the tail is val: the last characters of all in their order. Of many, a document is val by a hash of its
-text, which depends neither on the others nor on their order, and keeps copies of one on one side. Either border is a hard
-one: each side is encoded by itself, so that no token holds text of both.
+With few documents, val is the tail: the last characters of the whole text. With many, a hash of its
+text decides for each document. That depends neither on other documents nor on their order, and
+copies of a document end up on the same side. Both sides are encoded separately, so that no token
+has text of both.
 """
 
 import hashlib
@@ -13,25 +14,25 @@ from prepare.tokens import DataError
 
 TRAIN, VAL = 0, 1
 HEAD_BYTES = 1 << 20
-"""What of a document is hashed: all, or so much of a longer one, which need not be held then."""
+"""At most so many bytes of a document are hashed, so that a longer one does not have to be in memory."""
 
 ENOUGH = 10
-"""Documents that the smaller side must be able to expect: with ten, it stays empty once in 20,000 times."""
+"""Documents that the smaller side gets on average, at least: with ten, it is empty once in 20,000 times."""
 
 
 def many(val_fraction: float) -> int:
-    """From how many documents on the split is by hash."""
+    """The number of documents from which on the split is by hash."""
     return int(ENOUGH / min(val_fraction, 1 - val_fraction)) + 1
 
 
 def by_tail(pieces: Iterator[Piece], border: int) -> Iterator[tuple[int, Piece]]:
-    """The first `border` characters to train, the others to val."""
+    """Gives the first `border` characters to train (side 0), the others to val (side 1)."""
     left = border
     for piece in pieces:
         count = count_characters(piece.data) if left >= 0 else 0
         if left < 0:
             yield VAL, piece
-        elif count <= left:  # a piece may begin with the rest of a character that the border does not cut
+        elif count <= left:  # a piece may begin with the rest of a character
             left -= count
             yield TRAIN, piece
         else:
@@ -43,10 +44,10 @@ def by_tail(pieces: Iterator[Piece], border: int) -> Iterator[tuple[int, Piece]]
 
 
 def by_hash(pieces: Iterator[Piece], seed: int, val_fraction: float) -> Iterator[tuple[int, Piece]]:
-    """Each document as a whole to train or val."""
+    """Gives each document as a whole to train (side 0) or val (side 1)."""
     held: list[Piece] = []
     size = 0
-    side: int | None = None  # of the document at hand; None until enough of it was seen
+    side: int | None = None  # of the current document; None until its hash is known
     for piece in pieces:
         if piece.begins:
             yield from _decided(held, seed, val_fraction)
@@ -74,7 +75,7 @@ def _decided(pieces: list[Piece], seed: int, val_fraction: float) -> Iterator[tu
 
 
 def too_little(tokens: dict[str, int], method: str) -> DataError:
-    """What to say where one of the sides (file name -> tokens) has too few to train on or to evaluate."""
+    """The error for a split with too few tokens to train or evaluate on. `tokens`: file name to number of tokens."""
     file = min(tokens, key=lambda name: tokens[name])
     cure = "give more text or another --val-fraction" + (
         ", another --seed, or --split tail" if method == "hash" else ""

@@ -1,8 +1,8 @@
-"""The bytes of a file or URL: opened where they lie, unpacked, and either whole or an error.
+"""Reads a file or URL, unpacked. The bytes are either whole or an error.
 
-A stream that ends in the middle looks like one that ends, to whoever asks only for the next bytes. So the end of each is
-looked at: of a transfer (as many bytes as were announced), and of each packed member (its own end, its checksum, and
-nothing behind it but another member).
+If one only asks for the next bytes, a stream that was cut looks like one that ends. So each end is
+checked: a transfer has to have as many bytes as were announced, and each packed member an end and a
+checksum, with only another member behind it.
 """
 
 import bz2
@@ -18,30 +18,30 @@ from prepare.tokens import DataError
 
 PIECE_BYTES = 1 << 19
 HEAD_BYTES = 1 << 16
-"""Of a file, unpacked: enough to see what it is."""
+"""Unpacked bytes from the beginning of a file: enough to see what it is."""
 _READ_BYTES = 1 << 16
 
 PACKINGS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
-"""By the ending of the name; `packing_of` knows them by their first bytes."""
+"""Ending of a name to the packing. `packing_of` finds the packing by the first bytes."""
 UNPACK = {"gzip": "gzip -dc", "zstd": "zstd -dc --long=31", "bzip2": "bzip2 -dc", "xz": "xz -dc"}
-"""The commands that do the same."""
+"""Packing to a shell command that unpacks it."""
 
 Advance = Callable[[int], None]
 
 
 class TransferError(OSError):
-    """A store or its network failed: trying again may help. The message is one line, as a DataError's is."""
+    """A store or the network failed; trying again may help. The message is one line, as that of a DataError."""
 
 
 class Damaged(DataError):
-    """Bytes are missing or changed. --errors does not cover that: it is for text."""
+    """Bytes are missing or changed. --errors does not apply: it is for bad text."""
 
 
 def packing_of(head: bytes) -> str:
-    """How a file that begins so is packed: a value of PACKINGS, or "" where it is not."""
+    """How a file that begins with `head` is packed: a value of PACKINGS, or ""."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
-    # The second is a frame to skip: what parallel and seekable writers begin with.
+    # The second is a skippable frame, with which parallel and seekable writers begin.
     if head.startswith(b"\x28\xb5\x2f\xfd") or (
         head[:1] >= b"\x50" and head[:1] < b"\x60" and head[1:4] == b"\x2a\x4d\x18"
     ):
@@ -52,7 +52,7 @@ def packing_of(head: bytes) -> str:
 
 
 def is_stump(data: bytes, packing: str) -> bool:
-    """Whether a whole file of these bytes is the beginning of a packed one that was cut within its first bytes."""
+    """Whether `data`, all of a file, is a packed file that was cut within its first bytes."""
     magic = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ\0"}[packing]
     return len(data) < 10 and (magic.startswith(data) or data.startswith(magic))
 
@@ -60,11 +60,17 @@ def is_stump(data: bytes, packing: str) -> bool:
 def opened(
     place: str, name: str, size: int, packing: str | None, advance: Advance = lambda _: None, *, ahead: bool = True
 ) -> IO[bytes]:
-    """The bytes of what lies at `place` (a path or a URL), unpacked; `packing` None: by its first bytes.
+    """Opens a file or URL for reading, unpacked.
 
-    `size` is the number of bytes it should have, 0 where it is not known. `advance` is told how many of them were read. Reading
-    raises Damaged or TransferError with the name and the place where what is there is not whole. Without `ahead`, a store
-    is asked for little more than what is read (it may fetch megabytes, else).
+    Args:
+        place: its path or URL.
+        name: what the user called it.
+        size: bytes that it should have, as stored; 0 if not known.
+        packing: a value of PACKINGS, or "" if it is not packed. None: found by its first bytes.
+        advance: called with the number of stored bytes that were read since its last call.
+        ahead: whether a store may read ahead, which can be megabytes.
+
+    Reading raises Damaged or TransferError, with the name and the place, if the file is not whole.
     """
     if "://" in place:
         store, path = store_of(place)
@@ -84,7 +90,7 @@ def opened(
 
 
 def _how(store: Any, path: str, size: int) -> dict[str, Any]:
-    """How to open a large file of a web server that cannot send parts of it: as one stream (fsspec would give up)."""
+    """Options that open a large file of a web server that cannot send parts: as one stream, else fsspec gives up."""
     block: int = getattr(store, "block_size", 0) or 0
     if "http" in store.protocol and size > block and not store.info(path).get("partial"):
         return {"block_size": 0}
@@ -92,7 +98,7 @@ def _how(store: Any, path: str, size: int) -> dict[str, Any]:
 
 
 def head(place: str, name: str, size: int) -> tuple[str, bytes]:
-    """How a file is packed ("" where it is not), and its first HEAD_BYTES, unpacked."""
+    """How a file is packed ("" if it is not), and its first HEAD_BYTES bytes, unpacked."""
     with opened(place, name, size, "", ahead=False) as file:
         first = read_up_to(file, _READ_BYTES)
     packing = packing_of(first)
@@ -103,7 +109,7 @@ def head(place: str, name: str, size: int) -> tuple[str, bytes]:
 
 
 def read_up_to(file: IO[bytes], size: int) -> bytes:
-    """`size` bytes, fewer only at the end of the file, however few a read gives."""
+    """Reads `size` bytes; fewer only at the end of the file, even if single reads give less."""
     data = file.read(size)
     while data and len(data) < size and (more := file.read(size - len(data))):
         data += more
@@ -111,7 +117,7 @@ def read_up_to(file: IO[bytes], size: int) -> bytes:
 
 
 class _Counted(io.RawIOBase):
-    """A file that tells how much of it was read, and does not end before its end."""
+    """A file that counts what was read of it, and raises TransferError if it ends too early."""
 
     def __init__(self, file: IO[bytes], name: str, size: int, advance: Advance) -> None:
         self.position = 0
@@ -141,7 +147,7 @@ class _Counted(io.RawIOBase):
                 error.filename = self._name
                 raise
             raise unreachable(self._name, error, self.position) from error
-        except Exception as error:  # each store has kinds of its own
+        except Exception as error:  # each store has its own kinds of errors
             raise unreachable(self._name, error, self.position) from error
         if not count and len(buffer) and self.position < self._size:
             raise TransferError(
@@ -158,7 +164,7 @@ class _Counted(io.RawIOBase):
 
 
 class _Gzip:
-    """zlib's decompressor with the interface that those of bz2, lzma and zstd have."""
+    """zlib's decompressor with the interface of those of bz2, lzma and zstd."""
 
     def __init__(self) -> None:
         self._stream = zlib.decompressobj(wbits=31)  # with header, CRC and length
@@ -181,13 +187,13 @@ class _Gzip:
 def _decompressor(packing: str) -> Any:
     if packing == "gzip":
         return _Gzip()
-    if packing == "zstd":  # the window of --long=31: up to 2 GB of memory, for files made so alone
+    if packing == "zstd":  # the window of --long=31: up to 2 GB of memory, but only for files that were packed with it
         return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})
     return bz2.BZ2Decompressor() if packing == "bzip2" else lzma.LZMADecompressor(lzma.FORMAT_XZ)
 
 
 class _Unpacked(io.RawIOBase):
-    """The members of a packed file, one after the other. Holds no more than some blocks, however well they were packed."""
+    """The unpacked members of a packed file, one after the other. Has no more than a few blocks in memory."""
 
     def __init__(self, file: IO[bytes], packing: str, name: str, place: Callable[[], int]) -> None:
         self._file = file
@@ -229,10 +235,10 @@ class _Unpacked(io.RawIOBase):
                 return len(data)
 
     def _begin(self) -> bool:
-        """Whether there is one more member."""
+        """Begins the next member. Returns whether there is one."""
         while True:
             self._held = self._held or self._file.read(_READ_BYTES)
-            if self._packing in ("gzip", "xz"):  # may be padded with zeros
+            if self._packing in ("gzip", "xz"):  # zeros may follow a member as padding
                 padded = bool(self._held)
                 self._held = self._held.lstrip(b"\0")
                 if padded and not self._held:
@@ -245,7 +251,7 @@ class _Unpacked(io.RawIOBase):
             return True
 
     def _damage(self, reason: str) -> Damaged:
-        """At about what was read: decompressors do not tell where in their block they stumbled."""
+        """The error for damage near the current place; decompressors do not tell the exact one."""
         where = f"{self._name} cannot be unpacked at about byte {self._place():,} ({reason})"
         if self._members:
             return Damaged(
@@ -263,14 +269,14 @@ class _Unpacked(io.RawIOBase):
 
 
 def store_of(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path there. Raises DataError where its package is missing."""
-    import fsspec  # 0.1 s, for URLs only
+    """The fsspec file system of a URL, and the path in it. Raises DataError if its package is not installed."""
+    import fsspec  # takes 0.1 s and is needed for URLs only
 
     try:
         store, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise DataError(f"{url} cannot be opened: {str(error).rstrip('.')}") from error
-    store.invalidate_cache()  # from a cache of listings nobody sees that a file has changed
+    store.invalidate_cache()  # a cached listing would hide that a file has changed
     return store, path
 
 

@@ -1,7 +1,8 @@
 """Text to ids and back: the encodings of tiktoken, a BPE trained on the corpus, words, characters, bytes.
 
-Each kind of tokenizer owns its name, how it is learned from text, saved and loaded. To add one: a class, and its line in
-KINDS. The one door to tiktoken and rustbpe. data.py gives back, without a network, the tokenizer of a prepared folder.
+Each kind is a class that knows its name and how it is learned from text, saved and loaded. To add
+one: a class, and its line in KINDS. Only this module imports tiktoken and rustbpe. data.py loads
+the tokenizer of a prepared folder, without a network.
 """
 
 import hashlib
@@ -27,50 +28,50 @@ from prepare.tokens import DataError, TokenizerSection, write_file
 FOLDER = "tokenizer"
 UNKNOWN = "<unk>"
 
-# tiktoken's pattern matcher overflows its stack on a million blanks in a row, prints a page and raises a BaseException;
-# 600 thousand are fine. Any run of twice this length holds an aligned block of this length.
+# On a million spaces in a row, tiktoken's pattern matcher overflows its stack, prints a page and raises a BaseException;
+# 600,000 are fine. Any run of twice this length contains an aligned block of this length.
 _BLANK_BLOCK = 300_000
 
 MAX_WORDS = 2_000_000
-"""Different ones that we are ready to count: about 300 MB."""
+"""Most different words that are counted; they take about 300 MB."""
 
 
 @dataclass(frozen=True)
 class Learning:
-    """What a vocabulary is learned from, beside the text."""
+    """Settings of how a vocabulary is learned from text."""
 
     size: int
-    """Bytes that the text has, about."""
+    """About how many bytes the text has."""
     vocab_size: int = 0
-    """Ids wanted, special tokens included; 0: all there are."""
+    """Number of ids, special tokens included. 0: as many as the text has."""
     sample_size: int = 100_000_000
-    """Bytes that a BPE learns from, taken evenly from all of the text."""
+    """Bytes that a BPE learns from, taken evenly from the whole text."""
 
 
 class Tokenizer(ABC):
     """Text to ids and back. `encode` gives uint32 ids of shape (n,), all below `vocab_size`."""
 
     kind: ClassVar[str]
-    """In meta.json; what `load` is chosen by."""
+    """Its name in meta.json, by which the class is found again."""
     learned: ClassVar[bool] = True
-    """Whether the vocabulary comes from the text, by `learn`."""
+    """Whether the vocabulary is learned from the text."""
     sized: ClassVar[bool] = False
     """Whether the size of the vocabulary can be chosen."""
     name: str
     vocab_size: int
-    """Special tokens included."""
+    """Number of ids, special tokens included."""
     eot_id: int | None = None
-    """The token between documents; None where there is none."""
+    """The id between documents; None if there is none."""
     specials: Mapping[str, int] = MappingProxyType({})
-    """Special tokens and their ids. Never found in text, only put there."""
+    """Special tokens and their ids. Text never becomes one of them; only `prepare` puts them between documents."""
     cuts_anywhere: bool
     """Whether text may be cut between any two characters without changing its ids."""
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`. What looks like a special token in it is ordinary text.
 
-        Raises DataError where the text cannot be expressed: a character that char does not know, a lone surrogate
-        (tiktoken makes U+FFFD of that), blanks without end.
+        Raises DataError for text that cannot be encoded: a character that a char tokenizer does not
+        know, a lone surrogate (of which tiktoken would make U+FFFD), a huge run of spaces.
         """
         try:
             return self._encode(text)
@@ -80,7 +81,7 @@ class Tokenizer(ABC):
             ) from error
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:
-        """The UTF-8 of `ids`, shape (n,); may begin and end within a character. Raises DataError at an unknown id."""
+        """The UTF-8 of `ids`, shape (n,). May begin and end within a character. Raises DataError for an unknown id."""
         array = np.asarray(ids, dtype=np.int64)
         unknown = array[(array < 0) | (array >= self.vocab_size)]
         if unknown.size:
@@ -88,18 +89,18 @@ class Tokenizer(ABC):
         return self._decode_bytes(array)
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of `ids`; bytes that are not a character become U+FFFD."""
+        """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @classmethod
     @abstractmethod
     def learn(cls, texts: Iterator[str], wanted: Learning) -> Self:
-        """The tokenizer of a text, which comes in pieces. Raises DataError where `wanted` cannot be had."""
+        """Learns a tokenizer from the pieces of a text. Raises DataError if `wanted` is not possible."""
 
     @classmethod
     @abstractmethod
     def load(cls, section: TokenizerSection, data: bytes) -> Self:
-        """The tokenizer that `save` described; `data` is the file that it wrote, empty where it wrote none."""
+        """Loads the tokenizer that `save` described. `data`: content of the file that it wrote, b"" if it wrote none."""
 
     @abstractmethod
     def _encode(self, text: str) -> np.ndarray: ...
@@ -109,11 +110,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> TokenizerSection:
-        """Writes what decoding needs into `folder`/tokenizer/ and says what it wrote."""
+        """Writes what decoding needs into `folder`/tokenizer/. Returns its section of meta.json."""
 
 
 class Bytes(Tokenizer):
-    """The 256 bytes of UTF-8 are the ids."""
+    """Each byte of the UTF-8 is an id, from 0 to 255."""
 
     kind = name = "byte"
     learned = False
@@ -139,7 +140,7 @@ class Bytes(Tokenizer):
 
 
 class Characters(Tokenizer):
-    """The corpus's own code points in sorted order are the ids (as in nanoGPT's shakespeare_char and DLRover)."""
+    """Each different character of the corpus is an id, in sorted order (as in nanoGPT's shakespeare_char and DLRover)."""
 
     kind = name = "char"
     cuts_anywhere = True
@@ -148,7 +149,7 @@ class Characters(Tokenizer):
     def __init__(self, characters: Iterable[str]) -> None:
         self._characters = sorted(characters)
         self.vocab_size = len(self._characters)
-        # A table over all of Unicode (4 MB) makes encoding one look-up: 7 times as fast as a dict a character.
+        # A table of all of Unicode (4 MB) is 7 times as fast as looking up each character in a dict.
         self._ids = np.full(0x110000, -1, dtype=np.int32)
         self._ids[[ord(character) for character in self._characters]] = np.arange(self.vocab_size)
 
@@ -184,16 +185,17 @@ class Characters(Tokenizer):
 
 
 class Words(Tokenizer):
-    """Words of the corpus, a space before one being part of it; anything else goes character by character.
+    """Each word of the corpus is an id, together with the space before it. All else is encoded character by character.
 
-    Id 0 is <unk>: what the vocabulary lacks becomes it, and comes back as "<unk>". All other text comes back as it was.
+    Id 0 is <unk>, for what the vocabulary lacks; it decodes to "<unk>". All other text decodes to
+    what it was.
     """
 
     kind = name = "word"
     sized = True
     cuts_anywhere = False
     _file = f"{FOLDER}/words.json"
-    # Like GPT-2's pattern it stops at U+0020, so that text may be cut at the same places. `_` is part of a word.
+    # Like GPT-2's pattern, it ends a word at a space, so that text may be cut at the same places. `_` belongs to words.
     _word = re.compile(r" ?\w+| ?[^\w\s]|\s")
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -206,7 +208,7 @@ class Words(Tokenizer):
 
     @classmethod
     def learn(cls, texts: Iterator[str], wanted: Learning) -> Self:
-        """The words of the text, the most frequent first, as many as the vocabulary holds; no more than MAX_WORDS."""
+        """Learns the most frequent words, as many as the vocabulary has ids. Counts at most MAX_WORDS different ones."""
         if 0 < wanted.vocab_size < 4:
             raise DataError(f"--vocab-size {wanted.vocab_size} is too small: two words and two special tokens make 4")
         counts: Counter[str] = Counter()
@@ -223,7 +225,7 @@ class Words(Tokenizer):
 
     @classmethod
     def split(cls, text: str) -> list[str]:
-        """The words of `text`, which together are the text."""
+        """Splits `text` into words and single characters. Joined they are `text` again."""
         return cls._word.findall(text)
 
     def _encode(self, text: str) -> np.ndarray:
@@ -241,7 +243,7 @@ class Words(Tokenizer):
 
 
 class BytePairs(Tokenizer):
-    """Byte pair encoding by tiktoken: a known vocabulary, one of the user's own, or one of our own training."""
+    """Byte pair encoding by tiktoken, with a well-known vocabulary, the user's own, or one learned from the text."""
 
     kind = "bpe"
     sized = True
@@ -251,14 +253,14 @@ class BytePairs(Tokenizer):
     def __init__(
         self, name: str, data: bytes, pattern: str = PATTERNS["gpt2"], specials: Mapping[str, int] | None = None
     ) -> None:
-        """`data` is the text of a .tiktoken file. Without `specials`, <|endoftext|> comes after all its ranks."""
+        """`data`: content of a .tiktoken file. `specials` None: <|endoftext|> gets the id after all ranks."""
         self.name = name
         self.data = data
         self.pattern = pattern
         self.merges = ranks.parse(data, name)
         self.specials = dict(specials or {END_OF_TEXT: max(self.merges.values()) + 1})
         self.eot_id = self.specials[END_OF_TEXT]
-        # Between the ranks and the special tokens of cl100k_base and o200k_base are ids that nothing has.
+        # In cl100k_base and o200k_base, some ids between the ranks and the special tokens are unused.
         self.vocab_size = max(*self.merges.values(), *self.specials.values()) + 1
         self._holes = self.vocab_size > len(self.merges) + len(self.specials)
         self._encoding = tiktoken.Encoding(
@@ -267,9 +269,9 @@ class BytePairs(Tokenizer):
 
     @classmethod
     def learn(cls, texts: Iterator[str], wanted: Learning) -> Self:
-        """Merges learned from about `sample_size` bytes, taken evenly from all of the text.
+        """Learns merges from about `sample_size` bytes, taken evenly from the whole text.
 
-        It has fewer ids than wanted where the text has no more pairs to merge.
+        The tokenizer has fewer ids than wanted if the text has no more pairs to merge.
         """
         if wanted.vocab_size < 257:
             raise DataError(f"--vocab-size {wanted.vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257")
@@ -278,7 +280,7 @@ class BytePairs(Tokenizer):
         def sampled() -> Iterator[str]:
             taken = 0
             for number, text in enumerate(texts):
-                # A run of blanks without end stops the trainer's matcher, and has nothing to teach.
+                # A huge run of spaces overflows the trainer's matcher, and there is nothing to learn from it.
                 if number % every == 0 and not endless_blanks(text):
                     yield text
                     taken += len(text)
@@ -286,7 +288,7 @@ class BytePairs(Tokenizer):
                         return
 
         trainer = rustbpe.Tokenizer()
-        # buffer_size counts chunks, of 0.5 MiB here; its default of 8192 would hold gigabytes.
+        # buffer_size counts texts, here of 0.5 MiB; its default of 8192 would take gigabytes.
         trainer.train_from_iterator(sampled(), wanted.vocab_size - 1, buffer_size=16, pattern=PATTERNS["gpt2"])
         return cls("bpe", ranks.dump({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}))
 
@@ -300,7 +302,7 @@ class BytePairs(Tokenizer):
                 f"{_BLANK_BLOCK:,} or more blanks or newlines in a row are too many for tiktoken: take them out, "
                 "or use the fast engine, or --tokenizer char or byte"
             )
-        # Not encode_to_numpy, though 1.1 times as fast: before tiktoken 0.11 it took special tokens from the text.
+        # encode_to_numpy is 1.1 times as fast, but before tiktoken 0.11 it made special tokens of text.
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
 
     def _decode_bytes(self, ids: np.ndarray) -> bytes:
@@ -310,7 +312,7 @@ class BytePairs(Tokenizer):
         for token in ids.tolist():
             try:
                 tokens.append(self._encoding.decode_single_token_bytes(token))
-            except KeyError:  # only a model that has not learned makes one up
+            except KeyError:  # an id between the ranks and the special tokens, which only an untrained model draws
                 tokens.append("\ufffd".encode())
         return b"".join(tokens)
 
@@ -322,11 +324,11 @@ class BytePairs(Tokenizer):
 
 KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (BytePairs, Characters, Words, Bytes)}
 CHOICES = (*KNOWN, "tiktoken", *KINDS)
-"""What a user can ask for: a known vocabulary, a .tiktoken file of their own, or a kind, learned from the text."""
+"""What a user can choose: a well-known vocabulary, a .tiktoken file of their own, or a kind learned from the text."""
 
 
 def from_section(section: TokenizerSection, folder: Path) -> Tokenizer:
-    """The tokenizer that `section` describes, its file below `folder`. Raises DataError where that is missing or changed."""
+    """The tokenizer that `section` describes, from its file below `folder`. Raises DataError if that is missing or changed."""
     if section.kind not in KINDS:
         raise DataError(f"{folder} was made with tokenizer {section.kind!r}, which this version does not know")
     data = b""
@@ -344,7 +346,10 @@ def from_section(section: TokenizerSection, folder: Path) -> Tokenizer:
 
 
 def known(name: str, file: Path | None = None) -> BytePairs:
-    """gpt2 (50,257 ids), r50k_base (the same), cl100k_base (100,277) or o200k_base (200,019); `file`: its ranks."""
+    """A well-known vocabulary: gpt2 or r50k_base (both 50,257 ids), cl100k_base (100,277) or o200k_base (200,019).
+
+    `file`: its ranks file; None: found as ranks.find does.
+    """
     return BytePairs(name, ranks.find(name, file), KNOWN[name].pattern, KNOWN[name].specials)
 
 
@@ -354,12 +359,12 @@ def gpt2(file: Path | None = None) -> BytePairs:
 
 
 def from_file(file: Path, pattern: str) -> BytePairs:
-    """A .tiktoken file of the user's own, with the pattern of that name (a key of PATTERNS)."""
+    """The tokenizer of a .tiktoken file of the user's own. `pattern`: a key of PATTERNS."""
     return BytePairs(file.name.removesuffix(".tiktoken"), ranks.read(file), PATTERNS[pattern])
 
 
 def endless_blanks(text: str) -> bool:
-    """Whether `text` has more blanks in a row than tiktoken can bear."""
+    """Whether `text` has more spaces in a row than tiktoken can split."""
     return any(
         text[start : start + _BLANK_BLOCK].isspace() for start in range(0, len(text) - _BLANK_BLOCK + 1, _BLANK_BLOCK)
     )

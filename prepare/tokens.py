@@ -1,9 +1,9 @@
-"""The disk contract alone: train.bin, val.bin, meta.json; write them whole or not at all, open them, name them.
+"""The files of prepared data: train.bin, val.bin and meta.json. Writes them whole or not at all, and opens them.
 
 data/train.bin   token ids, no header, little endian, uint16 or uint32 (nanoGPT's format)
 data/val.bin
-data/meta.json   what they are; written last of all, so its presence says that the rest is whole
-data/tokenizer/  what is needed to decode without a network
+data/meta.json   describes them; written last, so if it is there, the rest is whole
+data/tokenizer/  what decoding needs, without a network
 
 data.py opens a folder, also one that another tool prepared.
 """
@@ -28,15 +28,15 @@ UNFINISHED = b'{"unfinished": true}\n'
 
 
 class DataError(ValueError):
-    """The user's mistake. The message is one line: the offending value, and the cure."""
+    """A mistake that the user can mend. The message is one line with the offending value and the cure."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """A source of text, as it was read."""
+    """What was read of one source of text."""
 
     name: str
-    """The file as the user named it, or what else the text came from."""
+    """What the user called the file, or another name for the source."""
     documents: int
     characters: int
     """Unicode code points."""
@@ -44,75 +44,75 @@ class Input:
     """Bytes of its UTF-8."""
     sha256: str
     repaired: int = 0
-    """Places that were no UTF-8 (or lines that were no JSON), replaced or left out by --errors."""
+    """Places that were not UTF-8, or lines that were not JSON, which --errors had replaced or left out."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One side of the data: train or val."""
+    """One part of the data: train or val."""
 
     file: str
     """Path below the folder of meta.json."""
     tokens: int
     documents: int
-    """Documents with text in this split; one that the border cuts counts on both sides."""
+    """Documents with text in this split. One that is divided between train and val counts in both."""
     bytes_in: int
-    """Bytes of UTF-8 text that became these tokens; 0 where another tool made them and did not say."""
+    """Bytes of UTF-8 text that became these tokens; 0 if another tool made them, and it is not known."""
     sha256: str
-    """Of the file; of its ids where another tool put a header before them."""
+    """sha256 of the file, without the header that another tool may have put before the ids."""
 
 
 @dataclass(frozen=True)
 class TokenizerSection:
-    """What it takes to build the tokenizer again."""
+    """All that is needed to load the tokenizer again."""
 
     kind: str
-    """How to load it: bpe, char, byte or word."""
+    """Its kind, which decides how it is loaded: bpe, char, byte or word."""
     name: str
     """gpt2, r50k_base, cl100k_base, o200k_base, bpe, char, byte, word, or the name of a file of the user's own."""
     pattern: str | None
-    """The regular expression that splits text before merging; None where there is none."""
+    """The regular expression that splits text before merging; None if its kind has none."""
     file: str | None
-    """Path below the folder of meta.json; None where nothing needs saving."""
+    """Path of its file below the folder of meta.json; None if it needs none."""
     sha256: str | None
-    """Of the file."""
+    """sha256 of that file."""
     specials: dict[str, int]
-    """Special tokens and their ids. Never found in text, only put there."""
+    """Special tokens and their ids. Text never becomes one of them."""
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How the text was divided."""
+    """How the text was divided into train and val."""
 
     method: str
-    """`tail`: the last characters of all documents in their given order are val. `hash`: documents are, by their text."""
+    """`tail`: the last characters of the whole text are val. `hash`: a hash of its text decides for each document."""
     seed: int | None
-    """Of the hash; None for the tail, which has nothing random."""
+    """Seed of the hash; None for `tail`."""
     fraction: float
-    """Share of val: of the characters with `tail`, of the documents with `hash` (about)."""
+    """Share that is val: of the characters with `tail`, about that of the documents with `hash`."""
 
 
 @dataclass(frozen=True)
 class Meta:
-    """meta.json."""
+    """The content of meta.json."""
 
     format_version: int
     dtype: str
-    """uint16 or uint32, of the ids in the .bin files."""
+    """Type of the ids in the .bin files: uint16 or uint32."""
     vocab_size: int
-    """Special tokens included."""
+    """Number of ids, special tokens included."""
     tokenizer: TokenizerSection
     eot_id: int | None
-    """The token between documents; None where the tokenizer has none."""
+    """The id between documents; None if the tokenizer has none."""
     splits: dict[str, Split]
     inputs: list[Input]
     split: SplitRule
     tools: dict[str, str]
-    """Versions of what made the data."""
+    """Versions of the programs that made the data."""
 
 
 def own_version() -> str:
-    """This program's, or "unknown" where it was not installed."""
+    """The version of this program; "unknown" if it is not installed."""
     try:
         return importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -120,12 +120,12 @@ def own_version() -> str:
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The smallest of the contract's types that holds every id below `vocab_size`."""
+    """uint16 if every id below `vocab_size` fits it, else uint32."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def read_meta(folder: Path) -> Meta | None:
-    """The meta.json of `folder`, None where there is none. Raises DataError where this version cannot read it."""
+    """Reads the meta.json of `folder`; None if there is none. Raises DataError if this version cannot read it."""
     path = folder / META
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -165,7 +165,7 @@ def read_meta(folder: Path) -> Meta | None:
 
 
 def _check_types(made: Any) -> None:
-    """Raises TypeError where a field of a dataclass holds what its annotation does not say."""
+    """Raises TypeError if the value of a dataclass field is not of its annotated type."""
     for name, hint in get_type_hints(type(made)).items():
         kind = get_origin(hint) if get_origin(hint) in (dict, list) else hint
         value = getattr(made, name)
@@ -174,14 +174,15 @@ def _check_types(made: Any) -> None:
 
 
 def open_ids(path: Path, dtype: str, *, offset: int = 0) -> np.memmap:
-    """The ids of a token file as a read-only memmap of shape (tokens,); they begin `offset` bytes into it."""
+    """The ids of a token file as a read-only memmap of shape (tokens,). They begin `offset` bytes into the file."""
     return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset)
 
 
 def blocks(ids: np.memmap, start: int = 0, stop: int | None = None, size: int = 1 << 20) -> Iterator[np.ndarray]:
-    """The ids of an open split from `start` up to `stop` (the end), in arrays of shape (n,) with n at most `size`.
+    """The ids from `start` up to `stop` (None: the end), in arrays of shape (n,) with n at most `size`.
 
-    Memory holds one of them at a time; what is read through the memmap itself stays there.
+    Only one of them is in memory at a time, whereas all that is read through a memmap stays in
+    memory.
     """
     stop = len(ids) if stop is None else stop
     with Path(str(ids.filename)).open("rb") as file:
@@ -192,7 +193,7 @@ def blocks(ids: np.memmap, start: int = 0, stop: int | None = None, size: int = 
 
 
 def document_lengths(ids: Iterable[np.ndarray], eot_id: int | None) -> Iterator[np.ndarray]:
-    """The documents' lengths in tokens, in order, in arrays of shape (n,). A document without tokens is not counted."""
+    """The lengths of the documents in tokens, in order, in arrays of shape (n,). Leaves out empty documents."""
     held = 0
     for block in ids:
         ends = np.flatnonzero(block == eot_id) if eot_id is not None else np.empty(0, dtype=np.int64)
@@ -208,13 +209,13 @@ def document_lengths(ids: Iterable[np.ndarray], eot_id: int | None) -> Iterator[
 
 
 def fingerprint(meta: Meta) -> str:
-    """16 hex digits that are the same for the same ids, whatever folder or tool they came from."""
+    """16 hex digits, the same for the same ids, whatever folder or tool they come from."""
     identity = [meta.dtype, sorted((name, split.sha256) for name, split in meta.splits.items())]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 def write_file(path: Path, data: bytes) -> str:
-    """Writes `data` to `path`, down to the disk, and returns its sha256."""
+    """Writes `data` to `path` and flushes it to disk. Returns its sha256."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -225,9 +226,9 @@ def write_file(path: Path, data: bytes) -> str:
 def publish(stage: Path, folder: Path, meta: Meta) -> None:
     """Moves the files that `meta` names from `stage` to `folder`, meta.json last.
 
-    Before the first new file comes, a note that says "unfinished" takes the place of meta.json: were we stopped between
-    two renames, the folder would hold new train.bin and old val.bin, which with the old meta.json would pass for one
-    data set, and without any for nanoGPT's.
+    First, a note "unfinished" takes the place of meta.json. If the process is stopped between two
+    renames, the folder has a new train.bin and an old val.bin: with the old meta.json they would be
+    taken for one data set, and without any for data of nanoGPT.
     """
     text = json.dumps(asdict(meta), indent=2, ensure_ascii=False) + "\n"
     write_file(stage / META, text.encode())
@@ -247,7 +248,7 @@ def publish(stage: Path, folder: Path, meta: Meta) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """A rename is on the disk only when its folder is."""
+    """Flushes a folder, so that a rename in it is on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

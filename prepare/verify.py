@@ -1,13 +1,13 @@
-"""Whether prepared data is what it says it is, from its folder alone.
+"""Checks whether prepared data is what its meta.json says, from the folder alone.
 
-All of it is read: sizes, sha256, every id below the vocabulary's size, all text decoded and found to be whole
-characters; and, where documents lie in the order of the inputs, found to have the inputs' sha256. That proves that
-nothing was lost, changed or moved.
+All of it is read: sizes and sha256 have to be right, every id below the vocabulary's size, and the
+decoded text made of whole characters. If the documents are in the order of the inputs, their text
+has to have the inputs' sha256. That proves that nothing was lost, changed or moved.
 
-It does not prove that the ids are the tokenizer's own choice: "t" + "he" decodes as "the" does. So samples are encoded
-again by the reference, tiktoken, and compared. A sample is a document, or lies between two places where text may be cut
-without changing its ids (see encoder.py). Its ids must then be those that it has alone: a difference is an error, never
-a false alarm.
+It does not prove that the tokenizer chose these ids: "t" + "he" decodes to "the" as well. So
+tiktoken, the reference, encodes samples again, and the ids are compared. A sample is a document, or
+lies between two places where text may be cut without changing its ids (see encoder.py). Alone it
+has the same ids, so a difference is always an error.
 """
 
 import codecs
@@ -23,9 +23,9 @@ from prepare.ranks import KNOWN
 from prepare.tokenizer import UNKNOWN, Tokenizer, endless_blanks
 from prepare.tokens import META, DataError, Input, Meta, Split, blocks
 
-SAMPLES = 64  # of each side
+SAMPLES = 64  # of each split
 SAMPLE_TOKENS = 1 << 13  # 35 kB of English
-_LONGEST_SAMPLE = 1 << 20  # tokens to look through for two cuts: 2 MB of Chinese
+_LONGEST_SAMPLE = 1 << 20  # tokens in which two cuts have to be found: 2 MB of Chinese
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Finding:
     """What one check found."""
 
     good: bool | None
-    """None: could not be checked."""
+    """Whether all is well; None if it could not be checked."""
     text: str
 
 
 def verify(folder: Path, advance: Callable[[int], None] = lambda _: None) -> Iterator[Finding]:
-    """Checks a folder, ours or another tool's. `advance` is told the bytes of token files that were read."""
+    """Checks a folder, whoever made it. `advance` is called with the bytes of token files that were read."""
     try:
         meta = read_meta(folder)
         ours = (folder / META).exists()
@@ -76,10 +76,10 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda _: None) -> Ite
 
 
 class Vocabulary:
-    """What must be known of each id to walk through ids as if they were text."""
+    """For each id, what is needed to treat ids as if they were text."""
 
     def __init__(self, tokenizer: Tokenizer, eot_id: int | None, unknown_id: int | None = None) -> None:
-        """`unknown_id` stands for text that the tokenizer could not express."""
+        """`unknown_id`: the id of text that the tokenizer could not encode (<unk>)."""
         self.tokenizer = tokenizer
         self.eot_id = eot_id
         self.unknown_id = unknown_id
@@ -93,11 +93,11 @@ class Vocabulary:
         return ids if self.eot_id is None else ids[ids != self.eot_id]
 
     def torn(self, ids: np.ndarray) -> np.ndarray:
-        """Indices in `ids`, shape (n,), of tokens that follow an end of text and begin within a character."""
+        """Indices in `ids`, shape (n,), of tokens after an end of text that begin within a character."""
         return 1 + np.flatnonzero((ids[:-1] == self.eot_id) & self._continues[ids[1:]])
 
     def borders(self, ids: np.ndarray) -> np.ndarray:
-        """Where in `ids`, shape (n,), text may be cut without changing its ids: indices from 1 to n - 1, in order."""
+        """Indices from 1 to n - 1 in `ids`, shape (n,), at which text may be cut without changing its ids; in order."""
         if self.tokenizer.cuts_anywhere:
             return 1 + np.flatnonzero(~self._continues[ids[1:]])
         cuts = self._word_last[ids[:-1]] & self._blank_first[ids[1:]]
@@ -109,7 +109,8 @@ class Vocabulary:
 def encoded_again(ids: np.memmap, file: str, text: Vocabulary, *, edges_are_borders: bool) -> Finding:
     """Compares samples of `ids`, shape (n,), with what the tokenizer makes of their text.
 
-    `edges_are_borders`: the text was encoded from the first id on and up to the last. All of a short file is one sample.
+    A short file is one sample. `edges_are_borders`: whether the text begins with the first id and
+    ends with the last.
     """
     count = SAMPLES if len(ids) > SAMPLES * SAMPLE_TOKENS else 1
     length = SAMPLE_TOKENS if count > 1 else len(ids)
@@ -125,7 +126,7 @@ def encoded_again(ids: np.memmap, file: str, text: Vocabulary, *, edges_are_bord
                 plain = text.tokenizer.decode_bytes(part).decode("utf-8")
             except UnicodeDecodeError:
                 return Finding(False, f"{file}: tokens {start + at:,} and on begin or end within a character")
-            if endless_blanks(plain):  # too many for tiktoken
+            if endless_blanks(plain):  # tiktoken could not split it
                 continue
             again = text.tokenizer.encode(plain)
             if not np.array_equal(again, part):
@@ -148,7 +149,7 @@ def encoded_again(ids: np.memmap, file: str, text: Vocabulary, *, edges_are_bord
 def _between_borders(
     ids: np.memmap, start: int, length: int, text: Vocabulary, edges_are_borders: bool
 ) -> tuple[int, np.ndarray] | None:
-    """A stretch of ids that begins and ends at a border, about `length` from `start` on, and its index."""
+    """About `length` ids from `start` on that begin and end at a border, and the index of the first one."""
     while True:
         stop = min(start + length, len(ids))
         sample = np.array(ids[start:stop], dtype=np.int64)
@@ -163,7 +164,10 @@ def _between_borders(
 
 
 def _pieces(ids: np.ndarray, text: Vocabulary) -> Iterator[tuple[np.ndarray, int]]:
-    """What of `ids`, which begin and end at a border, can be encoded by itself: shape (k,), k > 0, each with its index."""
+    """Splits `ids`, which begin and end at a border, into parts that can be encoded by themselves.
+
+    Yields each part, shape (k,) with k > 0, with its index in `ids`.
+    """
     if text.unknown_id is not None and (ids == text.unknown_id).any():
         cuts = text.borders(ids)
     else:
@@ -195,15 +199,15 @@ def _vocabulary(meta: Meta, tokenizer: Tokenizer | None) -> Finding:
 
 
 class _Reading:
-    """Takes the ids of one side from first to last, and the text they stand for."""
+    """Checks the ids of one split, from first to last, and the text that they stand for."""
 
     def __init__(
         self, vocab_size: int, text: Vocabulary | None, comparison: "_Inputs | None", *, torn_edges: bool
     ) -> None:
         self.broken: str | None = None
-        """The first thing that keeps the ids from being text."""
+        """The first reason why the ids are not text."""
         self.unknown = 0
-        """Ids that stand for text that is lost."""
+        """How many ids are <unk>, so that their text is lost."""
         self._vocab_size = vocab_size
         self._text = text
         self._comparison = comparison
@@ -214,7 +218,7 @@ class _Reading:
         self._last = np.empty(0, dtype=np.int64)
 
     def add(self, ids: np.ndarray) -> None:
-        """The next ids, shape (n,)."""
+        """Checks the next ids, shape (n,)."""
         self._sha256.update(ids.data)
         unknown = np.flatnonzero(ids >= self._vocab_size)
         if unknown.size and not self.broken:
@@ -226,7 +230,7 @@ class _Reading:
         self._tokens += len(ids)
 
     def findings(self, split: Split, ours: bool, repaired: bool) -> Iterator[Finding]:
-        """What was found, compared with what `split` says. `repaired`: its bytes are those before text was mended."""
+        """What was found, compared with `split`. `repaired`: its bytes were counted before bad text was replaced."""
         if ours:
             same = self._sha256.hexdigest() == split.sha256
             verdict = (
@@ -254,7 +258,7 @@ class _Reading:
             yield Finding(True, f"{split.file}: decodes to {self._bytes:,} bytes, all of them whole characters")
 
     def _decode(self, ids: np.ndarray, text: Vocabulary) -> None:
-        """`ids` begin with the last one of before."""
+        """Decodes `ids`. The first one is the last id of the block before."""
         seen = len(self._last)
         if (torn := text.torn(ids)).size:
             self.broken = f"the document at token {self._tokens - seen + int(torn[0]):,} begins within a character"
@@ -274,14 +278,14 @@ class _Reading:
 
 
 def _in_order_of_inputs(meta: Meta) -> bool:
-    """Whether train's text and then val's is the inputs', in their order and as it was read."""
+    """Whether the text of train followed by that of val is the text of the inputs, unchanged and in their order."""
     text = sum(split.bytes_in for split in meta.splits.values())
     repaired = any(source.repaired for source in meta.inputs)
     return meta.split.method == "tail" and not repaired and text == sum(source.bytes for source in meta.inputs)
 
 
 class _Inputs:
-    """Cuts decoded text into the inputs that it came from, and compares their sha256."""
+    """Cuts decoded text into the inputs that it came from, and compares the sha256 of each."""
 
     def __init__(self, inputs: Sequence[Input]) -> None:
         self._inputs = [source for source in inputs if source.bytes]
@@ -291,7 +295,7 @@ class _Inputs:
         self._differing: list[str] = []
 
     def add(self, data: bytes) -> None:
-        """The next bytes of text."""
+        """Takes the next bytes of text."""
         rest = memoryview(data)
         while rest and self._done < len(self._inputs):
             self._sha256.update(rest[: self._left])

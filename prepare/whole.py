@@ -1,7 +1,8 @@
-"""Whether the files that data was prepared from are whole, found out without the readers that prepared it.
+"""Checks whether the files that data was prepared from are whole, with other readers than those that prepared it.
 
-streams.py unpacks with its own loop; here the libraries' file objects do, and the ends of the files are looked at as their
-formats define them. What one of the two overlooks (the second member of a file, a stream that stops) the other shows.
+streams.py unpacks with its own loop. Here the file objects of the libraries do, and the end of each
+file is checked as its format defines it. If one of the two overlooks something (a second member, a
+stream that was cut), the other one shows it.
 """
 
 import bz2
@@ -15,23 +16,27 @@ from typing import IO, Any
 
 from backports import zstd
 
+from prepare.marks import Marks, without_marks
 from prepare.sources import Source
 from prepare.streams import store_of
 from prepare.tokens import Input
 from prepare.verify import Finding
 
 _BZIP2_END = 0x177245385090
-"""48 bits that begin at any bit; 32 bits of CRC and up to 7 of padding follow."""
+"""The 48 bits at the end of a bzip2 stream, at any bit offset; 32 bits of CRC and up to 7 bits of padding follow."""
 
 
 class Broken(Exception):
-    """Why a file is not whole."""
+    """A file is not whole. The message says why."""
 
 
 def inputs_whole(sources: Sequence[Source], inputs: Sequence[Input], *, same_text: bool) -> Iterator[Finding]:
-    """A finding for the sources that were read, once more and in another way; `inputs` says what was read then.
+    """Reads the sources again, in another way. Yields a finding for each one that is not whole, and one for all.
 
-    `same_text`: a plain file's text went into the data as it is.
+    Args:
+        sources: the files as they are now.
+        inputs: what was read of them when the data was prepared.
+        same_text: whether the text of a plain file went into the data unchanged (no separator was left out).
     """
     compared = 0
     recorded = {source.name: source for source in inputs}
@@ -64,7 +69,7 @@ def _raw(source: Source) -> IO[bytes]:
 
 
 def _digest(source: Source, file: IO[bytes]) -> tuple[str, int]:
-    """The sha256 and the number of the unpacked bytes, without a byte order mark."""
+    """sha256 and number of the unpacked bytes, without byte order marks."""
     readers: dict[str, Any] = {
         "gzip": lambda: gzip.GzipFile(fileobj=file),
         "bzip2": lambda: bz2.BZ2File(file),
@@ -74,14 +79,15 @@ def _digest(source: Source, file: IO[bytes]) -> tuple[str, int]:
     unpacked = readers[source.packing]() if source.packing else file
     digest, size = hashlib.sha256(), 0
     unpacked.read(source.mark)
-    while block := unpacked.read(1 << 20):
+    blocks = ((0, 0, number == 0, block) for number, block in enumerate(iter(lambda: unpacked.read(1 << 20), b"")))
+    for *_, block in without_marks(blocks, Marks()):
         digest.update(block)
         size += len(block)
     return digest.hexdigest(), size
 
 
 def _check_end(source: Source, file: IO[bytes]) -> None:
-    """Raises Broken where a file does not end as its format does."""
+    """Raises Broken if a file does not end as its format says."""
     size = file.seek(0, io.SEEK_END)
     if source.size and size != source.size:
         raise Broken(f"it has {size:,} bytes, and should have {source.size:,}")
@@ -106,7 +112,7 @@ def _check_end(source: Source, file: IO[bytes]) -> None:
 
 
 def _walk_zstd(file: IO[bytes], size: int) -> None:
-    """From frame to frame and block to block, by the lengths that each says (RFC 8878, section 3)."""
+    """Goes from frame to frame and block to block by their lengths (RFC 8878, section 3). Raises Broken."""
 
     def take(count: int) -> bytes:
         data = file.read(count)
@@ -135,5 +141,5 @@ def _walk_zstd(file: IO[bytes], size: int) -> None:
         while not last:
             header = int.from_bytes(take(3), "little")
             last = bool(header & 1)
-            skip(1 if header >> 1 & 3 == 1 else header >> 3)  # one byte, repeated; else so many
+            skip(1 if header >> 1 & 3 == 1 else header >> 3)  # a block of one repeated byte has one byte
         skip(4 * (descriptor >> 2 & 1))

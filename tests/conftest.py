@@ -1,4 +1,4 @@
-"""What several rooms' tests need: prepared data, the command line, and runs to compare."""
+"""Helpers and fixtures of several test files: prepared data, the command line, and comparing runs."""
 
 import contextlib
 import functools
@@ -24,11 +24,11 @@ from elastic_gpt.nodes.standby import SIGNALS
 from elastic_gpt.nodes.standby import __file__ as standby_file
 from prepare.tokenizer import BytePairs, Learning
 
-# A shell that runs the tests in the background, or nohup, has these ignored, here and in all that we start.
+# If a shell runs the tests in the background, or nohup does, these are ignored here and in all processes that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# The same examples each time, so that a change is blamed for what it did; --hypothesis-profile=default looks for new ones.
+# The same examples each time, so that only a change makes tests fail. --hypothesis-profile=default tries new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
@@ -42,7 +42,7 @@ WARM = ("train", "run", "replay", "evaluate", "export", "serve", "generate")  # 
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """Handlers of signals that a test has set, by training in this process perhaps, go with it."""
+    """Restores the signal handlers after each test: training in this process changes them."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -51,7 +51,7 @@ def signals() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample corpus, a token a character."""
+    """The sample corpus, with one token for each character."""
     folder = tmp_path_factory.mktemp("data")
     elastic_gpt("prepare", "--sample", "--tokenizer", "char", "--output-dir", folder)
     return folder
@@ -59,7 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB, in which nothing has room."""
+    """A full file system of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
@@ -76,7 +76,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Address of an S3 server with a bucket named `bucket`; the environment points to it as a user's would."""
+    """Address of an S3 server with a bucket named `bucket`. The environment variables of S3 clients point to it."""
     pytest.importorskip("s3fs", reason="pip install s3fs")
     moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
     running = moto.ThreadedMotoServer("127.0.0.1", 0)
@@ -98,12 +98,12 @@ def trained_bpe(chunks: list[str], vocab_size: int) -> BytePairs:
 
 
 def errors(done: subprocess.CompletedProcess[str]) -> str:
-    """What a command wrote on standard error beside its notes."""
+    """The lines on standard error that are not notes."""
     return "".join(line for line in done.stderr.splitlines(keepends=True) if not line.startswith("note: "))
 
 
 PATIENCE = 240.0
-"""Seconds that a test waits for what has to come: it only bounds a failure, so that a busy machine fails none."""
+"""Longest wait of a test, in seconds. So long that tests pass on a busy machine; only failures take this time."""
 
 
 def until(condition: Callable[[], object], otherwise: str = "waited in vain") -> None:
@@ -115,13 +115,13 @@ def until(condition: Callable[[], object], otherwise: str = "waited in vain") ->
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One CPU thread, as nodes that share a machine have: bit for bit the same needs the same."""
+    """Environment with one CPU thread, as in local nodes: equality bit for bit needs the same number of threads."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
 
 
 @functools.cache
 def standby(_tests: int) -> str:
-    """The name of a standby process of this process of tests, which spares each command the seconds of `import torch`."""
+    """Name of the tests' standby process, with which commands need not import torch."""
     name = f"elastic-gpt-tests-{os.getpid()}-{secrets.token_hex(8)}"
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"\0{name}")
@@ -151,24 +151,24 @@ def elastic_gpt(*words: object, code: int = 0, **more: str) -> subprocess.Comple
 
 
 def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl that are whole: the run may be writing."""
+    """The whole lines of metrics.jsonl; the run may be writing another one."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def events(run: Path, kind: str) -> list[dict]:
-    """The events of that kind in a run's ledger, of which every line has to keep the contract."""
+    """The events of one kind in a run's ledger. Asserts that every line has the fields of the contract."""
     found = [json.loads(line) for line in (run / LEDGER).read_text().splitlines()]
     for event in found:
         for field, kinds in EVENTS[event["event"]].items():
-            if field in event or field not in ("directory", "name", "stayed"):  # which 0.1.0 did not write
+            if field in event or field not in ("directory", "name", "stayed"):  # version 0.1.0 did not write these
                 assert isinstance(event[field], (int, float) if kinds is float else kinds), (event, field)
     return [event for event in found if event["event"] == kind]
 
 
 def assert_same_run(run: Path, undisturbed: Path) -> None:
-    """The same sequences, losses and parameters, bit for bit; each step once."""
+    """Assert that two runs have each step once, with the same sequences, losses and parameters, bit for bit."""
     kept, expected = metrics(run), metrics(undisturbed)
     assert [line["step"] for line in kept] == list(range(1, len(expected) + 1))
     for mine, theirs in zip(kept, expected, strict=True):

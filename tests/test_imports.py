@@ -1,4 +1,4 @@
-"""The core needs no cloud: importing all of it, in a process of its own, imports no cloud SDK."""
+"""Importing the whole core, in a new process, imports no cloud SDK."""
 
 import json
 import pkgutil

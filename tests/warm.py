@@ -1,4 +1,4 @@
-"""What the tests' standby process runs: any command, as `elastic-gpt COMMAND` does."""
+"""The module of the tests' standby process. It runs any command, like `elastic-gpt COMMAND`."""
 
 import importlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Two runs of one configuration, laid over each other: step by step, in figures and as a picture."""
+"""Compares two runs of the same configuration, step by step: in figures and as a picture."""
 
 import math
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from prepare.picture import quiet
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs of one configuration, step by step."""
+    """The result of comparing two runs of the same configuration, step by step."""
 
     same_steps: bool
-    """Each step stands once, from the first to the last, in both."""
+    """Whether both have each step once, from the first to the last."""
     same_sequences: bool
-    """Each step used the same sequences in the same order."""
+    """Whether each step used the same sequences in the same order."""
     loss_difference: float
-    """Largest over all steps, nats a token; infinite where one run skipped an update that the other did not."""
+    """Largest difference of any step, nats per token; infinite if only one run skipped an update."""
     same_parameters: bool
-    """The last checkpoints are equal bit for bit."""
+    """Whether the last checkpoints are equal bit for bit."""
 
 
 def compare(run: Path, undisturbed: Path) -> Comparison:
@@ -38,20 +38,20 @@ def compare(run: Path, undisturbed: Path) -> Comparison:
 
 
 def _difference(mine: float | None, theirs: float | None) -> float:
-    """Of two losses; None is that of an update that was skipped."""
+    """The difference of two losses; None is the loss of a skipped update."""
     if mine is None or theirs is None:
         return 0.0 if mine is theirs else math.inf
     found = abs(mine - theirs)
-    return math.inf if math.isnan(found) else found  # as 0.1.0 wrote it; max() would pass a NaN over
+    return math.inf if math.isnan(found) else found  # version 0.1.0 wrote NaN, which max() would ignore
 
 
 def _drawable(lines: list[dict[str, Any]]) -> list[float]:
-    """The losses, with a gap where an update was skipped."""
+    """The losses, with NaN (a gap in the curve) for a skipped update."""
     return [math.nan if line["loss"] is None else line["loss"] for line in lines]
 
 
 def changes(run: Path) -> list[tuple[int, str]]:
-    """The membership changes of a run: step, and what happened."""
+    """The membership changes of a run: the step, and what happened in a few words."""
     found: list[tuple[int, str]] = []
     before: set[str] = set()
     for event in Ledger(run).events():
@@ -66,8 +66,8 @@ def changes(run: Path) -> list[tuple[int, str]]:
 
 @quiet()
 def draw(run: Path, undisturbed: Path, path: Path) -> None:
-    """Both loss curves over each other, the number of workers, and the changes of membership."""
-    import matplotlib.pyplot as plt  # a second to import, and a laptop that looks at ledgers may lack it
+    """Draw both loss curves, the number of workers, and the membership changes."""
+    import matplotlib.pyplot as plt  # takes a second to import, and may not be installed where only ledgers are read
 
     mine, theirs = read_metrics(run), read_metrics(undisturbed)
     steps = [line["step"] for line in mine]

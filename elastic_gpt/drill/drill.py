@@ -1,10 +1,10 @@
-"""Kill and scale on purpose, then prove that nothing changed.
+"""Kills and scales a run on purpose, then proves that the result is the same.
 
     elastic-gpt drill --events 20 --seed 7 --nodes 4
 
-A random schedule of kills, preemptions, joins, master restarts and storage faults on local nodes, under the real DLRover
-master and agents or under plain torchrun; the same configuration undisturbed; and a report of whether the laws held, as a
-table, JSON and a picture.
+A random schedule of kills, preemptions, joins, master restarts and storage faults happens to local
+nodes, under the real DLRover master and agents or plain torchrun. Then the same configuration
+trains undisturbed. A table, JSON and a picture report whether the laws held.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ from elastic_gpt.nodes.mend import check_version
 from prepare.frontdoor import DONE, FAILED, Parser, command, whole
 from prepare.picture import quiet
 
-GAP = (20, 60)  # steps between an event and the end of the one before
+GAP = (20, 60)  # steps from the end of an event to the next one
 LAST_STEPS = 40  # after all events
 CHECKPOINT_INTERVAL = 100
-MARK = ".drill"  # in the output folder: what is in it may be deleted
+MARK = ".drill"  # a file that marks an output folder of ours, which may be deleted
 FLOAT_TOLERANCE = 0.05  # nats; without exact mode runs drift apart by the order of float sums
 
 
 class Under(NamedTuple):
-    """What keeps the nodes: how a job is started, and what can be done to it."""
+    """DLRover or torchrun: how its jobs are started, and what can be done to them."""
 
     job: type[LocalJob]
     faults: type[Faults]
@@ -54,7 +54,7 @@ UNDER = {"dlrover": Under(LocalJob, Faults), "torchrun": Under(TorchrunJob, Torc
 
 
 def train(*words: str) -> None:
-    """A command in one process with one CPU thread, as each local node has. Where it fails it says why; we end as it does."""
+    """Run a command with one CPU thread, as each local node has. If it fails, end this process with its exit code."""
     done = subprocess.run(
         [sys.executable, "-m", "elastic_gpt.cli", *words],
         check=False,
@@ -69,7 +69,7 @@ def disturb(
     arguments: list[str], run: Path, happened: list[Event], *, under: Under, events: int, nodes: int, seed: int,
     say: Callable[[str], None]
 ) -> None:  # fmt: skip
-    """Train on local nodes while a random schedule of events happens to them, which `happened` gets; in the end all leave."""
+    """Train on local nodes while random events happen to them. Appends the events to `happened`; at the end all leave."""
     dice = random.Random(seed)
     endless = ["train", *arguments, "--run-dir", str(run), "--steps=1000000"]
     with under.job(endless, least=1, most=nodes, threads=1, say=lambda _: None) as job:
@@ -81,7 +81,7 @@ def disturb(
         bag: list[str] = []
         for number in range(events):
             faults.reach(faults.steps() + dice.randint(*GAP))
-            # Every kind comes up before one comes up again; for those that need more nodes than there are, one joins.
+            # Every kind comes once before any comes again. If a kind needs more nodes than there are, one joins instead.
             bag, possible = bag or list(faults.kinds), faults.possible()
             kind = dice.choice(
                 [kind for kind in bag if kind in possible] or [kind for kind in possible if kind == JOIN] or possible
@@ -99,7 +99,7 @@ def disturb(
 
 
 def charge(happened: list[Event], ledger: list[dict[str, Any]]) -> None:
-    """Give what the ledger knows of restarts to the last event before each."""
+    """Add what the ledger says of each recovery to the last event before it."""
     for event, end in zip(happened, [*(event.time for event in happened[1:]), math.inf], strict=True):
         after = [entry for entry in ledger if event.time <= entry["time"] < end]
         event.dropped = sum(entry["dropped"] for entry in after if entry["event"] == "restored")
@@ -108,7 +108,7 @@ def charge(happened: list[Event], ledger: list[dict[str, Any]]) -> None:
 
 
 def finish(arguments: list[str], run: Path, *, under: Under, nodes: int, steps: int) -> None:
-    """Take the run up again as a new job, and train it to its end."""
+    """Resume the run as a new job, and train it to its end."""
     ending = ["train", *arguments, "--run-dir", str(run), f"--steps={steps}"]
     with under.job(ending, least=1, most=nodes, threads=1, say=lambda _: None) as job:
         for _ in range(nodes):
@@ -123,7 +123,7 @@ def finish(arguments: list[str], run: Path, *, under: Under, nodes: int, steps: 
 
 
 def table(happened: list[Event]) -> Table:
-    """A row for each kind of event. A new node needs seconds to start; the others train on until it is there."""
+    """A row for each kind of event. A new node takes seconds to start, and the others train on meanwhile."""
     drawn = Table(
         "event", "times", "done again, most", "allowed", "s to the next step, median", "most", "s stood still, median"
     )
@@ -136,7 +136,7 @@ def table(happened: list[Event]) -> Table:
         elif kind != LEAVE:
             seconds = [event.seconds for event in these]
             row += [f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}"]
-            if still := [sum(event.parts.values()) for event in these if event.parts]:  # an asked stop has none
+            if still := [sum(event.parts.values()) for event in these if event.parts]:  # a stop on purpose has none
                 row.append(f"{statistics.median(still):.1f}")
         drawn.add_row(*row)
     return drawn
@@ -159,7 +159,7 @@ said below the tables: read it before you compare.
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> int:
-    """Run a drill. Exit code 1 if any law was broken."""
+    """Run a drill. Returns exit code 1 if a law was broken."""
     parser = Parser(prog, description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--events", type=whole(1), default=20, metavar="N", help="how many things happen (default: 20)")
     parser.add_argument("--seed", type=int, default=7, metavar="N", help="of the schedule (default: 7)")
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
     if under == "dlrover":
         check_version()
 
-    # --- a folder of its own, without what an older drill left
+    # --- an output folder without the files of an older drill
     out: Path = args.output_dir
     run, undisturbed, report = out / "run", out / "undisturbed", out / "report.json"
     if out.exists() and not (out / MARK).exists() and (out.is_file() or any(out.iterdir())):
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt drill") -> 
         found |= {"broken": str(error), "events": [dataclasses.asdict(event) for event in happened]}
         report.write_text(json.dumps(found, indent=1))
         return FAILED
-    # --- the same run undisturbed, and what the laws say of both
+    # --- the same run undisturbed, and whether the laws held
     print("the same configuration, undisturbed, in one process", flush=True)
     train("train", *arguments, "--run-dir", str(undisturbed), f"--steps={steps}")
 

@@ -1,4 +1,4 @@
-"""What can be done to a running job on purpose, and what is waited for after each."""
+"""Faults that can be done to a running job on purpose. Each one waits until its effect is over."""
 
 import dataclasses
 import os
@@ -14,47 +14,47 @@ from elastic_gpt.ledger import Ledger
 from elastic_gpt.nodes.local import LocalJob
 from elastic_gpt.processes import of_nodes
 
-SNAPSHOT_INTERVAL = 10  # steps, of the runs that this happens to
-PATIENCE = 120.0  # seconds for a step, or for a fault to have its effect: a hang is a broken law
-GONE = 10.0  # seconds in which everything that a node started ends after it
+SNAPSHOT_INTERVAL = 10  # steps, in the runs that faults happen to
+PATIENCE = 120.0  # seconds for a step, or for the effect of a fault; more is a broken law
+GONE = 10.0  # seconds in which all processes of a node end after it
 JOIN = "a node joins"
-LEAVE = "all leave, a new job goes on"  # the last event
-QUIET = ("master killed, restarted", "storage fault")  # training goes on
+LEAVE = "all leave, a new job goes on"  # always the last event
+QUIET = ("master killed, restarted", "storage fault")  # these do not stop training
 
 
 class Stalled(RuntimeError):
-    """The run stood still, or ended before its last step."""
+    """The run made no progress, or ended before its last step."""
 
 
 @dataclass
 class Event:
-    """Something that was done to the job, and what came of it."""
+    """One fault that was done to the job, and its effect."""
 
     kind: str
     node: int | None
     step: int
-    """Updates done when it was done."""
+    """Updates done before it."""
     time: float
-    """When it was done, seconds since 1970."""
+    """When it happened, seconds since 1970."""
     allowed: int = 0
-    """Steps that the laws let it cost."""
+    """Steps that it may cost according to the laws."""
     dropped: int = 0
     """Steps that had to be done again."""
     orphans: int = 0
-    """Processes of nodes that were gone by then."""
+    """Processes that were left of nodes that had gone."""
     seconds: float = 0.0
-    """From the event to the first step of the world that came of it."""
+    """Seconds from the event to the first step of the next world."""
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Of the recovery, from the ledger."""
+    """Parts of the recovery in seconds, from the ledger."""
 
 
 class Faults:
-    """A job and the things that can be done to it.
+    """A job, and the faults that can be done to it.
 
     Args:
-        job: started nodes.
+        job: a job whose nodes have been started.
         run: its run directory.
-        dice: decides everything.
+        dice: the source of all random choices.
     """
 
     def __init__(self, job: LocalJob, run: Path, nodes: int, dice: random.Random) -> None:
@@ -79,7 +79,7 @@ class Faults:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def possible(self) -> list[str]:
-        """Events that leave a node alive, or start one."""
+        """Kinds of events that are possible now, since they leave a node alive or start one."""
         alive = len(self.job.running())
         never = set()
         if alive < 2:
@@ -91,8 +91,8 @@ class Faults:
         return [kind for kind in self.kinds if kind not in never]
 
     def do(self, kind: str) -> Event:
-        """Do it, and wait until what comes of it is over: all nodes there are train on together."""
-        event = Event(kind, None, self.steps(), round(time.time(), 3))  # as the ledger rounds
+        """Do it, and wait until its effect is over and all nodes train together again."""
+        event = Event(kind, None, self.steps(), round(time.time(), 3))  # rounded as in the ledger
         lives = self.ledger.lives()
         event.node, event.allowed = (self.kinds | {LEAVE: self.leave})[kind]()
         if kind in QUIET:
@@ -119,18 +119,18 @@ class Faults:
             self.wait(lambda done=done: self.steps() != done, "step")  # type: ignore[misc]
 
     def trains(self, lives: int) -> bool:
-        """Whether a life after the first `lives` has done a step."""
+        """Whether a later life than the first `lives` ones has done a step."""
         restored = [event for event in self.ledger.events() if event["event"] == "restored"]
         return bool(restored) and restored[-1]["life"] >= lives and self.steps() > restored[-1]["step"]
 
     def together(self) -> bool:
-        """Whether the nodes there are make up the newest world, and it has done a step."""
+        """Whether the newest world has all running nodes, and has done a step."""
         joined = [event for event in self.ledger.events() if event["event"] == "joined"]
         names = {self.job.node_name(node) for node in self.job.running()}
         return bool(joined) and set(joined[-1]["nodes"]) == names and self.trains(joined[-1]["life"])
 
     def orphans(self) -> list[int]:
-        """Processes of nodes that are gone."""
+        """Processes of nodes that have gone."""
         alive = {self.job.node_name(node) for node in self.job.running()}
         return [process for process, node in of_nodes(self.job.name).items() if node not in alive]
 
@@ -138,8 +138,11 @@ class Faults:
         return self.dice.choice(self.job.running())
 
     def cost(self) -> int:
-        """Steps that the death of a node's worker may cost: none while another lives; else those since the last snapshot
-        but one, for it may have been writing the last."""
+        """Steps that the death of a node's worker may cost.
+
+        None while another node lives; else those since the last snapshot but one, since the last
+        may be half written.
+        """
         return 0 if len(self.job.running()) > 1 else 2 * SNAPSHOT_INTERVAL
 
     def kill_worker(self) -> tuple[int | None, int]:
@@ -165,7 +168,7 @@ class Faults:
         return node, 0
 
     def kill_first(self) -> tuple[int | None, int]:
-        node = min(self.job.running())  # DLRover gives rank 0 to the lowest
+        node = min(self.job.running())  # DLRover gives rank 0 to the lowest node
         self.job.kill(node)
         return node, 0
 
@@ -202,7 +205,7 @@ class Faults:
         self.wait(lambda: not set(self.job.running()) & set(nodes), "end of the nodes that were asked to leave")
 
     def replace(self, nodes: list[int]) -> None:
-        """Wait until the nodes are gone, and start as many others."""
+        """Wait until these nodes have gone, and start as many new ones."""
         self.gone(nodes)
         for _ in nodes:
             self.job.add_node()
@@ -217,7 +220,7 @@ class Faults:
         return None, 0
 
     def storage_fault(self) -> tuple[int | None, int]:
-        """There is a file where the folder of checkpoints was, until a checkpoint has failed for it."""
+        """Put a file in place of the folder of checkpoints until a checkpoint has failed."""
         folder, aside = self.run / CHECKPOINTS, self.run / "checkpoints.aside"
         folder.mkdir(exist_ok=True)
         folder.rename(aside)

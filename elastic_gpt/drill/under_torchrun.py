@@ -1,8 +1,8 @@
-"""The drill without DLRover: the same faults on nodes of plain torchrun, but for those that it does not survive.
+"""The drill without DLRover: the same faults on nodes of plain torchrun, except those that it does not survive.
 
-The store of torchrun's rendezvous is in the drill's own process, which nothing kills: with it every node goes
-(docs/ELSEWHERE.md). There is no standby, and no worker's process lives through a change of members, so the loss of any node
-costs the steps since the last snapshot.
+The store of torchrun's rendezvous is in the drill's own process, since without it all nodes end
+(docs/ELSEWHERE.md). There is no standby, and all workers end at each membership change, so the loss
+of any node costs the steps since the last snapshot.
 """
 
 import os
@@ -16,32 +16,35 @@ from pathlib import Path
 from elastic_gpt.drill.faults import JOIN, SNAPSHOT_INTERVAL, Faults
 from elastic_gpt.nodes.local import LocalJob
 
-RESTARTS = 1000  # each change of members costs each node one
+RESTARTS = 1000  # each membership change costs every node one
 
 
 class TorchrunJob(LocalJob):
-    """As LocalJob, each node an agent of torchrun's."""
+    """A LocalJob whose nodes are agents of torchrun."""
 
     def start_master(self) -> None:
-        """Keep the store in which torchrun's agents meet."""
+        """Start the store in which torchrun's agents meet."""
         from torch.distributed import TCPStore
 
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def kill_master(self) -> None:
-        """Nobody is left who would need it."""
+        """Stop the store, after all nodes have ended."""
         del self.store
 
     def add_node(self) -> int:
-        """Start one more node; returns its number."""
+        """Start one more node and return its number."""
         node = len(self.nodes)
-        environment = os.environ | {
-            "POD_NAME": self.node_name(node),
-            "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
-            "OMP_NUM_THREADS": str(self.threads),
-            "PYTHONUNBUFFERED": "1",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torch 2.13: else who joins is told no address
-        }
+        environment = (
+            os.environ
+            | {
+                "POD_NAME": self.node_name(node),
+                "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
+                "OMP_NUM_THREADS": str(self.threads),
+                "PYTHONUNBUFFERED": "1",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torch 2.13: with a shared store, a joining node is told no address
+            }
+        )
         agent = subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", f"--nnodes={self.least}:{self.most}"),
@@ -66,7 +69,7 @@ class TorchrunJob(LocalJob):
 
 
 class TorchrunFaults(Faults):
-    """What of the faults there is without a master and standbys, and what they may cost."""
+    """The faults that are possible without a master and standbys, and what they may cost."""
 
     def __init__(self, job: LocalJob, run: Path, nodes: int, dice: random.Random) -> None:
         super().__init__(job, run, nodes, dice)

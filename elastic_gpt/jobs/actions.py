@@ -1,4 +1,4 @@
-"""What can be done with a job. Each action ends with an exit code, says what it did, and can be repeated after a failure."""
+"""Actions on a job. Each one prints what it did, returns an exit code, and can be repeated after a failure."""
 
 import contextlib
 import time
@@ -21,13 +21,13 @@ from elastic_gpt.jobs.polling import Told, fetch, late, poll, read, say
 from elastic_gpt.jobs.spec import JobSpec
 from elastic_gpt.jobs.words import count
 
-# A suspended job's pods that are still there after this, with no master to remove them, are ours to remove.
+# If a suspended job's pods are still there after so long and no master runs to remove them, the client removes them.
 ALONE_SECONDS = 15.0
 
 
 def submit(cluster: Cluster, spec: JobSpec, *, dry_run: bool, timeout: float = 120) -> int:
-    """Make what is not there yet. `dry_run`: let the server check everything and keep nothing."""
-    # First of all, because it tells whether the cluster knows ElasticJobs at all.
+    """Make all objects that do not exist yet. `dry_run`: the server checks everything and keeps nothing."""
+    # First, since it shows whether the cluster knows ElasticJobs at all.
     job = cluster.find("ElasticJob", spec.name)
     _alone_of_its_name(cluster, spec)
     if not dry_run and (job is None or "deletionTimestamp" in job["metadata"]):
@@ -41,7 +41,11 @@ def submit(cluster: Cluster, spec: JobSpec, *, dry_run: bool, timeout: float = 1
 
 
 def make(cluster: Cluster, trees: Iterable[Tree], namespace: str, *, dry_run: bool, keep: Callable[..., str]) -> None:
-    """Make objects, and say so; `keep(cluster, tree, dry_run=...)` does what one needs that is there, and says it in a word."""
+    """Make objects and print what was done.
+
+    `keep(cluster, tree, dry_run=...)` is called for an object that exists already, and returns what
+    it did in one word.
+    """
     done = " (dry run)" if dry_run else ""
     for tree in trees:
         kind, name = tree["kind"], tree["metadata"]["name"]
@@ -64,7 +68,7 @@ def make(cluster: Cluster, trees: Iterable[Tree], namespace: str, *, dry_run: bo
 
 
 def _alone_of_its_name(cluster: Cluster, spec: JobSpec) -> None:
-    """DLRover's operator tells jobs apart by their names alone: the second of a name gets no pods. Raises ClusterError."""
+    """Raises ClusterError if another namespace has a job of this name: DLRover's operator would give it no pods."""
     try:
         others = same_name_elsewhere(cluster, spec.name, spec.namespace)
     except ForbiddenError:
@@ -80,13 +84,16 @@ def _alone_of_its_name(cluster: Cluster, spec: JobSpec) -> None:
 
 
 def until_gone(cluster: Cluster, name: str, *, timeout: float) -> bool:
-    """Wait until nothing is left of a deleted job: DLRover's operator takes the old master for that of a new job."""
+    """Wait until nothing is left of a deleted job, whose master the operator would take for that of a new job.
+
+    Returns False if the time is over.
+    """
     end, tell = time.monotonic() + timeout, Told()
     while True:
         job = cluster.find("ElasticJob", name)
         left = [f"elasticjob/{name}"] if job and "deletionTimestamp" in job["metadata"] else []
         if job and not left:
-            return True  # made anew by somebody else
+            return True  # somebody has made a new job
         with contextlib.suppress(ForbiddenError):
             left += [f"pod/{one['metadata']['name']}" for one in cluster.select("Pod", labels=f"{JOB_NAME}={name}")]
         if not left:
@@ -98,7 +105,7 @@ def until_gone(cluster: Cluster, name: str, *, timeout: float) -> bool:
 
 
 def _keep(cluster: Cluster, tree: Tree, *, dry_run: bool) -> str:
-    """What to do with an object that is there already. Raises ClusterError if it is another than was asked for."""
+    """Handle an object that exists already. Raises ClusterError if it differs from what was asked for."""
     kind, name = tree["kind"], tree["metadata"]["name"]
     if kind in ("Namespace", "PersistentVolumeClaim", "ServiceAccount"):
         return "unchanged"  # shared by jobs, and perhaps the cluster administrator's
@@ -110,7 +117,7 @@ def _keep(cluster: Cluster, tree: Tree, *, dry_run: bool) -> str:
         wanted["spec"]["replicaSpecs"]["worker"] = worker | {"replicas": replicas}  # `job scale` may have changed it
         try:
             now = read(cluster, name, there)
-        except ForbiddenError:  # to look at pods
+        except ForbiddenError:  # this user may not read pods
             now = status.job_state(there, [])
         if now.ended:
             raise ClusterError(
@@ -130,7 +137,7 @@ def _keep(cluster: Cluster, tree: Tree, *, dry_run: bool) -> str:
 
 
 def covers(there: Any, wanted: Any) -> bool:
-    """Whether everything in `wanted` is in `there`, which may have more: what the server filled in."""
+    """Whether `there` has everything in `wanted`. It may have more, which the server has filled in."""
     if isinstance(wanted, Mapping):
         return isinstance(there, Mapping) and all(
             covers(there.get(key), value) for key, value in wanted.items() if value not in ({}, [])
@@ -143,7 +150,7 @@ def covers(there: Any, wanted: Any) -> bool:
 
 
 def wait(cluster: Cluster, name: str, *, timeout: float | None) -> int:
-    """Until the job has ended: 0 Succeeded, 1 Failed, 124 when the time is over."""
+    """Wait until the job has ended. Returns 0 if it Succeeded, 1 if it Failed, 124 if the time is over."""
     tell = Told()
     for now in poll(cluster, name, timeout):
         tell([f"{name}: {now.headline()}", *now.troubles()])
@@ -153,7 +160,7 @@ def wait(cluster: Cluster, name: str, *, timeout: float | None) -> int:
 
 
 def scale(cluster: Cluster, name: str, nodes: int, *, timeout: float, wait: bool) -> int:
-    """Ask for another number of nodes, and wait until that many train together."""
+    """Ask for `nodes` nodes, and wait until that many train together."""
     job = fetch(cluster, name)
     now = read(cluster, name, job)
     if not now.least <= nodes <= now.most:
@@ -173,7 +180,7 @@ def scale(cluster: Cluster, name: str, nodes: int, *, timeout: float, wait: bool
 
 
 def until_world(cluster: Cluster, name: str, *, timeout: float) -> int:
-    """Wait until as many nodes as are wanted train in one world; say what keeps them from it."""
+    """Wait until the wanted number of nodes trains in one world. Prints what keeps them from it."""
     tell, each = Told(), workers(fetch(cluster, name))
     for now in poll(cluster, name, timeout):
         if now.ended:
@@ -191,7 +198,7 @@ def until_world(cluster: Cluster, name: str, *, timeout: float) -> int:
 
 
 def workers(job: Tree) -> int:
-    """On each node of an ElasticJob."""
+    """Number of workers on each node of an ElasticJob."""
     for word in job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]["containers"][0].get("args", []):
         if word.startswith("--nproc="):
             return int(word.partition("=")[2])
@@ -199,7 +206,7 @@ def workers(job: Tree) -> int:
 
 
 def suspend(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
-    """Let all nodes save their state and go; `resume` goes on from there."""
+    """Stop all nodes after they have saved their state. `resume` goes on from there."""
     now = read(cluster, name)
     if now.ended:
         raise ClusterError(f"{name} has ended ({now.phase}): nothing is left to suspend")
@@ -222,7 +229,7 @@ def suspend(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
         tell([f"{node.name}: {node.phase}" for node in left])
         if any(one.kind == "dlrover-master" and one.phase == "Running" for one in now.others):
             alone = time.monotonic()
-        elif time.monotonic() - alone > ALONE_SECONDS:  # the operator stops no node, and there is no master to do it
+        elif time.monotonic() - alone > ALONE_SECONDS:  # no master runs that would stop them, and the operator does not
             for node in left:
                 if node.phase != "Leaving" and cluster.delete("Pod", node.name):
                     say(f"{node.name}: deleted, for no master runs that would")
@@ -230,7 +237,7 @@ def suspend(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
 
 
 def resume(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
-    """Start a suspended job's nodes again."""
+    """Start the nodes of a suspended job again."""
     if read(cluster, name).ended:
         raise ClusterError(f"{name} has ended: nothing is left to resume")
     cluster.patch("ElasticJob", name, {"spec": {"suspend": False}})
@@ -239,16 +246,16 @@ def resume(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
 
 
 def delete(cluster: Cluster, name: str, *, volume: bool, timeout: float, wait: bool) -> int:
-    """Delete the job and what was made for it, and wait until it is gone; the volume with the model only if asked to."""
+    """Delete the job and what was made for it, and wait until it has gone. `volume`: delete the model as well."""
     job = cluster.find("ElasticJob", name)
-    claim = claim_of(job) if job else ""
+    claim = job_claim(job) if job else ""
     if volume:
         if not job:
             raise ClusterError(f"no job '{name}' tells which volume was its: kubectl -n {cluster.namespace} get pvc")
         if not claim:
             raise ClusterError(f"job {name} has no volume: leave --volume out; its run stays on the object store")
         others = [one["metadata"]["name"] for one in cluster.select("ElasticJob")
-                  if one["metadata"]["name"] != name and claim_of(one) == claim]  # fmt: skip
+                  if one["metadata"]["name"] != name and job_claim(one) == claim]  # fmt: skip
         if others:
             raise ClusterError(f"volume {claim} is used by {', '.join(others)} as well: delete them first")
     made = [("ElasticJob", name), ("Job", f"{name}-prepare"), ("ConfigMap", f"{name}-text")]
@@ -267,13 +274,13 @@ def delete(cluster: Cluster, name: str, *, volume: bool, timeout: float, wait: b
     return 0
 
 
-def claim_of(job: Tree) -> str:
-    """The PersistentVolumeClaim of an ElasticJob's workers; empty if they have none."""
-    return claim_in(job["spec"]["replicaSpecs"]["worker"]["template"]["spec"])
+def job_claim(job: Tree) -> str:
+    """Name of the PersistentVolumeClaim of an ElasticJob's workers; "" if they have none."""
+    return pod_claim(job["spec"]["replicaSpecs"]["worker"]["template"]["spec"])
 
 
-def claim_in(pod: Tree) -> str:
-    """The first PersistentVolumeClaim that a pod's specification mounts; empty if there is none."""
+def pod_claim(pod: Tree) -> str:
+    """Name of the first PersistentVolumeClaim in the specification of a pod; "" if there is none."""
     volumes = pod.get("volumes", [])
     return next(
         (str(one["persistentVolumeClaim"]["claimName"]) for one in volumes if "persistentVolumeClaim" in one), ""

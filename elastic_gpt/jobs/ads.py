@@ -1,7 +1,8 @@
 """JobSpec -> the YAML that `ads opctl run -f` takes: a distributed job of OCI Data Science. Plain dicts from pure functions.
 
-ADS starts one main and N workers, clones the repository on each, and runs examples/oci/main.py there, which starts the
-elastic run. What only a tenancy knows is left as <words in brackets>.
+ADS starts one main and N workers, clones the repository on each, and runs examples/oci/main.py
+there, which starts the elastic run. Values that only the user's tenancy knows are <words in
+brackets>.
 """
 
 import shlex
@@ -42,7 +43,7 @@ def job(spec: JobSpec) -> list[Tree]:
 
 
 def environment(spec: JobSpec) -> dict[str, str]:
-    """What examples/torchrun/ reads on each node, whoever starts it there."""
+    """The environment variables that the scripts in examples/torchrun/ read on each node."""
     prepare = [*(spec.texts or ["--sample"]), f"--tokenizer={spec.tokenizer}"]
     prepare += [f"--vocab-size={spec.vocab_size}"] if spec.vocab_size else []
     return {
@@ -85,7 +86,7 @@ def _infrastructure(spec: JobSpec) -> Tree:
 
 
 def _cluster(spec: JobSpec) -> Tree:
-    # One main always; with one node in all, ADS wants no section for workers.
+    # There is always one main node. With one node in all, ADS wants no section for workers.
     worker = {"worker": {"name": "worker", "replicas": spec.nodes - 1}} if spec.nodes > 1 else {}
     return {
         "kind": "PYTORCH",

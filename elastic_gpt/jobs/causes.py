@@ -1,4 +1,4 @@
-"""Why a job has no master, and what to do: its pods do not say, and DLRover's operator does not look again."""
+"""Finds out why a job has no master and what to do, since neither its pods nor DLRover's operator say so."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from elastic_gpt.jobs.words import age
 
 
 def why_no_master(cluster: Cluster, job: JobState) -> str:
-    """In one line, with the cure. What this user may not look at is passed over."""
+    """The reason and the cure in one line. Ignores what this user may not read."""
     again = (
         f"`elastic-gpt job delete {job.name}`, which waits until all of it is gone, then submit it again; it goes on from its"
         " checkpoint"
@@ -45,13 +45,13 @@ def _elsewhere(cluster: Cluster, job: JobState) -> str:
 
 
 def same_name_elsewhere(cluster: Cluster, name: str, namespace: str) -> list[str]:
-    """Other namespaces with a job of this name. Raises ForbiddenError where this user may not look into all of them."""
+    """Other namespaces with a job of this name. Raises ForbiddenError if this user may not list jobs in all of them."""
     jobs = cluster.select("ElasticJob", everywhere=True, fields=f"metadata.name={name}")
     return sorted({one["metadata"]["namespace"] for one in jobs} - {namespace})
 
 
 def _refused(cluster: Cluster, job: JobState, again: str) -> str:
-    """By the API server: told in an event, where the operator may write one; else a quota that is used up."""
+    """Why the API server refused the master: from an event, if the operator may write any, else a quota that is used up."""
     with contextlib.suppress(ClusterError):
         events = status.job_events(job.name, "", cluster.select("Event"))
         for event in reversed(events):
@@ -65,7 +65,7 @@ def _refused(cluster: Cluster, job: JobState, again: str) -> str:
 
 
 def _full(quota: Tree) -> Iterator[str]:
-    """What a quota leaves too little of for a master."""
+    """The resources of which a quota has too little left for a master."""
     status = quota.get("status", {})
     for what, hard in (status.get("hard") or {}).items():
         needed = {"pods": "1", "count/pods": "1"} | MASTER_NEEDS

@@ -1,7 +1,7 @@
-"""The API server: the one user of the `kubernetes` package. Objects come and go as plain dicts.
+"""Talks to the API server. Only this module imports the `kubernetes` package. Objects are plain dicts.
 
-Configuration is looked for as kubectl does: --kubeconfig, the variable KUBECONFIG, ~/.kube/config, then the service account of
-the pod that this runs in.
+The configuration is found as kubectl finds it: --kubeconfig, the variable KUBECONFIG,
+~/.kube/config, then the service account of the pod that this runs in.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ CONNECT_SECONDS, READ_SECONDS = 5, 30
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 OPERATOR_VERSION = "v0.6.1"
-# DLRover's own kustomization neither starts nor knows spec.suspend (kustomization.yaml there says why).
+# DLRover's own kustomization does not start, and does not know spec.suspend (kustomization.yaml there says why).
 INSTALL_OPERATOR = f"kubectl apply -k {shlex.quote(str(Path(__file__).with_name('install')))}"
 INSTALL_DEFINITION = (
     f"kubectl apply -f https://raw.githubusercontent.com/intelligent-machine-learning/dlrover/{OPERATOR_VERSION}/go/elasticjob"
@@ -41,7 +41,7 @@ INSTALL_TRAINER = (
     "kubectl apply --server-side -k 'https://github.com/kubeflow/trainer.git/manifests/overlays/manager?ref=v2.1.0'"
 )
 
-# Kind -> API and resource; the last says whether it lives in a namespace.
+# Kind to its API, resource, and whether its objects belong to a namespace.
 KINDS = {
     "Namespace": ("/api/v1", "namespaces", False),
     "Node": ("/api/v1", "nodes", False),
@@ -66,15 +66,15 @@ KINDS = {
 
 
 class ClusterError(ValueError):
-    """What the cluster refused, in one line with the cure."""
+    """The cluster refused something. The message is one line with the cure."""
 
 
 class NotFoundError(ClusterError):
-    """No such object."""
+    """There is no such object."""
 
 
 class ExistsError(ClusterError):
-    """An object of this name is there already."""
+    """An object of this name exists already."""
 
 
 class ForbiddenError(ClusterError):
@@ -82,24 +82,24 @@ class ForbiddenError(ClusterError):
 
 
 class UnknownKindError(ClusterError):
-    """The cluster knows no ElasticJobs, or no TrainJobs."""
+    """The cluster does not know ElasticJobs, or TrainJobs."""
 
 
 class UnreachableError(ClusterError, ConnectionError):
-    """The server does not answer, for now: another try may help."""
+    """The server does not answer now; another try may help."""
 
 
 class Cluster:
-    """A connection to one cluster and one namespace of it. Every method raises ClusterError."""
+    """A connection to one namespace of a cluster. Every method may raise ClusterError."""
 
     def __init__(self, api: client.ApiClient, namespace: str, kubectl_flags: tuple[str, ...] = ()) -> None:
         self.api, self.namespace = api, namespace
-        self.kubectl_flags = kubectl_flags  # with which kubectl talks to the same cluster
+        self.kubectl_flags = kubectl_flags  # flags with which kubectl uses the same cluster
 
     @classmethod
     def connect(cls, *, kubeconfig: str | None, context: str | None, namespace: str | None, default: str) -> "Cluster":
         """Args:
-        namespace: as given by the user; None: the context's, and `default` where that names none.
+        namespace: given by the user; None: that of the context, or `default` if the context has none.
         """
         settings = client.Configuration()
         here = default
@@ -119,7 +119,7 @@ class Cluster:
                     )
             except ClusterError:
                 raise
-            except Exception as error:  # of many kinds: the library takes things for what they should be
+            except Exception as error:  # a broken file raises errors of many kinds in the library
                 why = "too deeply nested" if isinstance(error, RecursionError) else _line(error)
                 raise ClusterError(f"{path} is no kubeconfig ({why}): name another with --kubeconfig") from error
             try:
@@ -131,7 +131,7 @@ class Cluster:
                 usable = False
             if not usable:
                 raise ClusterError(
-                    f"the server in {path} is '{settings.host}', which is no web address: write https://HOST:PORT there, or"
+                    f"the server in {path} is '{settings.host}', which is not a web address: write https://HOST:PORT there, or"
                     " take another --context"
                 )
             chosen = next((one for one in contexts if one["name"] == context), active) or {}
@@ -154,14 +154,14 @@ class Cluster:
         return str(self.api.configuration.host)
 
     def version(self) -> str:
-        """Of the server's Kubernetes."""
+        """The server's version of Kubernetes."""
         return str(self._object("GET", "/version").get("gitVersion", ""))
 
     def get(self, kind: str, name: str, namespace: str | None = None) -> Tree:
         return self._object("GET", f"{self._path(kind, namespace)}/{quote(name, safe='')}")
 
     def find(self, kind: str, name: str, namespace: str | None = None) -> Tree | None:
-        """The object, or None where there is none."""
+        """The object, or None if there is none."""
         try:
             return self.get(kind, name, namespace)
         except NotFoundError:
@@ -176,17 +176,17 @@ class Cluster:
         return list(answer.get("items") or [])
 
     def create(self, tree: Tree, *, dry_run: bool = False) -> Tree:
-        """Raises ExistsError if it is there. `dry_run`: the server checks everything and keeps nothing."""
+        """Make an object. Raises ExistsError if it exists. `dry_run`: the server checks it but does not keep it."""
         path = self._path(tree["kind"], tree["metadata"].get("namespace"))
         query = {"fieldManager": "elastic-gpt"} | ({"dryRun": "All"} if dry_run else {})
         return self._object("POST", path, body=tree, query=query)
 
     def patch(self, kind: str, name: str, changes: Tree) -> Tree:
-        """A JSON merge patch: what `changes` names is replaced, in one transaction."""
+        """Apply a JSON merge patch: the fields in `changes` are replaced, in one transaction."""
         return self._object("PATCH", f"{self._path(kind)}/{name}", body=changes, content="application/merge-patch+json")
 
     def delete(self, kind: str, name: str) -> bool:
-        """True where there was one. What it owns goes after it."""
+        """Delete an object and what it owns. Returns whether it existed."""
         try:
             self._object("DELETE", f"{self._path(kind)}/{name}", query={"propagationPolicy": "Background"})
         except NotFoundError:
@@ -194,7 +194,7 @@ class Cluster:
         return True
 
     def allowed(self, verb: str, kind: str, namespace: str | None = None, subresource: str = "") -> bool:
-        """Whether this user may do that."""
+        """Whether this user may do `verb` with objects of this kind."""
         api, resource, namespaced = KINDS[kind]
         group = api.split("/")[2] if api.startswith("/apis/") else ""
         what = {"verb": verb, "group": group, "resource": resource, "subresource": subresource}
@@ -208,19 +208,19 @@ class Cluster:
     def log(
         self, pod: str, *, tail: int | None = None, previous: bool = False, container: str = "", namespace: str | None = None
     ) -> list[str]:  # fmt: skip
-        """The lines of a pod's log, each with its time in front. Empty for a pod that has not started."""
+        """The lines of a pod's log, each with its time in front. [] for a pod that has not started."""
         query: dict[str, Any] = {"timestamps": "true"} | ({"tailLines": tail} if tail is not None else {})
         query |= ({"previous": "true"} if previous else {}) | ({"container": container} if container else {})
         return list(self._lines(pod, query, namespace))
 
     def follow(self, pod: str, *, since: str = "", tail: int | None = None) -> Iterator[str]:
-        """The lines of a pod's log as they come, each with its time in front, until the pod ends or the connection does."""
+        """The lines of a pod's log as they come, each with its time in front, until the pod or the connection ends."""
         query: dict[str, Any] = {"timestamps": "true", "follow": "true"}
         query |= {"sinceTime": since} if since else {"tailLines": tail} if tail is not None else {}
         return self._lines(pod, query)
 
     def attach(self, pod: str, container: str) -> Any:
-        """A websocket with the pod's terminal (kubernetes.stream.ws_client.WSClient), which takes and gives bytes."""
+        """A websocket to the pod's terminal (kubernetes.stream.ws_client.WSClient) that sends and receives bytes."""
         core = client.CoreV1Api(self.api)
         try:
             return stream.stream(
@@ -232,7 +232,7 @@ class Cluster:
 
     def _lines(self, pod: str, query: dict[str, Any], namespace: str | None = None) -> Iterator[str]:
         path = f"{self._path('Pod', namespace)}/{pod}/log"
-        # A quiet pod does not mean a broken connection, so a stream has no time limit.
+        # A stream has no time limit, since a pod may write nothing for long.
         limit = (CONNECT_SECONDS, None if "follow" in query else READ_SECONDS)
         response = self._call("GET", path, query=query, stream=True, timeout=limit)
         rest = b""
@@ -242,7 +242,7 @@ class Cluster:
                 for line in lines:
                     yield line.decode(errors="replace")
         except (urllib3.exceptions.HTTPError, OSError):
-            pass  # the caller asks again, from the last line on
+            pass  # the caller connects again, from the last line on
         finally:
             response.close()
         if rest:
@@ -280,7 +280,7 @@ class Cluster:
         return response
 
     def _refused(self, status: int, data: bytes, path: str, body: Tree | None) -> ClusterError:
-        """The error for a status of the server's."""
+        """The error for a failed request, from the server's status."""
         try:
             told = json.loads(data)
             message, reason = _line(told.get("message", "")), told.get("reason", "")
@@ -307,13 +307,13 @@ class Cluster:
 
 
 def quantity(text: str) -> Decimal:
-    """A number as Kubernetes writes it, such as 500m or 2Gi."""
+    """The value of a quantity as Kubernetes writes it, such as 500m or 2Gi."""
     return Decimal(parse_quantity(text))
 
 
 @contextlib.contextmanager
 def _logged_errors() -> Iterator[list[str]]:
-    """What is logged as an error meanwhile: the kubernetes package does not raise that a command for logging in failed."""
+    """Collects errors that are logged: the kubernetes package only logs that a login command failed."""
     told: list[str] = []
 
     class Ear(logging.Handler):

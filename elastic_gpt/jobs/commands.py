@@ -39,7 +39,7 @@ NO_FLAGS = ("name", "namespace", "arguments", "texts", "upload")
 
 
 def _spec_flags(parser: Parser) -> None:
-    """A flag for each field of a JobSpec that says what it is; `name` comes first, without one, and `--text` is two fields."""
+    """Add a flag for each field of JobSpec that has a docstring. `name` is a positional; `--text` stands for two fields."""
     explained, hints = field_help(JobSpec), typing.get_type_hints(JobSpec)
     parser.add_argument("name", nargs="?", default=JobSpec.name, metavar="NAME", help=explained["name"])
     for field in dataclasses.fields(JobSpec):
@@ -160,10 +160,10 @@ FORMS = {
     "oci-ads": (ads.PARTS, tuple(ads.PARTS)),
     "vertex": (vertex.PARTS, vertex.JOB_PARTS),
 }
-"""What `render` writes a job as, DLRover's ElasticJob or the same elsewhere: all its parts, and those that make a job."""
+"""The forms in which `render` writes a job: for each, all its parts, and those that make up a job."""
 
 LIVING = ("elasticjob", "trainjob")
-"""Which of them are made, looked at, waited for and deleted here; for the others there is kubectl, and their own tools."""
+"""The forms for which there are other actions than `render`. For the others there are kubectl and their own tools."""
 
 COMMANDS = {
     "render": "write the manifests to standard output; needs no cluster",
@@ -185,7 +185,7 @@ COMMANDS = {
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt job") -> int:
-    """Exit codes: 0, 1 for a job that failed, 2 a user's mistake or a cluster's refusal, 124 when the time is over."""
+    """Returns 0, 1 for a job that failed, 2 for a user's mistake or a refusal of the cluster, 124 if the time is over."""
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     args = _parser(prog).parse_args(words[:split])
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt job") -> in
         if args.action == "submit" and args.dry_run == "client":
             return _show(args, _spec(args, trailing, args.namespace or JobSpec().namespace))
         return _with_cluster(args, trailing)
-    except ValueError as error:  # SettingsError and ClusterError are
+    except ValueError as error:  # SettingsError or ClusterError
         return fail(error)
 
 
@@ -214,13 +214,14 @@ def _spec(args: Namespace, trailing: tuple[str, ...], namespace: str) -> JobSpec
 
 
 def _check_training(spec: JobSpec) -> None:
-    """Read the settings of the workers as they will, so that a mistake is told here and not by a pod.
+    """Check the settings of the workers as they do, so that a mistake is told here and not by a pod.
 
-    What depends on the data (whether they are long enough, and how large their vocabulary is) only the pods know.
+    Only the pods can check what depends on the data: whether it is long enough, and how large its
+    vocabulary is.
     """
     config = importlib.import_module(
         "model_zoo.nanogpt.config"
-    )  # by name, as cli.py does: the models are above this room
+    )  # imported by name, as in cli.py: this package must not depend on model_zoo
     words = [spec.used_preset, *spec.arguments]
     settings.parse(config.TrainConfig, words, presets=presets(), prog="elastic-gpt train", environment=dict(spec.env))
 
@@ -259,9 +260,9 @@ def _show(args: Namespace, spec: JobSpec) -> int:
 
 
 def _with_cluster(args: Namespace, trailing: tuple[str, ...]) -> int:
-    # The kubernetes package takes half a second to import; --help and render do without it.
+    # The kubernetes package takes half a second to import, and --help and render do not need it.
     try:
-        from elastic_gpt.jobs import actions, doctor, logs, prompt, serve, trainjobs, watch
+        from elastic_gpt.jobs import actions, doctor, logs, prompt, serve, trainjob_actions, watch
         from elastic_gpt.jobs.client import Cluster
     except ModuleNotFoundError as error:
         raise ValueError(f"no package {error.name}: pip install 'elastic-gpt[kubernetes]'") from error
@@ -273,13 +274,15 @@ def _with_cluster(args: Namespace, trailing: tuple[str, ...]) -> int:
         match args.action:
             case "submit":
                 spec = _spec(args, trailing, cluster.namespace)
-                return trainjobs.submit(cluster, spec, _parts(args), dry_run=args.dry_run == "server")
+                return trainjob_actions.submit(cluster, spec, _parts(args), dry_run=args.dry_run == "server")
             case "status":
-                return trainjobs.show(cluster, args.name)
+                return trainjob_actions.show(cluster, args.name)
             case "wait":
-                return trainjobs.wait(cluster, args.name, timeout=args.timeout)
+                return trainjob_actions.wait(cluster, args.name, timeout=args.timeout)
             case _:
-                return trainjobs.delete(cluster, args.name, volume=args.volume, timeout=args.timeout, wait=args.wait)
+                return trainjob_actions.delete(
+                    cluster, args.name, volume=args.volume, timeout=args.timeout, wait=args.wait
+                )
     match args.action:
         case "submit":
             if args.only:

@@ -1,4 +1,4 @@
-"""What a cluster lacks for a job, and the command that mends it."""
+"""Finds what a cluster lacks for a job, and the command that helps."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -11,14 +11,14 @@ from elastic_gpt.jobs.operator import NAME as OPERATOR
 from elastic_gpt.jobs.operator import operators
 from elastic_gpt.jobs.pods import pod_trouble
 
-# Where there is nothing at all: storage on a single machine, as in kind; GPUs with NVIDIA's driver and container toolkit there.
+# For a cluster without storage: storage on a single machine, as in kind. For GPUs: NVIDIA's device plugin.
 INSTALL_STORAGE = "kubectl apply -f https://raw.githubusercontent.com/rancher/local-path-provisioner/v0.0.31/deploy/local-path-storage.yaml"
 INSTALL_GPUS = (
     "kubectl apply -f https://raw.githubusercontent.com/NVIDIA/k8s-device-plugin/v0.17.0/deployments/static/"
     "nvidia-device-plugin.yml"
 )
 
-# What a provisioner's name tells of the access modes it offers.
+# Parts of a provisioner's name that tell which access modes it offers.
 MANY = (
     *("nfs", "cephfs", "efs", "filestore", "azurefile", "file.csi.azure", "lustre", "longhorn", "juicefs", "gluster"),
     *("beegfs", "portworx", "weka", "gpfs", "spectrumscale", "trident", "quobyte"),
@@ -28,7 +28,7 @@ ONE = (
     *("no-provisioner", "vsphere-volume", "topolvm", "openebs.io/local"),
 )
 
-# What the commands need: verb, kind, subresource, and for what.
+# The rights that the commands need: verb, kind, subresource, and which commands need it.
 RIGHTS = (
     ("list", "ElasticJob", "", "list, status, watch"),
     ("create", "ElasticJob", "", "submit"),
@@ -49,7 +49,7 @@ RIGHTS = (
 class Finding:
     what: str
     well: bool | None
-    """None: cannot be told from here."""
+    """Whether it is as it should be; None if that cannot be found out."""
     found: str
     cure: str = ""
 
@@ -61,7 +61,7 @@ class Finding:
 
 
 def doctor(cluster: Cluster, *, volume: str) -> int:
-    """Print what is there and what is not. Exit code 1 if something is missing."""
+    """Print what the cluster has and lacks. Returns exit code 1 if something is missing."""
     findings = [Finding("server", True, f"{cluster.server}, Kubernetes {cluster.version()}")]
     polling.say(str(findings[0]))
     for check in (_definition, _operator, _namespace, _rights, _volume, _gpus, _images, _masters):
@@ -101,11 +101,11 @@ def _operator(cluster: Cluster, _: str) -> Iterator[Finding]:
 
 
 def _masters(cluster: Cluster, _: str) -> Iterator[Finding]:
-    """Jobs that should have a master and have none; nothing else tells of them."""
+    """Jobs that should have a master but have none."""
     for job in cluster.select("ElasticJob"):
         name = job["metadata"]["name"]
         state = polling.read(cluster, name, job)
-        if state.phase != "New" and state.masterless_since and state.reason:  # of New ones the checks above tell
+        if state.phase != "New" and state.masterless_since and state.reason:  # the checks above judge New ones
             yield Finding(f"job {name}", False, f"{state.phase}: {state.reason}")
 
 
@@ -193,7 +193,7 @@ def is_default(storage_class: Tree) -> bool:
 
 
 def offers_many(provisioner: str) -> bool | None:
-    """Whether a provisioner offers ReadWriteMany, as far as its name tells; None where it does not."""
+    """Whether a provisioner offers ReadWriteMany; None if its name does not tell."""
     name = provisioner.lower()
     if any(word in name for word in MANY):
         return True
@@ -220,7 +220,7 @@ def allocatable_gpus(machine: Tree) -> int:
 
 
 def _images(cluster: Cluster, _: str) -> Iterator[Finding]:
-    """Whether an image can be pulled shows only when a pod does; what earlier pods met with is told."""
+    """Images that earlier pods could not pull. Whether an image can be pulled shows only when a pod tries."""
     try:
         jobs = cluster.select("ElasticJob")
     except UnknownKindError:
@@ -245,7 +245,7 @@ def _images(cluster: Cluster, _: str) -> Iterator[Finding]:
 
 
 def images(jobs: Iterable[Tree]) -> dict[str, set[str]]:
-    """Images of ElasticJobs, with the names of their pull secrets."""
+    """The images of ElasticJobs, each with the names of its pull secrets."""
     found: dict[str, set[str]] = {}
     specs = (replica["template"]["spec"] for job in jobs for replica in job["spec"]["replicaSpecs"].values())
     for spec in specs:

@@ -1,4 +1,4 @@
-"""JobSpec -> Kubernetes' JobSet, where neither DLRover nor Kubeflow is installed: torchrun in the pods of one Indexed Job."""
+"""JobSpec -> a JobSet of Kubernetes, without DLRover or Kubeflow: torchrun in the pods of one Indexed Job."""
 
 from collections.abc import Callable
 
@@ -11,14 +11,14 @@ PORT = 29500
 
 
 def jobset(spec: JobSpec) -> list[Tree]:
-    """The pods of the TrainJob, with what Kubeflow's controller would fill in."""
+    """The JobSet with the pods of trainjob.py, and the values that Kubeflow's controller would fill in."""
     runtime, run = train_gpt(spec)
     [replicated] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     [container] = job["template"]["spec"]["containers"]
     known = {
         "$(PET_NNODES)": str(spec.nodes),
-        # Pods are called JOBSET-REPLICATEDJOB-REPLICA-INDEX, in a subdomain of the JobSet's name.
+        # Pods are called JOBSET-REPLICATEDJOB-REPLICA-INDEX, in a subdomain with the name of the JobSet.
         "$(PET_MASTER_ADDR)": f"{spec.name}-{NODE}-0-0.{spec.name}",
         "$(PET_MASTER_PORT)": str(PORT),
     }

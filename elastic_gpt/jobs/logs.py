@@ -15,7 +15,7 @@ AGAIN_SECONDS = 2.0
 
 
 def logs(cluster: Cluster, name: str, *, of: str, tail: int | None, follow: bool) -> int:
-    """Print the logs there are; with `follow` go on until the job has ended, with new pods as they come."""
+    """Print all logs. With `follow`, go on until the job has ended, also with the logs of new pods."""
     if follow:
         return _follow(cluster, name, of, tail)
     entries = []
@@ -34,14 +34,14 @@ def logs(cluster: Cluster, name: str, *, of: str, tail: int | None, follow: bool
 
 
 def short(node: Node) -> str:
-    """worker-3 for elastic-gpt-edljob-worker-3; other pods' names are short enough."""
+    """A short name: worker-3 for elastic-gpt-edljob-worker-3. Other pods keep their names."""
     return (
         "prepare" if node.kind == "prepare" else f"{node.kind.removeprefix('dlrover-')}-{node.name.rpartition('-')[2]}"
     )
 
 
 def _pods(job: JobState, of: str) -> list[Node]:
-    """Pods that were replaced too: how they ended stands in their logs."""
+    """The pods of a job, including replaced ones, whose logs say how they ended."""
     return [node for node in (*job.history, *job.others, *job.nodes) if of == "all" or node.kind == KINDS[of]]
 
 
@@ -55,10 +55,10 @@ def _follow(cluster: Cluster, name: str, of: str, tail: int | None) -> int:
             try:
                 job = polling.read(cluster, name)
             except UnreachableError:
-                continue  # it was there a moment ago
+                continue  # the pod has just gone
             for node in _pods(job, of):
                 if node.name not in threads and node.phase != "Pending":
-                    # A pod that came later is read from its beginning.
+                    # The log of a new pod is read from its beginning.
                     first = None if threads else tail
                     threads[node.name] = threading.Thread(
                         target=_pass_on, args=(cluster, node, first, lines), name=node.name, daemon=True
@@ -74,19 +74,19 @@ def _follow(cluster: Cluster, name: str, of: str, tail: int | None) -> int:
 
 
 def _pass_on(cluster: Cluster, node: Node, tail: int | None, lines: "queue.Queue[tuple[str, str]]") -> None:
-    """Read a pod's log to its end. A connection that breaks is made again, from the last line on."""
+    """Read a pod's log to its end. If the connection breaks, go on from the last line."""
     last = ""
     while True:
         try:
             for entry in cluster.follow(node.name, since=last, tail=tail):
-                if _time(entry) > last:  # the first ones after a break were there before
+                if _time(entry) > last:  # after a break, the first lines were printed already
                     last = _time(entry)
                     lines.put((short(node), entry))
             phase = cluster.get("Pod", node.name).get("status", {}).get("phase")
         except NotFoundError:
             return
         except ClusterError:
-            phase = ""  # not started yet, or the server is away
+            phase = ""  # it has not started yet, or the server is away
         if phase in ENDED:
             return
         time.sleep(AGAIN_SECONDS)
@@ -97,5 +97,5 @@ def _time(entry: str) -> str:
 
 
 def _print(who: str, entry: str) -> None:
-    if Progress.from_line(entry) is None:  # what is told to machines, for people stands beside it
+    if Progress.from_line(entry) is None:  # lines for programs are left out; the same is there for people
         polling.say(f"{who} | {entry.partition(' ')[2]}")

@@ -1,4 +1,4 @@
-"""JobSpec -> manifests: plain dicts from pure functions. Nothing here knows a cluster."""
+"""JobSpec -> manifests: plain dicts from pure functions, without a cluster."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +10,13 @@ Tree = dict[str, Any]
 
 MASTER = "elastic-gpt-master"  # the service account of all masters in a namespace
 JOB_LABEL = "elastic-gpt.io/job"
-SERVE_LABEL = "elastic-gpt.io/serves"  # of pods that are no part of the job; its value is the job's name
+SERVE_LABEL = (
+    "elastic-gpt.io/serves"  # label of server pods, which do not belong to the job; its value is the job's name
+)
 SERVE_PORT = 8080
 LEAVE_SECONDS = 5
-DRAIN_SECONDS = 330  # an answer takes 300 s at most, as the server's --max-seconds has it, and the preStop hook some
-USER = 10001  # of the image
+DRAIN_SECONDS = 330  # an answer takes at most 300 s (the server's --max-seconds), and the preStop hook a little
+USER = 10001  # user id of the image
 GROUP = "elastic.iml.github.io"
 MASTER_NEEDS = {"cpu": "1", "memory": "2Gi"}
 
@@ -56,7 +58,7 @@ def volume(spec: JobSpec) -> list[Tree]:
 
 
 def rbac(spec: JobSpec) -> list[Tree]:
-    """What a master may do in its namespace. Workers have no rights at all."""
+    """The rights of a master in its namespace. Workers have none."""
     group = "rbac.authorization.k8s.io"
     binding = {
         "roleRef": {"apiGroup": group, "kind": "Role", "name": MASTER},
@@ -70,7 +72,7 @@ def rbac(spec: JobSpec) -> list[Tree]:
 
 
 def text(spec: JobSpec) -> list[Tree]:
-    """The text that travels with the job, if any does."""
+    """A ConfigMap with text files that are sent with the job, if there are any."""
     return [_object("v1", "ConfigMap", spec, f"{spec.name}-text", {"data": dict(spec.upload)})] if spec.upload else []
 
 
@@ -92,7 +94,7 @@ def prepare(spec: JobSpec) -> list[Tree]:
 
 
 def elasticjob(spec: JobSpec) -> list[Tree]:
-    """DLRover's job: a master, which makes the worker pods."""
+    """DLRover's job: a master that makes the worker pods."""
     replicas = {
         "dlrover-master": {"replicas": 1, "restartCount": 100, "template": {"spec": _master(spec)}},
         "worker": {
@@ -167,7 +169,7 @@ JOB_PARTS = ("namespace", "volume", "rbac", "text", "prepare", "job")
 
 
 def manifests(spec: JobSpec, parts: tuple[str, ...] = JOB_PARTS) -> list[Tree]:
-    """The objects of these parts; as it comes, of those that make a job."""
+    """The objects of `parts`; by default of those that make up a job."""
     return [tree for part in PARTS if part in parts for tree in PARTS[part](spec)]
 
 
@@ -226,7 +228,7 @@ def _object(version: str, kind: str, spec: JobSpec, name: str, rest: Tree, label
 
 
 def _pod(spec: JobSpec, containers: list[Tree], volumes: list[Tree], **more: Any) -> Tree:
-    """A pod that a namespace with the policy `restricted` admits. What is empty in `more` is left out."""
+    """A pod that the policy `restricted` admits. Empty values in `more` are left out."""
     context: Tree = {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER}
     if volumes:
         context |= {"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"}
@@ -250,7 +252,7 @@ def _container(spec: JobSpec, name: str, args: list[str], *, cpu: str, memory: s
         "image": spec.used_image,
         "imagePullPolicy": "IfNotPresent",
         "args": args,
-        # What is written outside the volume (compiled kernels, sockets) goes to a folder that ends with the pod.
+        # Files outside the volume (compiled kernels, sockets) go to a folder that ends with the pod.
         "env": [{"name": "HOME", "value": "/tmp"}],
         **({"envFrom": [{"secretRef": {"name": spec.env_secret}}]} if spec.env_secret else {}),
         "securityContext": {
@@ -264,7 +266,7 @@ def _container(spec: JobSpec, name: str, args: list[str], *, cpu: str, memory: s
 
 
 def _memory_of_a_model(spec: JobSpec) -> str:
-    """Torch, and the weights twice while they are read."""
+    """Memory for torch, and for the weights twice while they are loaded."""
     return f"{2 + -(-4 * 2 * spec.parameters // 2**30)}Gi"
 
 
@@ -287,9 +289,9 @@ def _workspace_mounts(spec: JobSpec, **more: bool) -> list[Tree]:
 
 
 def _prefer(operator: str) -> Tree:
-    """Spot machines (In), or others (NotIn), where there are some."""
+    """Prefer spot machines (`In`) or other machines (`NotIn`)."""
     words = [{"key": key, "operator": operator, "values": [value]} for key, value in SPOT_LABELS.items()]
-    # A spot machine has one of the labels; another one has none.
+    # A spot machine has one of these labels; others have none of them.
     terms = [[word] for word in words] if operator == "In" else [words]
     preferred = [{"weight": 100, "preference": {"matchExpressions": term}} for term in terms]
     return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}

@@ -1,15 +1,15 @@
-"""What uses a job's model: objects made from the ElasticJob that is there, with its image, volume and run."""
+"""Objects that use a job's model. They are made from its ElasticJob, with the same image, volume and run."""
 
 from collections.abc import Callable
 
-from elastic_gpt.jobs.actions import claim_of
+from elastic_gpt.jobs.actions import job_claim
 from elastic_gpt.jobs.client import ClusterError
 from elastic_gpt.jobs.manifest import Tree
 from elastic_gpt.jobs.spec import JobSpec
 
 
 def using(job: Tree, make: Callable[[JobSpec], list[Tree]]) -> list[Tree]:
-    """The objects that `make` makes for an ElasticJob. Raises ClusterError for one that trains no model of ours."""
+    """The objects that `make` makes for an ElasticJob. Raises ClusterError if it does not train one of our models."""
     pod = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]
     main = pod["containers"][0]
     words = main.get("args", [])

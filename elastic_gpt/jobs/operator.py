@@ -1,4 +1,4 @@
-"""DLRover's operator: whether it runs, and its last words where it does not."""
+"""Whether DLRover's operator runs, and its last words if it does not."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from elastic_gpt.jobs.words import line
 
 NAME = "dlrover-controller-manager"
 PODS = "control-plane=controller-manager"
-# How Go programs say why they end; usage or a stack may follow, so the last line of the log need not be the one.
+# How Go programs say why they end. A usage message or a stack may follow, so it may not be the last line.
 LAST_WORDS = ("flag provided but not defined", "unknown flag", "panic:", "fatal error:")
 
 
@@ -17,12 +17,12 @@ LAST_WORDS = ("flag provided but not defined", "unknown flag", "panic:", "fatal 
 class Operator:
     namespace: str
     trouble: str
-    """Why it does not run, in one line; empty where it does."""
+    """One line that says why it does not run; "" if it does."""
     cure: str = ""
 
 
 def operators(cluster: Cluster) -> list[Operator]:
-    """All that the cluster has; one is right."""
+    """All operators in the cluster. There should be one."""
     return [
         _look(cluster, one)
         for one in cluster.select("Deployment", everywhere=True, fields=f"metadata.name={NAME}")
@@ -43,7 +43,7 @@ def _look(cluster: Cluster, deployment: Tree) -> Operator:
 
 
 def _last_words(cluster: Cluster, namespace: str, pod: Tree) -> str:
-    """What the manager in a pod wrote last, before it was started again; empty where it has not ended yet."""
+    """The last lines of the manager in a pod before it was restarted; "" if it was not."""
     managers = [one for one in pod.get("status", {}).get("containerStatuses") or [] if one["name"] == "manager"]
     if not any(one.get("restartCount") or "terminated" in one.get("state", {}) for one in managers):
         return ""
@@ -52,7 +52,7 @@ def _last_words(cluster: Cluster, namespace: str, pod: Tree) -> str:
             entries = cluster.log(
                 pod["metadata"]["name"], namespace=namespace, container="manager", previous=previous, tail=200
             )
-        except ClusterError:  # of a container that was not started again there is no previous one
+        except ClusterError:  # no previous log, since the container was not restarted
             continue
         lines = [text for entry in entries if (text := line(entry.partition(" ")[2]))]
         if lines:

@@ -1,4 +1,4 @@
-"""A pod of a job, as the API server tells of it, in words: what it is for, how it runs or how it ended. Pure functions."""
+"""Describes a pod of a job: what it is for, how it runs or how it ended. Pure functions."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,34 +19,34 @@ class Node:
 
     name: str
     kind: str
-    """worker, dlrover-master, prepare or other."""
+    """What it is for: worker, dlrover-master, prepare or other."""
     rank: int | None
-    """Of a worker: a replacement has its predecessor's."""
+    """Rank of a worker, which a replacement keeps; None for others."""
     phase: str
     """Pending, Running, Leaving, Succeeded or Failed."""
     reason: str
-    """Why it does not run; empty where there is nothing to say."""
+    """Why it does not run; "" if there is nothing to say."""
     restarts: int
-    """How many predecessors it replaces."""
+    """How many pods were there before it in its place."""
     host: str
     created: str
     ended: str = ""
-    """When its container ended, as far as that is known."""
+    """When its container ended; "" if it has not, or it is not known."""
     exit_code: int | None = None
     last_word: str = ""
-    """What it told Kubernetes when it ended (its termination message)."""
+    """Its termination message."""
     out_of_memory: bool = False
 
 
 def pod_node(pod: Mapping[str, Any]) -> Node:
-    """A pod in our words. One that has ended and is being deleted is Removed."""
+    """Describes a pod. The phase of one that has ended and is being deleted is Removed."""
     metadata = pod["metadata"]
     labels = metadata.get("labels", {})
     kind = labels.get(REPLICA_TYPE) or ("prepare" if "-prepare-" in metadata["name"] else "other")
     phase = pod.get("status", {}).get("phase", "Pending")
     if metadata.get("deletionTimestamp"):
         phase = "Removed" if phase in ENDED else "Leaving"
-    # The operator numbers a job's masters, and gives them no count of their predecessors.
+    # For masters, the operator only numbers their names.
     restarts = (
         pod_number(metadata["name"]) if kind == MASTER else int(labels.get("elasticjob.dlrover/relaunch-count", 0))
     )
@@ -68,18 +68,18 @@ def pod_node(pod: Mapping[str, Any]) -> Node:
 
 
 def _ended(pod: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """How a pod's containers have ended; a pod that was lost with its machine does not say."""
+    """The states of the containers of a pod that have ended. None if the pod was lost with its machine."""
     for container in pod.get("status", {}).get("containerStatuses") or []:
         if ended := container.get("state", {}).get("terminated"):
             yield ended
 
 
 def pod_trouble(pod: Mapping[str, Any]) -> str:
-    """Why a pod does not run, or how it failed: in one line, empty if nothing is the matter."""
+    """One line that says why a pod does not run or how it failed; "" if all is well."""
     status = pod.get("status", {})
     phase = status.get("phase", "Pending")
     containers = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    if phase == "Running":  # one of its containers does; another may fail again and again
+    if phase == "Running":  # at least one of its containers runs; another one may fail again and again
         containers = [
             one for one in containers if "CrashLoop" in one.get("state", {}).get("waiting", {}).get("reason", "")
         ]

@@ -1,4 +1,4 @@
-"""Looking at a job: once, or again and again, and saying what is new."""
+"""Reads the state of a job, once or repeatedly, and prints what is new."""
 
 import dataclasses
 import sys
@@ -20,9 +20,9 @@ from prepare.frontdoor import TIMED_OUT as TIMED_OUT
 
 T = TypeVar("T")
 POLL_SECONDS = 1.0
-MASTER_SECONDS = 20.0  # within which DLRover's operator has made a master; it takes one
+MASTER_SECONDS = 20.0  # after so long, DLRover's operator should have made a master; it takes 1 s
 FEW = 4
-TAILS = (200, 20_000)  # lines; a traceback of each worker may stand after the last progress
+TAILS = (200, 20_000)  # lines to read; tracebacks of all workers may follow the last progress
 
 
 def say(text: str) -> None:
@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 
 def fetch(cluster: Cluster, name: str) -> Tree:
-    """The ElasticJob. Raises NotFoundError with the nearest name there is."""
+    """The ElasticJob `name`. Raises NotFoundError with the nearest name that exists."""
     job = cluster.find("ElasticJob", name)
     if job is None:
         names = [one["metadata"]["name"] for one in cluster.select("ElasticJob")]
@@ -40,7 +40,7 @@ def fetch(cluster: Cluster, name: str) -> Tree:
 
 
 def read(cluster: Cluster, name: str, job: Tree | None = None) -> JobState:
-    """A job and its pods, as they are now; and why it has no master, where it should long have one."""
+    """The state of a job and its pods now. Also finds out why it has no master, if it should have one."""
     job = job or fetch(cluster, name)
     pods = {pod["metadata"]["name"]: pod for label in (JOB_NAME, JOB_LABEL)
             for pod in cluster.select("Pod", labels=f"{label}={name}")}  # fmt: skip
@@ -52,12 +52,12 @@ def read(cluster: Cluster, name: str, job: Tree | None = None) -> JobState:
 
 
 def progress(cluster: Cluster, job: JobState) -> Progress | None:
-    """How far training is, from the logs of the master and of workers, those of pods that have ended among them."""
+    """How far training is, from the logs of the master and of workers, including pods that have ended."""
     workers = [node for node in (*job.nodes, *job.history) if node.kind == "worker"]
     masters = [node for node in (*job.history, *job.others) if node.kind == MASTER]
     running = [node for node in workers if node.phase not in ENDED]
     ended = sorted((node for node in workers if node.phase in ENDED), key=lambda node: node.ended or node.created)
-    # DLRover gives ranks in the order of the nodes', so the first worker, which tells, is on one of the lowest.
+    # DLRover orders ranks by node, so the first worker, which writes progress, is on one of the lowest nodes.
     logs = [*masters[-FEW:], *running[:FEW], *ended[-FEW:]]
     for tail in TAILS:
         lines = [line for node in logs for line in _log(cluster, node.name, tail)]
@@ -67,7 +67,7 @@ def progress(cluster: Cluster, job: JobState) -> Progress | None:
 
 
 def _log(cluster: Cluster, pod: str, tail: int) -> list[str]:
-    """The end of a pod's log; empty where it cannot be read just now."""
+    """The last lines of a pod's log; [] if it cannot be read now."""
     try:
         return cluster.log(pod, tail=tail)
     except ForbiddenError:
@@ -77,12 +77,12 @@ def _log(cluster: Cluster, pod: str, tail: int) -> list[str]:
 
 
 def poll(cluster: Cluster, name: str, seconds: float | None) -> Iterator[JobState]:
-    """The job's state again and again, until the time is over. A server that is away for a while is waited for."""
+    """Yields the job's state repeatedly until the time is over. Waits while the server is away."""
     return again(lambda: read(cluster, name), seconds)
 
 
 def again(look: Callable[[], T], seconds: float | None) -> Iterator[T]:
-    """What `look` finds, again and again, until the time is over. A server that is away for a while is waited for."""
+    """Yields the result of `look` repeatedly until the time is over. Waits while the server is away."""
     end = None if seconds is None else time.monotonic() + seconds
     reached = away = False
     while True:
@@ -90,7 +90,7 @@ def again(look: Callable[[], T], seconds: float | None) -> Iterator[T]:
             now = look()
             reached, away = True, False
         except UnreachableError as error:
-            if not reached:  # a wrong address is told, not waited for
+            if not reached:  # the address may be wrong, so do not wait
                 raise
             if not away:
                 say(f"{error} Trying on.")
@@ -103,7 +103,7 @@ def again(look: Callable[[], T], seconds: float | None) -> Iterator[T]:
 
 
 class Told:
-    """Says what is new, once."""
+    """Prints lines, but each one only once."""
 
     def __init__(self) -> None:
         self.said: set[str] = set()
@@ -116,7 +116,7 @@ class Told:
 
 
 def late(name: str, timeout: float | None, what: str, how: str = "") -> int:
-    """The end of a wait in vain: says so, and returns the exit code. `how`: more flags of `job status`."""
+    """Print that the time is over and return the exit code. `how`: further flags of `job status` for the message."""
     look = f"elastic-gpt job status {name}{f' {how}' * bool(how)}"
     print(f"error: {name}{what} after {timeout:g} s; `{look}` tells more", file=sys.stderr)
     return TIMED_OUT

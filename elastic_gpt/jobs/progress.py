@@ -1,4 +1,4 @@
-"""How far training is: the line in logs that is made for machines (contract.py); what is written for people is not read."""
+"""How far training is, from the lines in logs that are made for programs (contract.py)."""
 
 import math
 from collections.abc import Iterable
@@ -8,13 +8,13 @@ from elastic_gpt.jobs.words import count
 
 
 def newest(lines: Iterable[str]) -> Progress | None:
-    """The newest progress in lines of any logs, by the time that each tells."""
+    """The newest progress in lines of any logs, by the time in each line."""
     found = [one for entry in lines if (one := Progress.from_line(entry))]
     return max(found, key=lambda one: one.time, default=None)
 
 
 def words(progress: Progress) -> str:
-    """For a person."""
+    """The progress in words."""
     parts = [f"step {progress.step:,}/{progress.steps:,}"]
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:.4f}")

@@ -1,4 +1,4 @@
-"""Talking to a job's model: in a pod of its own, through this terminal."""
+"""Talks to a job's model, which runs in a pod of its own, through this terminal."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from elastic_gpt.jobs.polling import Told, fetch, late, say
 
 
 def prompt(cluster: Cluster, name: str, *, timeout: float, terminal: Callable[[Cluster, str], int]) -> int:
-    """Start the prompt pod, wait for it, and hand it to `terminal`. The pod goes when the person leaves."""
+    """Start the prompt pod, wait for it, and connect it with `terminal`. Delete the pod when the person leaves."""
     [tree] = using(fetch(cluster, name), manifest.prompt)
     pod = tree["metadata"]["name"]
     there = cluster.find("Pod", pod)
@@ -54,7 +54,7 @@ def _warnings(cluster: Cluster, pod: str) -> list[str]:
 
 
 def attach(cluster: Cluster, pod: str) -> int:
-    """This terminal becomes the pod's: through kubectl where there is one, else over the API itself."""
+    """Connect this terminal with the pod: by kubectl if it is installed, else over the API."""
     say("the prompt appears when the model is loaded; `exit` leaves")
     if kubectl := shutil.which("kubectl"):
         command = [

@@ -1,4 +1,4 @@
-"""Plain dicts -> YAML, with notes where a field does not say why it is as it is."""
+"""Plain dicts -> YAML, with comments that explain fields."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ _WORKER = "spec/replicaSpecs/worker"
 _POD = f"{_WORKER}/template/spec"
 _MAIN = f"{_POD}/containers/main"
 
-# By kind and path; in a list, an element goes by its name, or by a flag without its value.
+# Comments by kind and path. An element of a list is named by its name, or a flag without its value.
 NOTES: dict[str, dict[str, str]] = {
     "Namespace": {
         "": "The jobs' own namespace. DLRover's operator lives in `dlrover` and looks into all of them.",
@@ -116,13 +116,13 @@ class _Dumper(yaml.SafeDumper):
 
 def _text(dumper: yaml.SafeDumper, data: str) -> yaml.ScalarNode:
     style = "|" if "\n" in data else None
-    if set(data) & set("\x85\u2028\u2029"):  # PyYAML takes these for ends of lines, and doubles blanks after them
+    if set(data) & set("\x85\u2028\u2029"):  # PyYAML takes these for line ends, and adds spaces after them
         style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
 def _list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.SequenceNode:
-    """Short lists of words on one line; command lines and objects an element a line."""
+    """Short lists of words are on one line; command lines and objects have one element on each line."""
     words = all(isinstance(item, str) and item[:1] != "-" for item in data) and len(" ".join(data)) < 60
     return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=words)
 
@@ -132,7 +132,7 @@ _Dumper.add_representer(list, _list)
 
 
 def to_yaml(trees: list[Tree], heading: str = "") -> str:
-    """All objects as one YAML stream, each with its notes; `heading` is a comment at the top."""
+    """All objects as one YAML stream with comments. `heading`: a comment at the top."""
     return (f"# {heading}\n" if heading else "") + "---\n".join(map(_document, trees))
 
 
@@ -147,7 +147,7 @@ def _document(tree: Tree) -> str:
 
 
 def _places(node: Any, path: str) -> Iterator[tuple[str, int, int]]:
-    """Path, line and column of the document, of each key and of each element of a list."""
+    """Yields path, line and column of the document, of each key and of each list element."""
     if not path:
         yield "", 0, 0
     if isinstance(node, yaml.MappingNode):
@@ -163,7 +163,7 @@ def _places(node: Any, path: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _name(element: Any) -> str:
-    """What an element of a list is called in a path: its name, its resources in braces, or a flag without its value."""
+    """The name of a list element in a path: its name, its resources in braces, or a flag without its value."""
     if isinstance(element, yaml.ScalarNode):
         flag, equals, _ = str(element.value).partition("=")
         return flag + equals

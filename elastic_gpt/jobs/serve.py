@@ -1,4 +1,4 @@
-"""A job's model over HTTP: in a Deployment of its own, with a Service in front."""
+"""Serves a job's model over HTTP, from a Deployment with a Service in front."""
 
 import time
 
@@ -11,7 +11,7 @@ from elastic_gpt.jobs.polling import Told, fetch, late, say
 
 
 def serve(cluster: Cluster, name: str, *, timeout: float, wait: bool) -> int:
-    """Make Deployment and Service, or bring those that are there up to date, and wait until the model answers."""
+    """Make or update the Deployment and the Service, and wait until the model answers."""
     for tree in using(fetch(cluster, name), manifest.serve):
         kind, called = tree["kind"], tree["metadata"]["name"]
         try:

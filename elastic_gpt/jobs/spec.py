@@ -1,4 +1,4 @@
-"""What a person decides about a job; the manifests follow from it."""
+"""JobSpec: all that a person decides about a job. The manifests are made from it."""
 
 import importlib.metadata
 import importlib.resources
@@ -13,55 +13,55 @@ import yaml
 
 from elastic_gpt.settings import SettingsError, find_preset
 
-WORKSPACE = PurePosixPath("/workspace")  # where all pods see the volume
-UPLOADED = PurePosixPath("/text")  # where the prepare Job sees text that came along
+WORKSPACE = PurePosixPath("/workspace")  # where all pods mount the volume
+UPLOADED = PurePosixPath("/text")  # where the prepare Job mounts text files that were sent with it
 LONGEST_NAME = (
-    37  # of the names made of a job's, elasticjob-NAME-dlrover-master is the longest; a service has 63 characters
+    37  # the longest derived name is the service elasticjob-NAME-dlrover-master, which may have 63 characters
 )
-LARGEST_UPLOAD = 1_000_000  # bytes; what etcd takes in one object, less what is around the text
+LARGEST_UPLOAD = 1_000_000  # bytes; etcd takes little more in one object
 
-SMALLEST = {"bpe": 257, "word": 4}  # vocabularies, special tokens among them
+SMALLEST = {"bpe": 257, "word": 4}  # smallest vocabularies, special tokens included
 
 AccessMode = Literal["ReadWriteMany", "ReadWriteOnce"]
-# Of prepare's tokenizers those that need no network and no file beside the text.
+# The tokenizers of `prepare` that need neither a network nor another file.
 Tokenizer = Literal["gpt2", "char", "word", "byte", "bpe"]
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A training job on Kubernetes. Raises SettingsError, in one line with the cure, where it makes none.
+    """A training job on Kubernetes. Raises SettingsError, one line with the cure, for values that cannot work.
 
-    What stands under a field is the help of its flag.
+    The docstring of each field is the help of its flag.
     """
 
     name: str = "elastic-gpt"
-    """Of the ElasticJob, and of its folder on the volume. DLRover's operator wants it unique in the cluster."""
+    """Name of the ElasticJob and of its folder on the volume. For DLRover's operator it must be unique in the cluster."""
     namespace: str = "training"
-    """Of everything that is made."""
+    """Namespace of all objects."""
     image: str = ""
-    """For all pods. Empty: elastic-gpt:VERSION, with -cpu where there are no GPUs."""
+    """Image of all pods. Empty: elastic-gpt:VERSION, or elastic-gpt:VERSION-cpu without GPUs."""
     pull_secret: str = ""
     """Name of a secret with the registry's password."""
     preset: str = ""
-    """Of `elastic-gpt train`. Empty: gpt2_124m, or debug_cpu where there are no GPUs."""
+    """Preset of `elastic-gpt train`. Empty: gpt2_124m, or debug_cpu without GPUs."""
     arguments: tuple[str, ...] = ()
     """Flags of `elastic-gpt train` after the preset."""
     nodes: int = 2
-    """To start with; `job scale` changes it."""
+    """Nodes to start with; `job scale` changes it."""
     min_nodes: int = 1
-    """With fewer than these, training waits."""
+    """Fewest nodes; with fewer, training waits."""
     max_nodes: int = 4
-    """Fixed for the life of the job."""
+    """Most nodes; fixed for the life of the job."""
     gpus: int = 1
-    """A node, and workers on it. 0: one worker on CPUs."""
+    """GPUs per node, with one worker for each. 0: one worker on CPUs."""
     cpus: int = 0
-    """A node. 0: 4 a GPU, or 2."""
+    """CPUs per node. 0: 4 per GPU, or 2 without GPUs."""
     memory: int = 0
-    """GiB a node, with the snapshots in it. 0: what the model needs."""
+    """GiB per node, snapshots included. 0: what the model needs."""
     oom_restarts: int = 3
     """How often a node that ran out of memory is replaced; DLRover alone never does."""
     network_check: bool = False
-    """Let DLRover try out each node and the network between them, at every change of members."""
+    """Let DLRover test the nodes and the network between them at every membership change."""
     spot: bool = False
     """Tolerate spot (preemptible) machines, and prefer them."""
     node_selector: tuple[tuple[str, str], ...] = ()
@@ -73,22 +73,22 @@ class JobSpec:
     volume: str = "elastic-gpt"
     """The PersistentVolumeClaim that all pods mount. None is where data and run directory are URLs."""
     volume_size: str = "20Gi"
-    """Of a claim that is made."""
+    """Size of a new claim."""
     access_mode: AccessMode = "ReadWriteMany"
-    """Of a claim that is made. ReadWriteOnce: all pods on one machine."""
+    """Access mode of a new claim. ReadWriteOnce: all pods on one machine."""
     storage_class: str = ""
-    """Empty: the cluster's default."""
+    """Storage class of a new claim. Empty: the cluster's default."""
     data_of: str = ""
-    """The job on this volume whose data are used. Empty: this one's own, which a prepare Job makes."""
+    """The job on this volume whose data is used. Empty: a prepare Job makes data for this job."""
     texts: tuple[str, ...] = ()
     """Text files on the volume, below /workspace, or URLs. None, and no upload: what lies at --data.dir, if the arguments
     give one, else Python's own documentation."""
     upload: tuple[tuple[str, str], ...] = ()
-    """Names and contents of text files that travel in a ConfigMap."""
+    """Names and contents of text files that are sent in a ConfigMap."""
     tokenizer: Tokenizer = "gpt2"
-    """What makes tokens of the text."""
+    """The tokenizer for the text."""
     vocab_size: int = 0
-    """Of the tokenizers bpe, which needs one, and word, for which 0 is all words."""
+    """Vocabulary size: required for the tokenizer bpe; for word, 0 means all words."""
 
     def __post_init__(self) -> None:
         for what, name, longest in (
@@ -189,7 +189,7 @@ class JobSpec:
 
     @property
     def workers(self) -> int:
-        """On a node."""
+        """Workers on each node."""
         return self.gpus or 1
 
     @property
@@ -198,7 +198,7 @@ class JobSpec:
 
     @property
     def parameters(self) -> int:
-        """Of the model, as near as memory needs to be known; with GPT-2's vocabulary where the data decide on it."""
+        """About how many parameters the model has. Assumes GPT-2's vocabulary if the data decides its size."""
         shape = {"n_layer": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 0}
         shape |= {name: int(value) for name, value in preset_model(self.used_preset).items() if name in shape}
         shape |= _shape_in(self.arguments, shape)
@@ -208,12 +208,12 @@ class JobSpec:
 
     @property
     def shm_gib(self) -> int:
-        """/dev/shm: two snapshots of 12 bytes a parameter (AdamW's state in float32), and NCCL's buffers."""
+        """GiB of /dev/shm: two snapshots of 12 bytes per parameter (AdamW's state in float32), and NCCL's buffers."""
         return math.ceil(2 * 12 * self.parameters / 2**30) + bool(self.gpus)
 
     @property
     def memory_gib_needed(self) -> int:
-        """/dev/shm, and for each worker its libraries and twice the state: once to train on CPUs, once to restore."""
+        """/dev/shm, and for each worker its libraries and the state twice: for training on CPUs and for restoring."""
         each = (4 if self.gpus else 2) + math.ceil(2 * 12 * self.parameters / 2**30)
         return self.shm_gib + self.workers * each
 
@@ -224,12 +224,12 @@ class JobSpec:
 
 def presets() -> Path:
     """The folder of the presets of `elastic-gpt train`."""
-    # By name: this package is below the models, and importing one would import torch.
+    # Found by name: this package must not depend on model_zoo, whose import would import torch.
     return Path(str(importlib.resources.files("model_zoo.nanogpt"))) / "presets"
 
 
 def preset_model(name: str) -> Mapping[str, int]:
-    """The model section of a preset. Raises SettingsError, with the nearest name, where there is no such preset."""
+    """The model section of a preset. Raises SettingsError, with the nearest name, if there is no such preset."""
     if Path(name).suffix in (".yaml", ".yml"):
         raise SettingsError(f"--preset {name}: the image has no file of yours; name a preset and add flags after --")
     tree = yaml.safe_load(find_preset(name, presets()).read_text(encoding="utf-8"))
@@ -237,7 +237,7 @@ def preset_model(name: str) -> Mapping[str, int]:
 
 
 def _shape_in(arguments: tuple[str, ...], shape: Mapping[str, int]) -> dict[str, int]:
-    """`--model.n-layer=6`, or the same in two words, as {"n_layer": 6}."""
+    """The shape settings in `arguments`: `--model.n-layer=6`, in one word or two, gives {"n_layer": 6}."""
     found: dict[str, int] = {}
     for flag, value in _flags(arguments):
         name = flag.removeprefix("model.")
@@ -257,15 +257,15 @@ def _flags(arguments: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _elsewhere(path: str) -> bool:
-    """Whether a text lies on the volume or at a URL."""
+    """Whether a text is on the volume or at a URL."""
     return "://" in path or PurePosixPath(path).is_relative_to(WORKSPACE)
 
 
 def read_texts(paths: list[str]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Sort out --text: what pods find by themselves, and the files here that have to travel.
+    """Divide the values of --text into those that pods can read themselves, and local files to send (name, content).
 
     Raises:
-        SettingsError: for a file that is not there, is not UTF-8, or is too large to travel.
+        SettingsError: for a file that does not exist, is not UTF-8, or is too large to send.
     """
     there, here = [], {}
     for path in paths:

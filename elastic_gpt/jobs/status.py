@@ -1,7 +1,8 @@
-"""What the API server told -> what became of a job, in words. Pure functions; nothing here asks a server.
+"""The state of a job, from what the API server says. Pure functions, which ask no server.
 
-DLRover's operator derives a job's phase from events of its master's pod, and errs: it calls a job failed whose master it has
-just replaced, and running one that ended while the operator was away. So the phase is one witness among others: the master, the
+DLRover's operator derives a job's phase from events of its master's pod, and is sometimes wrong: it
+calls a job Failed though it has just replaced the master, and Running though the job ended while
+the operator was away. So the phase counts only together with the pods of the master and the
 workers, and how they ended.
 """
 
@@ -18,30 +19,29 @@ from elastic_gpt.settings import node_range
 
 @dataclass(frozen=True)
 class JobState:
-    """A job at one moment."""
+    """The state of a job at one moment."""
 
     name: str
     namespace: str
     phase: str
-    """Suspending, Suspended or New where DLRover's operator says less than there is to know; else what it says, where the pods
-    do not say better."""
+    """Suspending, Suspended, New, or the operator's phase, corrected by what the pods show."""
     reason: str
     wanted: int
-    """Nodes; 0 while suspended."""
+    """Nodes that the job should have; 0 while suspended."""
     least: int
     most: int
     image: str
     memory: str
-    """Of each node, as Kubernetes writes it."""
+    """Memory of each node, as Kubernetes writes it."""
     created: str
     nodes: tuple[Node, ...]
-    """Workers, of each rank the newest, and older ones that have not ended."""
+    """Worker pods: the newest of each rank, and older ones that have not ended."""
     others: tuple[Node, ...]
-    """The master, and pods that prepare, prompt or hold the volume."""
+    """The master, and pods for preparing, prompting or mounting the volume."""
     history: tuple[Node, ...]
-    """Pods that have ended and were replaced."""
+    """Pods that have ended and have been replaced."""
     masterless_since: str
-    """Since when it has no master and should have one; empty otherwise."""
+    """Since when it has no master though it should have one; "" if all is well."""
 
     @property
     def running(self) -> int:
@@ -60,7 +60,7 @@ class JobState:
 
     @property
     def starved(self) -> str:
-        """What memory cost this job, in one line with the cure; empty where it had enough."""
+        """One line, with the cure, about nodes that ran out of memory; "" if there are none."""
         names = [node.name for node in (*self.history, *self.nodes) if node.out_of_memory]
         if not names:
             return ""
@@ -71,27 +71,29 @@ class JobState:
         )
 
     def troubles(self) -> list[str]:
-        """What keeps pods from running, a line each, and what cost it nodes that can be cured."""
+        """What keeps pods from running, and what nodes were lost to that can be cured; one line each."""
         found = [f"{node.name}: {node.phase}: {node.reason}" for node in (*self.others, *self.nodes) if node.reason]
         return [*found, *([self.starved] if self.starved else [])]
 
 
 def job_state(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> JobState:
-    """Args:
-    job: the ElasticJob.
-    pods: all of its pods, in any order.
+    """The state of a job.
+
+    Args:
+        job: the ElasticJob.
+        pods: all of its pods, in any order.
     """
     metadata, spec = job["metadata"], job["spec"]
     worker = spec["replicaSpecs"]["worker"]
     container = worker["template"]["spec"]["containers"][0]
     replicas = int(worker.get("replicas", 1))
     least, most = job_range(job) or (replicas, replicas)
-    # A pod that has ended and is being removed tells nothing: of a suspended job it would be there for a moment after `resume`.
+    # Pods that have ended and are being removed do not count: those of a suspended job are there for a moment after `resume`.
     nodes = sorted(
         (node for node in map(pod_node, pods) if node.phase != "Removed"),
         key=lambda node: (node.rank or 0, node.created if node.kind == "prepare" else "", pod_number(node.name)),
     )
-    # Of each rank, of masters and of prepare pods, the last one counts; a shell and a prompt replace nobody.
+    # For each rank, for masters and for prepare pods the newest counts; a shell or a prompt pod replaces no other.
     newest = {(node.kind, node.rank): node.name for node in nodes if node.kind != "other"}
     history = tuple(
         node for node in nodes
@@ -123,11 +125,12 @@ def job_state(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> JobS
 
 
 def judge(job: Mapping[str, Any], workers: Iterable[Node], masters: list[Node]) -> tuple[str, str]:
-    """The phase of a job and, where there is something to say, why.
+    """The phase of a job, and the reason if there is one.
 
     Args:
-        workers: of each rank the newest, and older ones that have not ended.
-        masters: all there are, the newest last.
+        job: the ElasticJob.
+        workers: the newest pod of each rank, and older ones that have not ended.
+        masters: all master pods, the newest last.
     """
     told = str(job.get("status", {}).get("phase") or "New")
     workers, suspended = list(workers), bool(job["spec"].get("suspend"))
@@ -135,7 +138,7 @@ def judge(job: Mapping[str, Any], workers: Iterable[Node], masters: list[Node]) 
     led = any(one.phase in ALIVE for one in masters)
     trains = any(one.phase in ALIVE for one in workers)
     operator = f"DLRover's operator says {told}"
-    # A master that ends its job says why; the operator knows its exit code alone.
+    # A master that ends its job says why; the operator only knows its exit code.
     why = (master.last_word if master and master.phase == "Failed" else "") or failure(job)
     finished = not suspended and bool(workers) and all(one.phase == "Succeeded" for one in workers)
     if told == "Succeeded" or finished:
@@ -154,9 +157,9 @@ def judge(job: Mapping[str, Any], workers: Iterable[Node], masters: list[Node]) 
 
 
 def masters_were_miscounted(job: Mapping[str, Any]) -> bool:
-    """Whether the operator failed a job for losses of its master that restartCount allows.
+    """Whether the operator called a job Failed for losses of its master that restartCount allows.
 
-    When it makes a master it forgets the restartCount until it next looks at the job, and takes it for 0.
+    After making a master it takes restartCount for 0 until it next reads the job.
     """
     match = re.search(r"failover count (-?\d+) is beyond", failure(job))
     return match is not None and int(match[1]) <= int(
@@ -165,14 +168,14 @@ def masters_were_miscounted(job: Mapping[str, Any]) -> bool:
 
 
 def _last_change(job: Mapping[str, Any], masters: Iterable[Node]) -> str:
-    """When a job was made, its phase changed or a master of it ended, whichever came last."""
+    """The time when the job was made, its phase changed, or a master ended: the latest of these."""
     conditions = job.get("status", {}).get("status", {}).get("conditions") or []
     times = [job["metadata"].get("creationTimestamp"), *(one.get("lastTransitionTime") for one in conditions)]
     return max([time for time in (*times, *(one.ended for one in masters)) if time], default="")
 
 
 def job_range(job: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The least and the most nodes of an ElasticJob, from its --nnodes; None for a job that is not ours."""
+    """The least and the most nodes of an ElasticJob, from its --nnodes; None if the job is not one of ours."""
     container = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]["containers"][0]
     words = [*container.get("command", []), *container.get("args", []), ""]
     for word, following in itertools.pairwise(words):
@@ -183,7 +186,7 @@ def job_range(job: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def wanted_nodes(job: Mapping[str, Any]) -> int:
-    """How many nodes an ElasticJob asks for: its replicas, between the least and most of its --nnodes; 0 while suspended."""
+    """How many nodes an ElasticJob wants: its replicas, within the range of its --nnodes; 0 while suspended."""
     if job["spec"].get("suspend"):
         return 0
     replicas = int(job["spec"]["replicaSpecs"]["worker"].get("replicas", 1))
@@ -192,14 +195,14 @@ def wanted_nodes(job: Mapping[str, Any]) -> int:
 
 
 def failure(job: Mapping[str, Any]) -> str:
-    """Why DLRover's operator calls a job failed."""
+    """The reason for which DLRover's operator calls a job Failed."""
     conditions = job.get("status", {}).get("status", {}).get("conditions") or []
     return next((line(one.get("message", "")).rstrip(".") for one in conditions if one["type"] == "Failed"), "")
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened, as Kubernetes tells it."""
+    """An event of Kubernetes."""
 
     time: str
     about: str
@@ -228,4 +231,4 @@ def job_events(name: str, volume: str, events: Iterable[Mapping[str, Any]]) -> l
         for one in events
         if about.fullmatch(one.get("involvedObject", {}).get("name", ""))
     ]
-    return sorted(found, key=lambda one: one.time.rstrip("Z"))  # some have fractions of a second
+    return sorted(found, key=lambda one: one.time.rstrip("Z"))  # some times have fractions of a second

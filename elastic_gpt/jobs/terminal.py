@@ -1,4 +1,4 @@
-"""This terminal as a pod's, over the API server's websocket: for machines without kubectl."""
+"""Connects this terminal with a pod, over a websocket of the API server, for machines without kubectl."""
 
 import contextlib
 import json
@@ -11,23 +11,23 @@ from collections.abc import Iterator
 from typing import Any
 
 POLL_SECONDS = 0.05
-SIZE_CHANNEL = 4  # of Kubernetes' protocol v4.channel.k8s.io
+SIZE_CHANNEL = 4  # in Kubernetes' protocol v4.channel.k8s.io
 
 
 def pass_through(socket: Any) -> int:
-    """Keys to the pod and its output here, until either side ends. Returns an exit code."""
+    """Send keys to the pod and print its output, until either side ends. Returns an exit code."""
     keys, size = sys.stdin.fileno(), None
     with _raw(keys):
         while socket.is_open():
             if os.isatty(keys) and (now := os.get_terminal_size(keys)) != size:
-                if size is None:  # a change makes who waits at a prompt write it again: it may have come before us
+                if size is None:  # a new size makes the pod write its prompt again, which may have been there before us
                     _tell_size(socket, now.columns + 1, now.lines)
                 _tell_size(socket, now.columns, now.lines)
                 size = now
             _show(socket)
             if select.select([keys], [], [], 0)[0]:
                 pressed = os.read(keys, 1024)
-                if not pressed:  # the end of a file: Ctrl-D
+                if not pressed:  # end of input: Ctrl-D
                     socket.write_stdin(b"\x04")
                     break
                 socket.write_stdin(pressed)
@@ -38,7 +38,7 @@ def pass_through(socket: Any) -> int:
 
 def _show(socket: Any) -> None:
     socket.update(timeout=POLL_SECONDS)
-    if output := socket.read_stdout(timeout=0):  # bytes, for a piece may end inside a character
+    if output := socket.read_stdout(timeout=0):  # as bytes, since a piece may end inside a character
         sys.stdout.buffer.write(output)
         sys.stdout.buffer.flush()
 
@@ -49,7 +49,7 @@ def _tell_size(socket: Any, columns: int, rows: int) -> None:
 
 @contextlib.contextmanager
 def _raw(file: int) -> Iterator[None]:
-    """A terminal that passes every key on, Ctrl-C too; anything else stays as it is."""
+    """Let a terminal pass on every key, even Ctrl-C. Other files stay as they are."""
     if not os.isatty(file):
         yield
         return

@@ -1,7 +1,8 @@
 """JobSpec -> Kubeflow Trainer v2: a TrainingRuntime and a TrainJob for each step. Plain dicts from pure functions.
 
-The pods are those of manifest.py, under Kubeflow's names: its controller makes them from the template of the runtime, and
-gives the container `node` torchrun's environment (PET_NNODES, PET_MASTER_ADDR ...). There is no DLRover in it.
+The pods are those of manifest.py, with Kubeflow's names. Kubeflow's controller makes them from the
+template of the runtime, and sets torchrun's environment in the container `node` (PET_NNODES,
+PET_MASTER_ADDR ...). DLRover is not involved.
 """
 
 import re
@@ -13,13 +14,13 @@ from elastic_gpt.jobs.manifest import Tree
 from elastic_gpt.jobs.spec import WORKSPACE, JobSpec
 
 GROUP = "trainer.kubeflow.org"
-MOUNT = "/gpt"  # where these pods see the volume
-NODE = "node"  # the replicated job and the container that Kubeflow's controller looks for
-LOST_PODS = 100  # pods that may fail before the TrainJob does; a preempted machine costs one
+MOUNT = "/gpt"  # where these pods mount the volume
+NODE = "node"  # name of the replicated job and of the container, as Kubeflow's controller expects
+LOST_PODS = 100  # failed pods after which the TrainJob fails; a preempted machine costs one
 
 
 def load_corpus(spec: JobSpec) -> list[Tree]:
-    """Text to tokens, once. None for a job that takes the data of another."""
+    """Turns text into tokens. [] for a job that uses the data of another."""
     jobs = manifest.prepare(spec)
     if not jobs:
         return []
@@ -28,19 +29,19 @@ def load_corpus(spec: JobSpec) -> list[Tree]:
 
 
 def train_gpt(spec: JobSpec) -> list[Tree]:
-    """The training, under torchrun: between spec.min_nodes and spec.nodes, as pods are lost and replaced."""
+    """The training under torchrun, on spec.min_nodes to spec.nodes nodes, as pods are lost and replaced."""
     [job] = manifest.elasticjob(spec)
     pod = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]
     words = pod["containers"][0]["args"]
     pod["containers"][0]["args"] = ["elastic-gpt", *words[words.index("--") + 1 :]]
-    # Kubernetes puts in what Kubeflow's controller sets. c10d, not the controller's static rendezvous: it forms a new
-    # world of those who are there, and lets the pod that replaces a lost one join it.
+    # Kubernetes fills in the variables that Kubeflow's controller sets. The rendezvous is c10d and not the controller's
+    # static one: it forms a new world of the pods that are left, and lets a replaced pod join.
     torchrun = [
         *("torchrun", f"--nnodes={spec.min_nodes}:$(PET_NNODES)", "--max-restarts=100"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=$(PET_MASTER_ADDR):$(PET_MASTER_PORT)", f"--rdzv-id={spec.name}"),
         *("--rdzv-conf=last_call_timeout=2,keep_alive_interval=2", "--no-python"),
     ]
-    # Torch 2.13: with a shared store, a rank 0 that stays tells a pod that joins no address of the next world.
+    # Torch 2.13: with a shared store, a pod that joins gets no address from a rank 0 that stays.
     pod["containers"][0]["env"].append({"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"})
     ml = {"numNodes": spec.nodes, "torch": {}}
     return _pair(
@@ -63,7 +64,7 @@ PARTS: dict[str, Callable[[JobSpec], list[Tree]]] = {
     "train-gpt": train_gpt,
     "generative-prompt": generative_prompt,
 }
-"""In the order in which they are applied; the last one when there is a model to talk to."""
+"""The parts in the order in which they are applied. The last one needs a trained model."""
 JOB_PARTS = ("volume", "text", "load-corpus", "train-gpt")
 
 
@@ -71,22 +72,22 @@ STEPS = ("load-corpus", "train-gpt", "generative-prompt")
 
 
 def named(job: str, step: str) -> str:
-    """The TrainJob of a step; those of the job that nobody named are called as the steps are."""
+    """Name of the TrainJob of a step. In a job with the default name it is the name of the step."""
     return step if job == JobSpec().name else f"{job}-{step}"
 
 
 def runtime_of(name: str) -> str:
-    """The TrainingRuntime of a TrainJob."""
+    """Name of the TrainingRuntime of a TrainJob."""
     return f"{name}-runtime"
 
 
 def _pair(
     spec: JobSpec, step: str, pod: Tree, command: list[str], *, ml: Tree, retries: int, **trainer: Any
 ) -> list[Tree]:
-    """How a step runs (TrainingRuntime), and one run of it (TrainJob), which has the arguments after `command`."""
+    """The TrainingRuntime, which says how a step runs, and a TrainJob, which has its arguments after `command`."""
     name = named(spec.name, step)
     [container] = pod["containers"]
-    arguments = container.pop("args")[2:]  # after `elastic-gpt STEP`, which `command` ends with
+    arguments = container.pop("args")[2:]  # without `elastic-gpt STEP`, with which `command` ends
     container |= {"name": NODE, "command": ["tini", "--", *command]}
     template = {"backoffLimit": retries, "template": {"spec": pod}}
     labels = {f"{GROUP}/trainjob-ancestor-step": "trainer"}
@@ -108,7 +109,7 @@ def _object(spec: JobSpec, kind: str, name: str, rest: Tree) -> Tree:
 
 
 def remounted(node: Any, old: str, new: str) -> Any:
-    """`node` with what is mounted at `old` at `new`."""
+    """`node` with all paths below the mount `old` moved to `new`."""
     if isinstance(node, dict):
         return {key: remounted(value, old, new) for key, value in node.items()}
     if isinstance(node, list):

@@ -1,7 +1,8 @@
-"""JobSpec -> requests to Vertex AI: a CustomJob, the model, an endpoint, and the one on the other. Dicts from pure functions.
+"""JobSpec -> requests to Vertex AI: a CustomJob, the model, an endpoint, and the model's deployment there. Plain dicts.
 
-Each is a request message of its API in JSON's names, with the message's own name as `kind`; examples/vertex/send.py sends them.
-What only a project knows is left as <words in brackets>.
+Each is a request message of the API in JSON form, with the name of the message as `kind`.
+examples/vertex/send.py sends them. Values that only the user's project knows are <words in
+brackets>.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ PARENT = "projects/<project>/locations/<region>"
 BUCKET = "gs://<bucket>"
 REPLICA = "/opt/elastic-gpt/vertex/replica.py"  # where examples/vertex/Dockerfile puts it
 L4_MACHINES = {1: "g2-standard-12", 2: "g2-standard-24", 4: "g2-standard-48", 8: "g2-standard-96"}
-CPU_MACHINES = {cpus: f"e2-standard-{cpus}" for cpus in (2, 4, 8, 16, 32)}  # with 4 GiB for each CPU
+CPU_MACHINES = {cpus: f"e2-standard-{cpus}" for cpus in (2, 4, 8, 16, 32)}  # 4 GiB per CPU
 
 
 def job(spec: JobSpec) -> list[Tree]:
@@ -33,7 +34,7 @@ def job(spec: JobSpec) -> list[Tree]:
             "env": [{"name": name, "value": value} for name, value in ads.environment(spec).items()],
         },
     }
-    # The first pool is always one replica.
+    # The first pool always has one replica.
     pools = [{"replicaCount": 1, **pool}] + [{"replicaCount": spec.nodes - 1, **pool}] * (spec.nodes > 1)
     body = {
         "workerPoolSpecs": pools,
@@ -44,7 +45,7 @@ def job(spec: JobSpec) -> list[Tree]:
 
 
 def model(spec: JobSpec) -> list[Tree]:
-    """What was exported, and the container that serves it."""
+    """The exported model, and the container that serves it."""
     container = {
         "imageUri": _image(spec),
         "args": ["elastic-gpt", "serve"],
@@ -61,7 +62,7 @@ def endpoint(spec: JobSpec) -> list[Tree]:
 
 
 def deployment(spec: JobSpec) -> list[Tree]:
-    """The model on the endpoint, on one machine of the kind that trained it."""
+    """Deploys the model on the endpoint, on one machine of the kind that trained it."""
     resources = {"machineSpec": _machine(spec), "minReplicaCount": 1, "maxReplicaCount": 1}
     tree = {"model": "<model>", "displayName": spec.name, "dedicatedResources": resources}
     return [{"kind": "DeployModelRequest", "endpoint": "<endpoint>", "deployedModel": tree, "trafficSplit": {"0": 100}}]

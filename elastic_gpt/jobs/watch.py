@@ -1,4 +1,4 @@
-"""A job as it goes: a live table on a terminal, elsewhere a line for each change."""
+"""Shows a job while it runs: a live table on a terminal, elsewhere a line for each change."""
 
 import contextlib
 import math
@@ -23,14 +23,14 @@ COLORS = {"Running": "green", "Succeeded": "green", "Failed": "red", "Pending": 
 
 
 def show(cluster: Cluster, name: str) -> int:
-    """The job at this moment."""
+    """Print the job's state now."""
     job, progress, events = look(cluster, name)
     _console().print(picture(job, progress, events))
     return 0
 
 
 def watch(cluster: Cluster, name: str) -> int:
-    """Until the job has ended, or Ctrl-C. The exit code is the job's."""
+    """Show the job until it has ended, or Ctrl-C. Returns the job's exit code."""
     if not sys.stdout.isatty():
         return _lines(cluster, name)
     job: JobState | None = None
@@ -57,7 +57,7 @@ def _lines(cluster: Cluster, name: str) -> int:
 
 
 def look(cluster: Cluster, name: str, job: JobState | None = None) -> tuple[JobState, Progress | None, list[Event]]:
-    """All there is to show. What this user may not read, or cannot just now, is left out."""
+    """Read all that can be shown. Leaves out what this user may not read, or cannot read now."""
     job = job or polling.read(cluster, name)
     progress, events = None, []
     with contextlib.suppress(ClusterError):
@@ -95,7 +95,7 @@ def picture(job: JobState, progress: Progress | None, events: list[Event]) -> Re
 
 
 def since(progress: Progress) -> str:
-    """How long ago that was, in brackets; empty where it does not tell a time that can be."""
+    """How long ago the progress was, in brackets; "" if its time is not plausible."""
     try:
         return f" ({age(datetime.fromtimestamp(progress.time or math.nan, UTC).isoformat())} ago)"
     except (ValueError, OverflowError, OSError):
@@ -103,7 +103,7 @@ def since(progress: Progress) -> str:
 
 
 def jobs(cluster: Cluster, *, everywhere: bool) -> int:
-    """A line for each job."""
+    """Print a line for each job."""
     found = cluster.select("ElasticJob", everywhere=everywhere)
     if not found:
         where = "in this cluster" if everywhere else f"in namespace {cluster.namespace}; -A looks in all"
@@ -127,5 +127,5 @@ def jobs(cluster: Cluster, *, everywhere: bool) -> int:
 
 
 def _console() -> Console:
-    """As wide as the terminal; elsewhere, where somebody may search what is printed, a line stays a line."""
+    """A console as wide as the terminal. Elsewhere lines are not wrapped, so that they can be searched."""
     return Console(width=None if sys.stdout.isatty() else 2000, highlight=False)

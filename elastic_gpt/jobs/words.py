@@ -1,10 +1,10 @@
-"""Times, numbers and messages as a person reads them."""
+"""Times, numbers and messages in words."""
 
 from datetime import UTC, datetime
 
 
 def age(since: str, now: datetime | None = None) -> str:
-    """How long ago, in one unit: 12s, 5m, 3h, 2d. Empty where it is not known."""
+    """How long ago it was, in one unit: 12s, 5m, 3h, 2d. "" if not known."""
     if not since:
         return ""
     seconds = seconds_since(since, now)
@@ -15,7 +15,7 @@ def age(since: str, now: datetime | None = None) -> str:
 
 
 def seconds_since(time: str, now: datetime | None = None) -> float:
-    """From a time as the cluster writes it."""
+    """Seconds since a time as the cluster writes it."""
     return ((now or datetime.now(UTC)) - datetime.fromisoformat(time)).total_seconds()
 
 

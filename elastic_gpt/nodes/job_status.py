@@ -1,8 +1,9 @@
-"""The status of an ElasticJob whose master was lost: what our master mends of it. Pure functions.
+"""Corrects the status of an ElasticJob whose master was lost. Pure functions.
 
-DLRover's operator 0.6.1 judges the pod of a new master before it has read the job again, takes the job for one that allows no
-restart, and calls it Failed, though the new master comes and training goes on; the loss after that would then be the last.
-A job that failed in any other way, or after more losses than its `restartCount`, has failed.
+DLRover's operator 0.6.1 looks at the pod of a new master before it has read the job again. It then
+believes that the job allows no restart, and calls it Failed, though the new master comes and
+training goes on. The next loss of a master would end the job. A job that failed for any other
+reason, or after more losses than its `restartCount`, stays Failed.
 """
 
 import re
@@ -17,7 +18,7 @@ _BEYOND = re.compile(r"failover count (\d+) is beyond")
 
 
 def healed(job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What makes `job` one that runs with one master, as a merge patch of its status; None where it is what it says."""
+    """A merge patch that makes the status of `job` that of a running job; None if its status is right."""
     status = job.get("status", {})
     lost = _BEYOND.search(failure(job))
     if status.get("phase") != "Failed" or not lost or not masters_were_miscounted(job):
@@ -31,7 +32,7 @@ def healed(job: Mapping[str, Any]) -> dict[str, Any] | None:
         "lastUpdateTime": now,
         "lastTransitionTime": now,
     }
-    # The operator makes no other master while it counts one, and adds no condition to one of a failure.
+    # The operator makes no other master while it counts one as active, and adds no condition behind a failure.
     kept = [one for one in status["status"]["conditions"] if one["type"] not in ("Failed", "Running")]
     counts = {"initial": 0, "pending": 0, "active": 1, "succeeded": 0, "failed": int(lost[1])}
     return {

@@ -1,11 +1,11 @@
-"""The one door to DLRover: its job master, and an agent on each node that starts and restarts the workers.
+"""Launches DLRover's job master, and an agent on each node, which starts and restarts the workers.
 
     elastic-gpt launch --nodes 3 -- train debug_cpu --run-dir run     # a master and three nodes on this machine
     elastic-gpt launch --nnodes 2:4 -- train gpt2_124m --run-dir run  # one node of a job: what a pod runs
 
-The second form joins the master that DLRover's environment names (DLROVER_MASTER_ADDR, NODE_RANK ...). The first starts a
-master and gives each node such an environment (local.py), so both run the same agent. The agent is DLRover's own, with what
-is known to hurt in 0.6.1 mended (mend.py).
+The second form joins the master that the environment names (DLROVER_MASTER_ADDR, NODE_RANK ...).
+The first one starts a master and gives each node such an environment (local.py), so both run the
+same agent: DLRover's, with its known faults mended (mend.py).
 """
 
 import importlib
@@ -30,8 +30,8 @@ from elastic_gpt.settings import node_range
 from prepare.frontdoor import REMAINDER, USERS_MISTAKE, Parser, command, whole
 
 GRACE_SECONDS = 40.0  # torchelastic gives a worker 30 s after SIGTERM
-MOST_LOCAL = 256  # workers on one machine: more are a slip of the finger
-RESTARTS = 1000  # each loss of a peer costs a survivor one, so it only has to be out of reach
+MOST_LOCAL = 256  # workers on one machine; more are probably a typo
+RESTARTS = 1000  # each loss of a peer costs a survivor one, so it must never be reached
 
 
 HELP_EXAMPLES = """\
@@ -43,7 +43,7 @@ In a pod of an ElasticJob, or on any node where DLRover's environment names the 
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt launch") -> int:
-    """Exit codes: the job's (0: finished), 2 a user's mistake, 130 after Ctrl-C."""
+    """Returns the exit code of the job (0: finished), 2 for a user's mistake, 130 after Ctrl-C."""
     parser = Parser(prog, description="Train elastically under DLRover.", epilog=HELP_EXAMPLES)
     most_here = whole(1, MOST_LOCAL)
     parser.add_argument("--nodes", type=most_here, metavar="N", help="start a master and N nodes on this machine")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt launch") ->
         raise ValueError(f"{args.nodes} nodes with {args.nproc} workers each: one machine takes {MOST_LOCAL} workers")
     mend.check_version()
 
-    # A typo is told once and now, not by each worker of each node.
+    # So that a typo is told once and now, and not by each worker of each node.
     _check(words)
     return run_local(words, nodes=args.nodes, least=least, most=most, workers=args.nproc)
 
@@ -89,7 +89,7 @@ def _nodes(nnodes: str | None, nodes: int | None) -> tuple[int, int]:
 
 
 def _check(command: Sequence[str]) -> None:
-    """Let the command look at its own arguments. Raises ValueError for a mistake."""
+    """Let the command check its own arguments. Raises ValueError for a mistake."""
     _room(command).check(command[1:], f"elastic-gpt {command[0]}")
 
 
@@ -103,11 +103,9 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int, net
         raise ValueError("no DLRover master in the environment (DLROVER_MASTER_ADDR): add --nodes N to start one here")
     mend.check_version()
     launcher, finished = os.environ.get("ELASTIC_GPT_LOCAL", ":").split(":", 1)
-    if launcher:  # a node of LocalJob leaves nothing behind when that is killed
+    if launcher:  # a node of a LocalJob ends when its launcher is killed
         die_with_parent(int(launcher))
-    os.environ["ELASTIC_GPT_AGENT"] = str(
-        os.getpid()
-    )  # see claim.process: this node is in the job while this process lives
+    os.environ["ELASTIC_GPT_AGENT"] = str(os.getpid())  # see claim.process: this process keeps the node in the job
     name = f"elastic-gpt-{os.getpid()}-{secrets.token_hex(8)}"
     linux = hasattr(os, "pidfd_open")
     if linux:
@@ -115,7 +113,7 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int, net
     worker = _standby(command, name) if linux else [sys.executable, "-m", "elastic_gpt.cli", *command]
     if command[0] == "train" and any("://" in word for word in [*command, os.environ.get("EGPT__DATA__DIR", "")]):
         _room(command).prepare_node(command[1:], f"elastic-gpt {command[0]}")
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup, whose work torchelastic would undo
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # started with nohup; torchelastic would handle the signal
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     keep_dlrover_files_private()
     if network_check:
@@ -129,7 +127,7 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int, net
         f"--nproc_per_node={workers}",
         f"--max_restarts={RESTARTS}",
         "--monitor_interval=0.05",
-        # The round closes at once when all MAX nodes are there, else this many seconds after the last one joined.
+        # A round closes at once if MAX nodes are there, else so many seconds after the last one joined.
         "--rdzv_conf=join_timeout=600,lastcall_timeout=1",
         *(["--network-check"] if network_check else []),
         "--no-python",
@@ -138,25 +136,25 @@ def run_node(command: Sequence[str], *, least: int, most: int, workers: int, net
     try:
         elastic_run.run(elastic_run.parse_args(arguments))
     except mend.Leaving:
-        return 0  # asked to leave, and the workers have saved their state
+        return 0  # the node was asked to leave, and the workers have saved their state
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         return USERS_MISTAKE if USERS_MISTAKE in codes else 1
-    if finished:  # a node that has left ends with 0 as well
+    if finished:  # 0 alone does not tell: a node that left ends with 0 as well
         Path(finished).touch()
     return 0
 
 
 def _standby(command: Sequence[str], name: str) -> list[str]:
-    """Have a standby process on this node, which imports while this one does; returns the command line of a worker."""
-    # What is imported only at its first use, which is in each worker: TensorBoard's writer, and for optimizers torch._dynamo.
+    """Start the standby process of this node, which imports at the same time. Returns the command line of a worker."""
+    # Modules that each worker would import at their first use: TensorBoard's writer, and torch._dynamo for optimizers.
     modules = [COMMANDS[command[0]][0], "torch.utils.tensorboard", "torch._dynamo"]
     keep(name, modules)
     return [sys.executable, "-I", "-S", str(Path(__file__).with_name("standby.py")), name, *command]
 
 
 def run_local(command: Sequence[str], *, nodes: int, least: int, most: int, workers: int) -> int:
-    """A master and `nodes` nodes here, until the job is over. Ctrl-C saves and stops; a second one stops at once."""
+    """Run a master and `nodes` nodes on this machine. Ctrl-C saves and stops, a second one stops at once."""
     job = LocalJob(command, least=least, most=most, workers=workers)
     asked: list[int] = []
 
@@ -164,7 +162,7 @@ def run_local(command: Sequence[str], *, nodes: int, least: int, most: int, work
         asked.append(number)
 
     handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, ask)
     try:
         with job:

@@ -1,4 +1,4 @@
-"""Several nodes on this machine, each an agent process of its own: for a first run, the demo, the drill and the tests."""
+"""Several nodes on this machine, each of them an agent process: for first runs, the demo, the drill and the tests."""
 
 import contextlib
 import os
@@ -29,14 +29,15 @@ class MasterError(OSError):
 class LocalJob:
     """A DLRover master and nodes on this machine, each node an agent process with its workers.
 
-    Use as a context manager: leaving it leaves no process behind. Nodes are numbered from 0 and never reused.
+    A context manager; at its end no process is left. Nodes are numbered from 0, and numbers are
+    never used again.
 
     Args:
-        command: what each worker runs, as in ["train", "debug_cpu", ...].
-        least, most: nodes the job may have.
-        workers: processes a node.
-        threads: CPU threads a worker; by default the cores are shared out over `most` nodes.
-        say: takes a line of output, for a person.
+        command: the command of each worker, such as ["train", "debug_cpu", ...].
+        least, most: how many nodes the job may have.
+        workers: worker processes on each node.
+        threads: CPU threads of each worker; by default the cores are shared out over `most` nodes.
+        say: called with each line of output for a person.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class LocalJob:
         self.command, self.least, self.most, self.workers, self.say = list(command), least, most, workers, say
         self.threads = threads or max(1, (os.cpu_count() or 1) // (most * workers))
         self.name = f"egpt-{secrets.token_hex(3)}"
-        self.logs = Path(tempfile.mkdtemp(prefix=f"elastic-gpt-{self.name}-"))  # this user's alone
+        self.logs = Path(tempfile.mkdtemp(prefix=f"elastic-gpt-{self.name}-"))  # only this user can read it
         self.nodes: list[subprocess.Popen[str]] = []
         self.readers: list[threading.Thread] = []
         self.master: subprocess.Popen[bytes] | None = None
@@ -65,7 +66,7 @@ class LocalJob:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for agent in self.nodes:  # their memory stays: the same command goes on from it
+        for agent in self.nodes:  # their snapshots stay, so that the same command goes on from them
             _kill_group(agent)
         self.kill_master()
         for reader in self.readers:
@@ -82,7 +83,7 @@ class LocalJob:
                 env=os.environ | {VARIABLE: str(self.logs / "dlrover-master")},
             )  # fmt: skip
         self.say(f"[master] process {self.master.pid}, 127.0.0.1:{self.port}")
-        deadline = time.monotonic() + 180  # while a busy machine imports it
+        deadline = time.monotonic() + 180  # importing it takes long on a busy machine
         while not _listens(self.port):
             if self.master.poll() is not None or time.monotonic() > deadline:
                 raise MasterError(f"the DLRover master did not start: see {self.logs / 'master.log'}")
@@ -93,7 +94,7 @@ class LocalJob:
             _kill_group(self.master)
 
     def add_node(self) -> int:
-        """Start one more node; returns its number."""
+        """Start one more node and return its number."""
         node = len(self.nodes)
         environment = os.environ | {
             "DLROVER_MASTER_ADDR": f"127.0.0.1:{self.port}",
@@ -104,7 +105,7 @@ class LocalJob:
             "NODE_TYPE": "worker",
             "POD_IP": "127.0.0.1",
             "POD_NAME": self.node_name(node),
-            "ELASTIC_JOB_NAME": self.node_name(node),  # keys DLRover's sockets, so it differs between nodes of one host
+            "ELASTIC_JOB_NAME": self.node_name(node),  # names DLRover's sockets, so it differs between nodes
             VARIABLE: str(self.logs / f"dlrover-{node}"),
             "ELASTIC_GPT_LOCAL": f"{os.getpid()}:{self.logs / 'finished'}",  # see launch.run_node
             "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
@@ -140,11 +141,11 @@ class LocalJob:
         return (self.logs / "finished").exists()
 
     def can_go_on(self) -> bool:
-        """Whether there are enough nodes for a world; here nobody replaces a node that has ended."""
+        """Whether there are enough nodes for a world. Nodes that ended are not replaced here."""
         return self.finished() or len(self.running()) >= self.least
 
     def standby_of(self, node: int) -> int | None:
-        """Process id of a node's standby, None if it has none."""
+        """Process id of a node's standby; None if it has none."""
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.nodes[node].pid).children():
                 if "elastic_gpt.nodes.standby" in " ".join(child.cmdline()):
@@ -152,7 +153,7 @@ class LocalJob:
         return None
 
     def workers_of(self, node: int) -> list[int]:
-        """Process ids of what trains on a node: the standby's children; without one, children of the agent."""
+        """Process ids of a node's workers: children of its standby, or of its agent if it has no standby."""
         with contextlib.suppress(psutil.Error):
             standby = self.standby_of(node)
             forked = psutil.Process(standby).children() if standby else []
@@ -161,27 +162,27 @@ class LocalJob:
         return []
 
     def kill_agent(self, node: int) -> None:
-        """kill -9 of a node's agent alone; all it started has to end by itself."""
+        """kill -9 of a node's agent only. All that it started has to end by itself."""
         self.nodes[node].kill()
         self.nodes[node].wait()
 
     def kill(self, node: int) -> None:
-        """kill -9 of a whole node; what it held in shared memory goes with it."""
+        """kill -9 of a whole node, including its snapshots in shared memory."""
         _kill_group(self.nodes[node])
         for folder in shared_memory().glob(f"*/{self.node_name(node)}"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def terminate(self, node: int) -> None:
-        """SIGTERM, as a preemption sends it: the node saves its state and leaves."""
+        """Send SIGTERM as a preemption does: the node saves its state and leaves."""
         if self.nodes[node].poll() is None:
             self.nodes[node].terminate()
 
     def exit_code(self) -> int:
-        """0 if a node saw the job finish; else what the last failing node ended with, and where its log is."""
+        """0 if a node saw the job finish; else the exit code of the node that failed. Says where its log is."""
         codes = [agent.wait() for agent in self.nodes]
         if self.finished():
             return 0
-        # The one whose end says most: a user's mistake, then a failure of its own; the others were stopped for it.
+        # A user's mistake tells most, then a failure of its own. Other nodes were stopped because of it.
         node = min(range(len(codes)), key=lambda number: (codes[number] != USERS_MISTAKE, codes[number] <= 0))
         self.say(f"error: no node finished the job; node {node} ended with {codes[node]}: see {self.log(node)}")
         return codes[node] if codes[node] > 0 else 1
@@ -190,22 +191,22 @@ class LocalJob:
         return self.logs / f"node-{node}.log"
 
     def _tell_end(self, node: int) -> None:
-        """Tell the master when a node has ended, as the API server does on Kubernetes: nobody has to wait for it."""
+        """Tell the master when a node has ended, as Kubernetes does, so that no world waits for it."""
         self.nodes[node].wait()
-        with contextlib.suppress(OSError, ValueError):  # the master may have ended, too
+        with contextlib.suppress(OSError, ValueError):  # the master may have ended as well
             if self.master and self.master.stdin:
                 self.master.stdin.write(f"{node}\n".encode())
                 self.master.stdin.flush()
 
     def _relay(self, node: int, stream: Any, output: bool) -> None:
-        """Everything goes to the node's log; what its workers say to a person is also said here, with the node's number."""
+        """Write all output of a node to its log. Lines of workers for a person are also shown, with the node's number."""
         with self.log(node).open("a", encoding="utf-8") as log:
             for line in stream:
                 log.write(line)
                 log.flush()
                 if (output and "torch_musa" not in line) or line.startswith(
                     ("error:", "warning:")
-                ):  # DLRover prints that
+                ):  # a line of DLRover
                     self.say(f"[node {node}] {line.rstrip()}")
 
 
@@ -217,9 +218,10 @@ def _kill_group(process: subprocess.Popen[Any]) -> None:
 
 
 def _free_port() -> socket.socket:
-    """A bound socket, so that nobody else gets its port before the master does, or between two masters.
+    """A bound socket, which reserves its port for the master, also between two masters.
 
-    gRPC servers share ports with sockets of the same user that set SO_REUSEPORT, as theirs do.
+    gRPC servers set SO_REUSEPORT, so they can share the port with a socket of the same user that
+    sets it too.
     """
     bound = socket.socket()
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -1,11 +1,12 @@
-"""DLRover's job master, with what it lacks: a job's nodes follow `replicas` and `suspend` while it runs.
+"""DLRover's job master, extended: the nodes of a running job follow `replicas` and `suspend`.
 
-    elastic-gpt master --namespace training --job-name gpt      # what a job's master pod runs
+    elastic-gpt master --namespace training --job-name gpt      # the command of a job's master pod
 
-DLRover 0.6.1 reads `spec.replicaSpecs.worker.replicas` once, and `spec.suspend` only keeps it from starting nodes. Here the
-ElasticJob is read again and again, so `elastic-gpt job scale`, `kubectl patch` and `kubectl edit` all do the same, a client
-may die half-way, and a master that was itself replaced carries on. A node is taken away as Kubernetes takes pods away: SIGTERM,
-upon which it finishes the step in flight, saves the state and goes.
+DLRover 0.6.1 reads `spec.replicaSpecs.worker.replicas` only once, and `spec.suspend` only keeps it
+from starting nodes. This master reads the ElasticJob again and again. So `elastic-gpt job scale`,
+`kubectl patch` and `kubectl edit` have the same effect, a client may die half-way, and a replaced
+master carries on. Nodes are removed by deleting their pods: they get SIGTERM, finish the current
+step, save the state and end.
 """
 
 import os
@@ -28,12 +29,12 @@ from prepare.frontdoor import Parser, command, last_word
 
 PORT = 50001  # DLRover's service for the master points there
 POLL_SECONDS = 2.0
-LOST_SECONDS = 30.0  # a node that has had no pod for this long has been forgotten, by a master that was lost
+LOST_SECONDS = 30.0  # a node without a pod for so long was planned by a master that was lost
 ALIVE = ("Initial", "Pending", "Running")
 
 
 class Node(Protocol):
-    """What we read of DLRover's record of a node. A replacement is a new record with a higher id and the same rank."""
+    """What we use of DLRover's record of a node. A replacement has its own record: a higher id, the same rank."""
 
     id: int
     rank_index: int
@@ -43,16 +44,16 @@ class Node(Protocol):
 
 
 def decide(nodes: Iterable[Node], wanted: int) -> tuple[list[int], list[Node]]:
-    """What makes a job of `nodes` one of `wanted` nodes: the ranks to start a node for, and the nodes that are to go.
+    """How to get from `nodes` to `wanted` nodes: the ranks for which to start a node, and the nodes to remove.
 
-    What DLRover replaces of its own accord (failed, killed and deleted nodes) is left to it.
+    DLRover itself replaces nodes that failed, were killed or were deleted.
     """
     newest: dict[int, Node] = {}
     for node in sorted(nodes, key=lambda node: node.id):
         newest[node.rank_index] = node
     if any(node.status == "Succeeded" for node in newest.values()):
-        return [], []  # the training is over: a node that came now would wait for company for ever
-    # A node that was taken away is Deleted, and was marked so that DLRover does not replace it.
+        return [], []  # training is over, and a new node would wait for peers for ever
+    # A node that was removed here is Deleted, and marked so that DLRover does not replace it.
     absent = [
         rank
         for rank in range(wanted)
@@ -63,7 +64,7 @@ def decide(nodes: Iterable[Node], wanted: int) -> tuple[list[int], list[Node]]:
 
 
 class Scaling:
-    """Makes a running job's nodes what its ElasticJob says."""
+    """Gives a running job as many nodes as its ElasticJob says."""
 
     def __init__(self, job_manager: Any, job_name: str) -> None:
         """Args:
@@ -72,8 +73,8 @@ class Scaling:
         self._manager = job_manager
         self._job_name = job_name
         self._wanted: int | None = None
-        self._without_pod: dict[int, float] = {}  # node id to when that was first seen
-        # The master ends, with success, when all nodes have exited. That of a suspended job has to wait until it has others.
+        self._without_pod: dict[int, float] = {}  # node id to the time when its pod was first missing
+        # The master ends with success when all nodes have exited. For a suspended job it has to wait for new ones.
         self._suspended = False
         pending = job_manager.pend_without_workers
         job_manager.pend_without_workers = lambda: self._suspended or pending()
@@ -87,18 +88,18 @@ class Scaling:
             time.sleep(POLL_SECONDS)
 
     def heal(self) -> None:
-        """Put the job's status right, without its nodes."""
+        """Correct the job's status, but do not change its nodes."""
         self._try(self._read)
 
     @staticmethod
     def _try(look: Callable[[], object]) -> None:
         try:
             look()
-        except Exception as error:  # the API server is away, a pod has just gone: the next look finds out
+        except Exception as error:  # the API server is away, or a pod has just gone: try again next time
             print(f"scaling: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
     def reconcile(self) -> None:
-        """Read the job once and do what it takes."""
+        """Read the job once, and start or remove nodes as it says."""
         job = self._read()
         if not job:
             return
@@ -117,12 +118,12 @@ class Scaling:
         if plan.launch_nodes:
             print(f"scaling: starting {', '.join(node.name for node in plan.launch_nodes)}", flush=True)
             self._manager._scaler.scale(plan)
-        # Nodes that were told to leave may take a while, and go between two looks.
+        # Nodes take a while to leave, and may be gone at the next look.
         others = plan.launch_nodes or any(node.relaunchable and node.status != "Deleted" for node in nodes)
         self._suspended = wanted == 0 or (self._suspended and not others)
 
     def _read(self) -> dict[str, Any] | None:
-        """The job. Its operator may have called it Failed because this master's predecessor was lost: that is put right."""
+        """Read the job. If the operator called it Failed because the master before was lost, correct that."""
         kubernetes, where = self._manager._k8s_client, {"group": GROUP, "version": "v1alpha1", "plural": "elasticjobs"}
         job: dict[str, Any] | None = kubernetes.get_custom_resource(name=self._job_name, **where)
         if job and (patch := healed(job)):
@@ -133,7 +134,7 @@ class Scaling:
         return job
 
     def remove_all(self) -> None:
-        """The job has failed: its living nodes save their state and go."""
+        """Remove all nodes of a job that has failed. They save their state first."""
         for node in list(self._manager._worker_manager._get_mutable_nodes().values()):
             if node.status in ALIVE:
                 self._remove(node)
@@ -144,8 +145,8 @@ class Scaling:
         self._manager._job_context.update_job_node(node)
         plan = self._plan()
         plan.remove_nodes = [node]
-        self._manager._scaler._remove_nodes(plan)  # scale(plan) would do the same, but waits while a job is suspended
-        if node.status == "Initial":  # it never had a pod, so no event will say that it is gone
+        self._manager._scaler._remove_nodes(plan)  # scale(plan) would wait while the job is suspended
+        if node.status == "Initial":  # without a pod, no event will say that it has gone
             node.update_status("Deleted")
 
     def _new_node(self, rank: int) -> Any:
@@ -167,7 +168,7 @@ class Scaling:
         return node
 
     def _lost(self, nodes: Iterable[Any]) -> list[Any]:
-        """Nodes that a lost master had planned and no pod was made for: the new one finds others running and starts none."""
+        """Nodes that a lost master had planned but made no pod for. DLRover's new master does not start them."""
         planned = {
             node.id: node for node in nodes if node.status == "Initial" and node.rank_index < (self._wanted or 0)
         }
@@ -188,7 +189,7 @@ class Scaling:
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt master") -> int:
-    """Exit codes: 0 the job succeeded, 1 it failed, 2 a user's mistake."""
+    """Returns exit code 0 if the job succeeded, 1 if it failed, 2 for a user's mistake."""
     parser = Parser(
         prog,
         description="DLRover's job master with live scaling: what a job's master pod runs.",
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt master") ->
     args = parser.parse_args(argv)
     if not (os.environ.get("KUBERNETES_SERVICE_HOST") or os.environ.get("KUBECONFIG")):
         raise ValueError("no cluster: this runs in the master pod of an ElasticJob; elsewhere name one with KUBECONFIG")
-    # DLRover takes an interrupt for a good end, and so would the operator: a master that is taken away is lost, 143.
+    # DLRover exits with 0 after an interrupt, and the operator would call that success. So SIGTERM ends with 143.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     mend.check_version()
     keep_dlrover_files_private()
@@ -215,16 +216,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt master") ->
             wait_for_members(Leases(), restarted=self.job_manager._has_running_workers())
             mend.judge_ended_nodes(self.job_manager, oom_restarts=args.oom_restarts, end=self._end)
             self.scaling = Scaling(self.job_manager, args.job_name)
-            self.scaling.heal()  # a master that is lost before it has done this is the last one
-            super().prepare()  # starts the first nodes, or finds those of the master before
+            self.scaling.heal()  # if a master is lost before it has done this, the operator makes no other
+            super().prepare()  # starts the first nodes, or finds those of an earlier master
             self.scaling.start()
 
         def _end(self, reason: str) -> None:
-            """A mistake that a new pod would make again: the job has failed."""
+            """End the job as failed: a new pod would make the same mistake again."""
             self.request_stop(success=False, reason="UsersMistake", msg=reason)
 
         def request_stop(self, success: bool, reason: str, msg: str = "") -> None:
-            if not success:  # the status of a failed job has but the master's exit code
+            if not success:  # the status of a failed job only has the master's exit code
                 last_word(f"error: {msg or reason}")
             super().request_stop(success, reason, msg)
 
@@ -241,14 +242,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt master") ->
         f"--job_name={args.job_name}",
         f"--port={PORT}",
         "--pre_check_ops=[]",
-        "--pending_fail_strategy=0",  # else the job fails once it has waited 15 minutes for a node that finds no room
+        "--pending_fail_strategy=0",  # by default the job fails if a node finds no room for 15 minutes
     )
 
 
 def run_local(port: int, nodes: int, name: str, launcher: int, restarted: bool) -> None:
-    """The job master for this machine alone, in this process, as long as the process `launcher` lives.
+    """Run the job master for local nodes in this process, as long as the process `launcher` lives.
 
-    Standard input tells the numbers of nodes that have ended, a line each: here there are no pods to watch.
+    Standard input has the number of each node that has ended, one a line, since there are no pods
+    to watch.
     """
     die_with_parent(launcher)
     keep_dlrover_files_private()

@@ -1,8 +1,8 @@
-"""What hurts in DLRover 0.6.1, mended in the process that calls these: one function a fault.
+"""Mends known faults of DLRover 0.6.1 in the running process: one function for each fault.
 
-`agent` mends a node's agent, `master` and `local_master` a job's master (rendezvous.py holds the one mend that they share).
-They reach into what is DLRover's own, so `check_version` refuses any other version; tests/nodes/test_mend.py fails where one
-of them is no longer needed.
+`agent` mends a node's agent, `master` and `local_master` a job's master (rendezvous.py has the one
+mend that they share). They change DLRover's internals, so `check_version` refuses any other
+version; tests/nodes/test_mend.py fails where one of them is no longer needed.
 """
 
 import contextlib
@@ -23,28 +23,28 @@ from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.settings import SettingsError
 
 VERSION = "0.6.1"
-# Exit code of a node's workers: this many in so many seconds end the node. An exception is 1; a world that cannot be formed
-# is 4, which may also be a peer's death in that moment. A lost peer and a storage that is away (3) are never too many.
+# Exit code of workers to (times, seconds): so many ends within so many seconds end the node. 1 is an exception; 4 means that no
+# world could be formed, perhaps because a peer died in that moment. 3 (a lost peer, storage that is away) has no limit.
 CRASHES = {FAILED: (3, 180.0), NO_WORLD: (10, 1800.0)}
-ADDRESS_SECONDS = 10.0  # for rank 0 of a new world to tell its address, which takes it a fraction of one
-STEP_SECONDS = 30.0  # for a worker to finish the step in flight when the members change; torchelastic gives it as long
+ADDRESS_SECONDS = 10.0  # for rank 0 of a new world to tell its address, which takes a fraction of a second
+STEP_SECONDS = 30.0  # for a worker to finish its step at a membership change; torchelastic gives it as long
 LOOK_SECONDS = 0.01
-MISTAKE = "UsersMistake: "  # how an exit reason begins that DLRover does not know
+MISTAKE = "UsersMistake: "  # the beginning of an exit reason of our own
 
 
 class NoAddress(Exception):
-    """Rank 0 of a world has not told its address."""
+    """Rank 0 of a world has not told its address in time."""
 
 
 class Leaving(BaseException):
-    """This node was asked to leave. No Exception, so that nothing on the way swallows it."""
+    """This node was asked to leave. Not an Exception, so that DLRover's handlers do not swallow it."""
 
 
 def check_version() -> None:
-    """Raises SettingsError where another DLRover is installed.
+    """Raises SettingsError if another version of DLRover is installed.
 
-    Of 0.7.0.dev0 it is known that it fails a job that is suspended with its least number of nodes (#1712), and that it
-    deletes the pods of workers, and their logs with them, when a job ends (#1711).
+    It is known that 0.7.0.dev0 fails a job that is suspended with its least number of nodes
+    (#1712), and that it deletes the pods of workers with their logs when a job ends (#1711).
     """
     import dlrover  # noqa: F401 - if it is not installed, that is told here, not in the log of each process
 
@@ -59,10 +59,10 @@ def check_version() -> None:
 
 
 def agent(workers: Workers | None) -> None:
-    """All that an agent needs.
+    """All mends for an agent.
 
     Args:
-        workers: of this node, which live on through changes of the members; None where they cannot.
+        workers: the workers of this node, which live on at membership changes; None if they cannot.
     """
     poll_the_rendezvous()
     poll_the_store()
@@ -82,21 +82,21 @@ def agent(workers: Workers | None) -> None:
 
 
 def poll_the_rendezvous() -> None:
-    """0.6.1: the agents poll the rendezvous every 5 s, and a membership change waits for that."""
+    """0.6.1: agents poll the rendezvous only every 5 s, and each membership change waits for that."""
     from dlrover.python.common.constants import JobConstant
 
     JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.02
 
 
 def poll_the_store() -> None:
-    """0.6.1: the agents wait for rank 0's address in the master's store by looking every 2 s."""
+    """0.6.1: agents look for rank 0's address in the master's store only every 2 s."""
     from dlrover.python.elastic_agent.torch import master_kv_store
 
     master_kv_store.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 0.02)))
 
 
 def find_a_new_master_soon() -> None:
-    """0.6.1: it leaves gRPC as it comes, which waits ever longer, up to two minutes, before it looks for a master again."""
+    """0.6.1: with gRPC's defaults, an agent waits longer and longer, up to two minutes, before it looks for a master again."""
     import grpc
 
     channel = grpc.insecure_channel
@@ -105,7 +105,7 @@ def find_a_new_master_soon() -> None:
 
 
 def tell_every_master_the_range() -> None:
-    """0.6.1: agents tell --nnodes and --rdzv_conf only once, and a master that was started anew knows nothing of them."""
+    """0.6.1: agents tell --nnodes and --rdzv_conf only once, so a restarted master does not know them."""
     from dlrover.python.elastic_agent.torch.training import MasterRendezvousHandler
 
     join = MasterRendezvousHandler._join_rendezvous
@@ -121,9 +121,9 @@ def tell_every_master_the_range() -> None:
 
 
 def hold_a_lease() -> list[Lease]:
-    """0.6.1: it forms a world without nodes that have not noticed yet, and with dead ones (rendezvous.py).
+    """0.6.1: it forms worlds without nodes that have not noticed the change yet, and with dead nodes (rendezvous.py).
 
-    Returns the lease, once held.
+    Returns a list that has the lease when the agent has one.
     """
     from dlrover.python.common import comm, env_utils
     from dlrover.python.common.constants import KeyValueOps
@@ -135,7 +135,7 @@ def hold_a_lease() -> list[Lease]:
     def report(client: Any, key: str, value: bytes) -> None:
         message = comm.KeyValuePair(key, value)
         message.op = KeyValueOps.SET
-        type(client)._report.__wrapped__(client, message)  # not the retries, which sleep 5 s
+        type(client)._report.__wrapped__(client, message)  # without DLRover's retries, which sleep 5 s
 
     def next_and_hold(self: Any) -> Any:
         if not lease:
@@ -197,9 +197,9 @@ def ask_again_when_rank_0_has_gone() -> None:
 
 
 def leave_other_jobs_alone() -> None:
-    """0.6.1: it kills every process whose parent is 1 and whose environment is torchelastic's, other jobs' too.
+    """0.6.1: it kills every process whose parent is 1 and that has torchelastic's environment, even of other jobs.
 
-    Ours die with their agent (processes.py), so there is nothing to kill.
+    Our processes die with their agent (processes.py), so there is nothing to kill.
     """
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
 
@@ -207,7 +207,7 @@ def leave_other_jobs_alone() -> None:
 
 
 def have_no_flash_checkpoint() -> None:
-    """0.6.1: it has a thread, sockets and files under /tmp/dlrover for Flash Checkpoint; we keep our own snapshots."""
+    """0.6.1: it has a thread, sockets and files under /tmp/dlrover for Flash Checkpoint. We have our own snapshots."""
     from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
 
     AsyncCheckpointSaver.start_async_saving_ckpt = classmethod(lambda _: None)
@@ -216,16 +216,16 @@ def have_no_flash_checkpoint() -> None:
 def leave_when_asked(lease: list[Lease]) -> None:
     """0.6.1 with torch 2.13: SIGTERM is swallowed.
 
-    The handler that torchelastic sets at each start of the workers raises an Exception, upon which DLRover tries that start,
-    or its call to the master, again. Ours tells the workers that this node leaves for good; on its way out the agent then
-    sends them SIGTERM and waits.
+    torchelastic's handler raises an Exception, and DLRover repeats whatever was interrupted: the
+    start of the workers, or a call to the master. Our handler tells the workers that this node
+    leaves for good. Then the agent ends, for which it sends them SIGTERM and waits.
     """
     from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
     from torch.distributed.elastic.multiprocessing import api as multiprocessing
 
     def leave(signum: int, frame: types.FrameType | None) -> None:  # noqa: ARG001 - a handler has these
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_IGN)  # once is enough
+            signal.signal(number, signal.SIG_IGN)  # a second signal has no effect
         for held in lease:
             held.release()
         for worker in _children():
@@ -244,7 +244,7 @@ def _children() -> list[int]:
 
 
 def _tried_once(report: Callable[..., Any]) -> Callable[[Any], None]:
-    """A report to the master that is not repeated, and may fail: there may be no master any more."""
+    """`report` without retries and errors, since there may be no master any more."""
 
     def once(self: Any) -> None:
         self._report = functools.partial(type(self)._report.__wrapped__, self)
@@ -255,7 +255,7 @@ def _tried_once(report: Callable[..., Any]) -> Callable[[Any], None]:
 
 
 def say_the_last_word_once() -> None:
-    """0.6.1: an agent says its last word ten times, 5 s apart, where the master has gone as well (a deleted job)."""
+    """0.6.1: if the master has gone too (a deleted job), an agent repeats its last report ten times, 5 s apart."""
     from dlrover.python.elastic_agent.master_client import MasterClient
 
     MasterClient.report_failed_exited = _tried_once(MasterClient.report_failed_exited)
@@ -263,17 +263,18 @@ def say_the_last_word_once() -> None:
 
 
 def finish_without_a_master() -> None:
-    """0.6.1: an agent whose run has finished while there is no master tries for two minutes to reach it, and fails.
+    """0.6.1: if a run finishes while there is no master, the agent tries to reach it for two minutes, and fails.
 
-    It does so when it asks whether others wait to join, meanwhile deaf to its workers' end, and when it waits, by way of the
-    master's store, for the other agents. Ours end together, for the last step is one of all of them.
+    It does so when it asks whether others want to join, when it does not notice that its workers
+    have ended, and when it waits for the other agents through the master's store. All our workers
+    end together, after the last step.
     """
     from dlrover.python.common import comm
     from dlrover.python.elastic_agent.master_client import MasterClient
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
 
     def num_nodes_waiting(self: Any, rdzv_name: str) -> int:
-        with contextlib.suppress(Exception):  # the master is away: nobody can wait there
+        with contextlib.suppress(Exception):  # the master is away, so nobody waits to join
             request = comm.WaitingNodeNumRequest(rdzv_name=rdzv_name)
             return int(type(self)._get.__wrapped__(self, request).waiting_num)
         return 0
@@ -283,9 +284,9 @@ def finish_without_a_master() -> None:
 
 
 def end_what_would_fail_again() -> None:
-    """0.6.1: it restarts whatever fails.
+    """0.6.1: it restarts workers whatever they failed with.
 
-    A worker that ends with a user's mistake would make it again, and so would one that crashes of itself soon after each start.
+    A user's mistake would be made again, and so would a crash soon after each start.
     """
     from dlrover.python.diagnosis.common.constants import DiagnosisActionType
     from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
@@ -297,18 +298,19 @@ def end_what_would_fail_again() -> None:
         action = diagnose(self)
         codes = {failure.exitcode for failure in self._agent_context.run_result.failures.values()}
         if crashes.too_many(codes) or USERS_MISTAKE in codes:
-            action._action_type = DiagnosisActionType.RELAUNCH_WORKER  # which ends this agent
+            action._action_type = DiagnosisActionType.RELAUNCH_WORKER  # the action that ends this agent
         return action
 
     DiagnosisAgent.diagnose_training_failure = diagnose_training_failure
 
 
 def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
-    """0.6.1 and torchelastic: each change of members ends all workers, and then others are started for the new world.
+    """0.6.1 and torchelastic: each membership change ends all workers and starts new ones.
 
-    Here a worker is started before there is a world, makes its model, and waits; after a change those that live are given
-    their place in the next world, and only dead ones are started: meanwhile the other nodes train on without this one. The
-    workers of one node live and die together.
+    Here a worker is started before there is a world, makes its model, and waits. At a membership
+    change, living workers get their place in the next world. Only dead ones are started again, and
+    meanwhile the other nodes train on without this one. The workers of one node live and die
+    together.
     """
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
     from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerState
@@ -316,6 +318,8 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
     changed = ElasticTrainingAgent._membership_changed
     restart = ElasticTrainingAgent._restart_workers
     initialize = SimpleElasticAgent._initialize_workers
+
+    # --- which workers live, wait or hang
 
     def processes(agent: Any) -> list[Any]:
         return [handler.proc for handler in agent._pcontext.subprocess_handlers.values()] if agent._pcontext else []
@@ -325,7 +329,7 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
         return bool(found) and all(process.poll() is None for process in found)
 
     def all_wait(agent: Any, seconds: float) -> bool:
-        """Wait until all workers of this node wait for a world; False if one ends before, or after so many seconds."""
+        """Wait until all workers of this node wait for a world. False if one ends first, or after `seconds`."""
         deadline = time.monotonic() + seconds
         while len(workers.waiting()) < agent._worker_group.spec.local_world_size:
             end_hung(agent, workers.hung())
@@ -337,7 +341,7 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
     def end_hung(agent: Any, hung: dict[int, str]) -> None:
         for rank, why in hung.items():
             print(f"warning: a worker is killed: {why}", flush=True)
-            # The client; its worker goes with it, even if stopped.
+            # Kills the client; its worker dies with it, even if it is stopped.
             agent._pcontext.subprocess_handlers[rank].proc.kill()
 
     def start(agent: Any, group: Any, *, in_world: bool = False) -> None:
@@ -345,7 +349,7 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
             workers.forget()
             for held in [] if in_world else lease:
                 held.pause()
-            group.store, group.master_addr, group.master_port = group.store or workers, "", 0  # of no meaning yet
+            group.store, group.master_addr, group.master_port = group.store or workers, "", 0  # not known yet
             agent._start_workers(group)
         for rank, process in enumerate(processes(agent)):
             group.workers[rank].id = process.pid
@@ -361,18 +365,18 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
                 self._initialize_workers(group)
                 return
             if not all_live(self):
-                return  # it has finished or failed meanwhile, which is seen at the next look
+                return  # it has finished or failed, which the next look shows
             why = dict.fromkeys(range(len(processes(self))), f"its step did not end in {STEP_SECONDS:.0f} s")
             workers.started_because(why)
             end_hung(self, why)
         restart(self, group)
 
     def initialize_workers(self: Any, group: Any) -> None:
-        if type(self) is not ElasticTrainingAgent:  # the network check's workers
+        if type(self) is not ElasticTrainingAgent:  # another agent: that of the network check
             initialize(self, group)
             return
         start(self, group)
-        if all_wait(self, float("inf")):  # what it ends with before there is a world is nobody else's business
+        if all_wait(self, float("inf")):  # until then no other node waits for this one
             self._rendezvous(group)
             # What has ended meanwhile. The lease stays: without it others would form a world beside the one given here.
             start(self, group, in_world=True)
@@ -409,10 +413,10 @@ def look_when_a_worker_waits(workers: Workers) -> None:
 
 
 class Crashes:
-    """What this node's workers ended with, and when."""
+    """Counts how often this node's workers have crashed."""
 
     def __init__(self) -> None:
-        self.ends: dict[int, list[float]] = {code: [] for code in CRASHES}  # exit code to times of a monotonic clock
+        self.ends: dict[int, list[float]] = {code: [] for code in CRASHES}  # exit code to times, on a monotonic clock
 
     def too_many(self, codes: set[int]) -> bool:
         """Whether the workers that have just ended with `codes` should not be started again."""
@@ -427,28 +431,28 @@ class Crashes:
 
 
 def master() -> None:
-    """All that a master on Kubernetes needs, but for `judge_ended_nodes`."""
+    """All mends for a master on Kubernetes, except `judge_ended_nodes`."""
     count_no_lost_pods()
     look_for_the_end_often()
     tell_users_mistakes_apart()
 
 
 def count_no_lost_pods() -> None:
-    """0.6.1: it ends the job at the fifth pod that failed, killed ones included, whatever the job's restartCount says."""
+    """0.6.1: it ends the job when five pods have failed or were killed, whatever the job's restartCount is."""
     from dlrover.python.master.node import dist_job_manager
 
     dist_job_manager._MAX_POD_RELAUNCH_COUNT = sys.maxsize
 
 
 def look_for_the_end_often() -> None:
-    """0.6.1: it looks every 30 s whether the job is over."""
+    """0.6.1: it checks only every 30 s whether the job is over."""
     from dlrover.python.master import dist_master
 
     dist_master.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 2.0)))
 
 
 def tell_users_mistakes_apart() -> None:
-    """0.6.1: a pod that ended with exit code 2 is an unknown error to it. Here its exit reason is MISTAKE and its last word."""
+    """0.6.1: exit code 2 of a pod is an unknown error to it. Here the exit reason is MISTAKE and the pod's last line."""
     from dlrover.python.master.watcher import k8s_watcher
 
     exit_reason = k8s_watcher._get_pod_exit_reason
@@ -463,12 +467,12 @@ def tell_users_mistakes_apart() -> None:
 
 
 def judge_ended_nodes(manager: Any, *, oom_restarts: int, end: Callable[[str], None]) -> None:
-    """0.6.1: it makes a pod again that ended with a user's mistake, up to restartCount times, and never one out of memory.
+    """0.6.1: it replaces a pod that ended with a user's mistake (restartCount times), but never one that ran out of memory.
 
     Args:
         manager: DLRover's DistributedJobManager.
         oom_restarts: how often each rank may run out of memory and be replaced.
-        end: called with the reason why the job is to end.
+        end: called with the reason if the job has to end.
     """
     from dlrover.python.common.constants import NodeExitReason
 
@@ -491,7 +495,7 @@ def judge_ended_nodes(manager: Any, *, oom_restarts: int, end: Callable[[str], N
             )
             return False
         print(f"memory: {node.name} ran out of memory: replacement {times} of {oom_restarts}", flush=True)
-        node.exit_reason = NodeExitReason.KILLED  # as it judges a pod that was killed for any other reason
+        node.exit_reason = NodeExitReason.KILLED  # the exit reason of a pod that was killed for other reasons
         try:
             return bool(should_relaunch(node, change))
         finally:
@@ -501,7 +505,7 @@ def judge_ended_nodes(manager: Any, *, oom_restarts: int, end: Callable[[str], N
 
 
 def listen_on_loopback() -> None:
-    """0.6.1: a master on one machine listens on all of its interfaces."""
+    """0.6.1: the local master listens on all network interfaces."""
     import grpc
 
     server = grpc.server

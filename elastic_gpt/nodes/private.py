@@ -1,7 +1,8 @@
-"""Where DLRover's own files go: a folder of this process's user alone, for a machine may have several users.
+"""Keeps DLRover's files in a private folder, since a machine may have several users.
 
-DLRover 0.6.1 keeps event logs, sockets and metrics in /tmp/dlrover and /tmp/ckpt_sock, which belong to whoever came first:
-every other user's master and agents end with a PermissionError when they are imported.
+DLRover 0.6.1 keeps event logs, sockets and metrics in /tmp/dlrover and /tmp/ckpt_sock, which belong
+to the first user. The master and agents of all other users end with a PermissionError when DLRover
+is imported.
 """
 
 import contextlib
@@ -9,11 +10,13 @@ import os
 import tempfile
 from pathlib import Path
 
-VARIABLE = "DLROVER_EVENT_FILE_DIR"  # DLRover's own; the rest has no setting and goes into the same folder
+VARIABLE = (
+    "DLROVER_EVENT_FILE_DIR"  # DLRover's variable for event logs; its other folders have none, and are moved here too
+)
 
 
 def keep_dlrover_files_private() -> None:
-    """Call it before anything of DLRover is imported. A folder that the environment names already is taken."""
+    """Make the private folder. Call it before importing DLRover. If the variable names a folder already, that is used."""
     if VARIABLE not in os.environ:
         os.environ[VARIABLE] = tempfile.mkdtemp(prefix="elastic-gpt-dlrover-")  # mode 700
     folder = Path(os.environ[VARIABLE])
@@ -27,9 +30,9 @@ def keep_dlrover_files_private() -> None:
 
 
 def refuse_anothers_network_check() -> None:
-    """Raise ValueError where the folder of DLRover's network check is another user's.
+    """Raise ValueError if the folder of DLRover's network check belongs to another user.
 
-    It cannot be moved: the processes that write into it are started with DLRover's own idea of where it is.
+    It cannot be moved, since DLRover's own processes write into it.
     """
     from dlrover.python.common.constants import ConfigPath
 

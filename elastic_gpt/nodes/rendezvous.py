@@ -1,14 +1,17 @@
-"""One world at a time: a node that trains holds a lease at the master, and no world is formed without those that do.
+"""One world at a time: each node in a world holds a lease at the master, and no new world is formed without these nodes.
 
-DLRover closes a rendezvous some seconds after the last node came, whether or not the nodes that are training have noticed it.
-One that notices late (a long step, a busy machine, a master that was away) would be left out and train on beside the new
-world, into the same run directory. So each agent renews a lease in the master's key-value store, and here the master waits for
-whoever holds one, until it comes, says that it leaves, is known to be gone, or is silent for LEASE_SECONDS. Nor does it form
-a world with a node that came, and has been gone or silent since.
+DLRover closes a rendezvous some seconds after the last node came, even if nodes that are training
+have not noticed it. A node that notices late (a long step, a busy machine, a master that was away)
+would be left out. It would train on beside the new world, into the same run directory. So each
+agent renews a lease in the master's key-value store, and the master waits for all holders until
+they come, say that they leave, are known to be gone, or are silent for LEASE_SECONDS. It also
+leaves out a node that came but has been gone or silent since.
 
-This is what keeps two worlds from being made; `Ledger.superseded` ends one that was made all the same.
+That prevents two worlds at once. Should there be two all the same, `Ledger.superseded` ends the
+older one.
 
-In a pod the agent tells with its lease how far training is (contract.py), and the master writes that to its log.
+In a pod, the agent sends the progress of training with its lease (contract.py), and the master
+writes it to its log.
 """
 
 import atexit
@@ -26,8 +29,8 @@ KEY = "elastic-gpt/lease/"
 WAITS, HELD, LEAVES = b"waits", b"held", b"leaves"  # words of a lease, after a number; after WAITS comes an Ask
 LEASE_SECONDS = 5.0  # a machine that vanished without a word costs a membership change this much
 RENEW_SECONDS = 0.5
-PATIENCE_SECONDS = 60.0  # for a node that is alive and does not come; torchelastic gives its workers 30 s to end
-RECONNECT_SECONDS = 3.0  # between the first and the last node of a world to find a master that was started anew
+PATIENCE_SECONDS = 60.0  # for a node that lives but does not come; torchelastic gives its workers 30 s to end
+RECONNECT_SECONDS = 3.0  # in which all nodes of a world find a restarted master
 PROGRESS_SECONDS = 5.0  # between two lines of progress in the master's log, at least
 
 
@@ -46,11 +49,11 @@ class Ask(NamedTuple):
 
 
 class Lease:
-    """What an agent tells the master, from when it first asks for a world.
+    """What an agent tells the master, from its first request for a world on.
 
     Args:
-        report: (key, value) to the master's key-value store; may raise while the master is away.
-        node: this node's id.
+        report: writes (key, value) to the master's key-value store; may raise while the master is away.
+        node: id of this node.
     """
 
     def __init__(self, report: Callable[[str, bytes], Any], node: int) -> None:
@@ -69,10 +72,10 @@ class Lease:
 
     def hold(self) -> None:
         """From now on this node is in a world."""
-        self._say(HELD)  # before a worker trains, so that no gap is left
+        self._say(HELD)  # before a worker trains, so that there is no gap
 
     def pause(self) -> None:
-        """This node is in no world and asks for none yet: the others need not wait for its workers to start."""
+        """This node is in no world and asks for none yet, so that others do not wait while its workers start."""
         self._say(b"")
 
     def _say(self, word: bytes) -> None:
@@ -128,13 +131,13 @@ class Lease:
     def _tell(self, key: str, value: bytes) -> bool:
         try:
             self._report(key, value)
-        except Exception:  # the master is away; the next one is told
+        except Exception:  # the master is away; the next one will be told
             return False
         return True
 
 
 class Leases:
-    """What the master knows of them. Times are of a monotonic clock, seconds."""
+    """What the master knows of the leases. Times are seconds on a monotonic clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -145,12 +148,12 @@ class Leases:
         self._leaving: set[int] = set()
         self._gone: set[int] = set()
         self.since: float | None = None
-        """When the first lease was renewed here."""
+        """When this master first heard of a lease; None: not yet."""
         self._progress = Progress()
-        self._written = -PROGRESS_SECONDS  # the progress before
+        self._written = -PROGRESS_SECONDS  # when progress was last written
 
     def told(self, key: str, value: bytes) -> bool:
-        """Take what an agent reported; returns whether it was about a lease, or progress."""
+        """Take a report of an agent. Returns whether it was about a lease or progress."""
         if key == PROGRESS_KEY:
             self._write(Progress.from_line(value.decode(errors="replace")))
             return True
@@ -178,7 +181,7 @@ class Leases:
         return True
 
     def _write(self, progress: Progress | None) -> None:
-        """To the log of the master, what is new; the end and a new world at once, other steps now and then."""
+        """Write new progress to the master's log: the end and a new world at once, other steps now and then."""
         if progress is None or progress.time <= self._progress.time:
             return
         now = self._clock()
@@ -189,7 +192,7 @@ class Leases:
         print(progress.to_line(), flush=True)
 
     def gone(self, node: int) -> None:
-        """The node has gone, or is about to; ids are never used again."""
+        """The node has gone or is going. Its id is never used again."""
         self._gone.add(node)
 
     def are_gone(self, nodes: Iterable[int]) -> int:
@@ -218,15 +221,15 @@ class Leases:
         return {node: ask for node, ask in list(self._asks.items()) if ask.rendezvous == rendezvous and node in held}
 
     def lost(self) -> set[int]:
-        """Ids of the nodes that are gone, and of those that gave up a lease or have not renewed it."""
+        """Ids of the nodes that have gone, have given up their lease, or have not renewed it."""
         return (self._renewed.keys() - self.held()) | self._gone
 
 
 def wait_for_members(leases: Leases, *, restarted: bool) -> None:
-    """Have DLRover's rendezvous, in the master's process, wait for the holders of `leases`.
+    """Make DLRover's rendezvous, in the master's process, wait for the holders of `leases`.
 
     Args:
-        restarted: whether there may be a world already, which this master does not know yet.
+        restarted: whether there may be a world that this master does not know yet.
     """
     from dlrover.python.master.elastic_training import kv_store_service, rdzv_manager
 

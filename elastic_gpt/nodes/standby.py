@@ -1,11 +1,12 @@
-"""A standby process per node, from which each new worker is forked: no worker waits for `import torch`.
+"""A standby process on each node, from which new workers are forked, so that no worker waits for `import torch`.
 
-    agent ── starts ──► standby (this file, `serve`): has everything imported, no thread running, no GPU touched
-      └─── starts ──► client (this file, as a script): asks the standby for a worker, hands it its arguments, environment
-                      and standard streams, passes signals on, and ends as the worker ends
+    agent ── starts ──► standby (this file, `serve`): has imported everything, but has no threads and has not used a GPU
+      └─── starts ──► client (this file, as a script): asks the standby for a worker, passes on its arguments, environment,
+                      standard streams and signals, and ends as the worker ends
 
-To the agent the client is the worker: a killed client takes its worker along, and a killed worker its client. The client runs
-with `python -I -S`, so its start costs 20 ms; it must import nothing but a few modules of the standard library.
+For the agent the client is the worker: if one of the two is killed, the other dies too. The client
+runs with `python -I -S` and imports only a few modules of the standard library, so it starts in 20
+ms.
 """
 
 import contextlib
@@ -21,25 +22,25 @@ from typing import Any
 
 LENGTH = 8  # bytes in front of each message
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # passed on to workers
-DEATHS, WITHIN = 3, 60.0  # so many of a node's standbys killed in so many seconds: it cannot have one
+DEATHS, WITHIN = 3, 60.0  # after so many killed standbys in so many seconds the node gives up
 
 
 def send(connection: socket.socket, message: object, descriptors: tuple[int, ...] = ()) -> None:
-    """One JSON message, and open files with it."""
+    """Send one JSON message, and open files with it."""
     content = json.dumps(message).encode()
     socket.send_fds(connection, [len(content).to_bytes(LENGTH, "little")], list(descriptors))
     connection.sendall(content)
 
 
 def receive(connection: socket.socket) -> tuple[dict, list[int]]:
-    """The next message and the files that came with it.
+    """Receive the next message and the files that came with it.
 
     Raises:
-        EOFError: if the other side is gone.
+        EOFError: if the other side has gone.
     """
     length, descriptors, _, _ = socket.recv_fds(connection, LENGTH, 3)
     content, left = b"", int.from_bytes(length, "little")
-    while part := connection.recv(left):  # no more: the next message may follow at once
+    while part := connection.recv(left):  # not more, since the next message may follow at once
         content, left = content + part, left - len(part)
     if left or not content:
         raise EOFError("the other side is gone")
@@ -50,15 +51,15 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
 
 
 def keep(name: str, modules: list[str]) -> None:
-    """Keep a standby running until this process ends; one that is killed has a successor.
+    """Keep a standby running until this process ends. One that is killed is replaced.
 
-    This process holds the socket, so clients that come meanwhile wait for the successor's imports instead of doing them
-    themselves. Where none can live, the socket is closed: workers find nobody, import torch themselves, and say why
-    they cannot.
+    This process owns the socket, so clients that come meanwhile wait for the next standby instead
+    of importing torch themselves. If standbys die again and again, the socket is closed: then
+    workers import torch themselves, and report the error if that fails.
 
     Args:
-        name: of the socket, in Linux's abstract namespace, so that nothing is left behind.
-        modules: as `serve` has them.
+        name: name of the socket, in Linux's abstract namespace, so that no file is left.
+        modules: see `serve`.
     """
     import subprocess
     import threading
@@ -74,7 +75,7 @@ def keep(name: str, modules: list[str]) -> None:
     )
 
     def run() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # this thread's, and a standby's until it ignores them
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for this thread, and for a standby until it ignores them
         deaths: list[float] = []
         environment = with_huge_pages(os.environ)
         command = [sys.executable, "-c", code]
@@ -98,17 +99,17 @@ def serve(descriptor: int, modules: list[str], agent: int, nohup: bool) -> None:
     """Import `modules`, then fork a worker for each client until the agent that started this process dies.
 
     Args:
-        descriptor: of the socket that clients connect to, inherited from the agent.
-        modules: the first holds the `main(argv, prog)` that workers run.
-        agent: process id of who started this.
-        nohup: workers do not mind a terminal that closes.
+        descriptor: the socket that clients connect to, inherited from the agent.
+        modules: modules to import. The first one has the `main(argv, prog)` that workers run.
+        agent: process id of the agent.
+        nohup: whether workers ignore a terminal that closes (SIGHUP).
     """
     import gc
     import importlib
     import select
 
     listener = socket.socket(fileno=descriptor)
-    # They are meant for the workers, who get them from their clients; a terminal sends them to all of us.
+    # A terminal sends signals to all processes. Workers get them from their clients; the standby ignores them.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     handlers: dict[int, Any] = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
@@ -118,16 +119,16 @@ def serve(descriptor: int, modules: list[str], agent: int, nohup: bool) -> None:
     from elastic_gpt.processes import die_with_parent
 
     die_with_parent(agent)
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's pool would be threads, and a fork wants none
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads, which do not survive a fork
     room, *_ = [importlib.import_module(module) for module in modules]
-    gc.freeze()  # the collector touches no imported page, so the workers share them
+    gc.freeze()  # so that workers share the imported pages: the collector does not write to them
 
-    # Three things can happen: a client comes; a client dies, and its worker is killed; a worker ends, and its client is told.
-    # What a client has to say is read by its worker: no client can make the standby wait, or fail.
+    # Three things can happen: a client connects; a client dies, and its worker is killed; a worker ends, and its client is
+    # told. The forked worker reads what its client sends, so no client can block the standby or make it fail.
     events = select.poll()
     events.register(listener, select.POLLIN)
-    workers: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor that tells of the worker's end
-    clients: dict[int, int] = {}  # worker by its client's socket
+    workers: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor that shows the worker's end
+    clients: dict[int, int] = {}  # its client's socket to the worker
     while True:
         for ready, _ in events.poll():
             if ready == listener.fileno():
@@ -138,7 +139,7 @@ def serve(descriptor: int, modules: list[str], agent: int, nohup: bool) -> None:
                     worker = _fork(connection, listener, room, handlers)
                     ended = os.pidfd_open(worker)
                     workers[ended], clients[connection.fileno()] = (worker, connection), worker
-                    events.register(connection, 0)  # its end is told in any case
+                    events.register(connection, 0)  # the end of the connection is always reported
                     events.register(ended, select.POLLIN)
             elif ready in workers:
                 worker, connection = workers.pop(ready)
@@ -156,13 +157,13 @@ def serve(descriptor: int, modules: list[str], agent: int, nohup: bool) -> None:
 
 
 def same_user(connection: socket.socket) -> bool:
-    """Anybody on this machine can reach the socket; only our own user may have code run."""
+    """Whether the other side is our own user. Anybody on this machine can connect, but must not run code as us."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return bool(struct.unpack("3i", credentials)[1] == os.getuid())
 
 
 def _fork(connection: socket.socket, listener: socket.socket, room: Any, handlers: dict[int, Any]) -> int:
-    """Fork a worker for the client at the other end of `connection`; returns its process id in the standby."""
+    """Fork a worker for the client at the other end of `connection`. In the standby, returns its process id."""
     from elastic_gpt.processes import die_with_parent
 
     standby = os.getpid()
@@ -176,8 +177,8 @@ def _fork(connection: socket.socket, listener: socket.socket, room: Any, handler
             request, streams = receive(connection)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            send(connection, {"worker": os.getpid()})  # from here on the client passes signals on
-        except (EOFError, ConnectionError):  # it is gone
+            send(connection, {"worker": os.getpid()})  # from now on the client passes on signals
+        except (EOFError, ConnectionError):  # the client has gone
             os._exit(1)
         connection.close()
         for place, stream in enumerate(streams):
@@ -186,11 +187,11 @@ def _fork(connection: socket.socket, listener: socket.socket, room: Any, handler
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
-        # New ones: those of the standby were made for its own files, which may be of another sort (a file, not a pipe).
+        # New stream objects: those of the standby fit its own files, which may be of another kind (a file, not a pipe).
         sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
         if "OMP_NUM_THREADS" in os.environ:
-            import torch  # which has read it already, in the standby's environment
+            import torch  # it has read the variable already, in the standby
 
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         command, *arguments = request["command"]
@@ -202,31 +203,31 @@ def _fork(connection: socket.socket, listener: socket.socket, room: Any, handler
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # what the standby would do at its own end is not the worker's
+    os._exit(code)  # without the cleanup that is registered for the standby's end
 
 
 # --- the client, which the agent takes for the worker ----------------------------------------------------------------
 
 
 def work(name: str, command: list[str]) -> int:
-    """Have the standby `name` fork a worker that runs `command`; returns its exit code."""
+    """Let the standby `name` fork a worker that runs `command`. Returns its exit code."""
     agent = os.getppid()
     connection = _connect(name)
-    if connection is None:  # no standby: start the slow way, which is better than not at all
+    if connection is None:  # without a standby, start the slow way
         print("warning: there is no standby process; this worker imports torch itself", file=sys.stderr, flush=True)
         sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))  # noqa: PTH120 - see below
         from elastic_gpt.processes import die_with_parent
 
-        die_with_parent(agent)  # which holds after execv, too
+        die_with_parent(agent)  # stays in force after execv
         os.execv(sys.executable, [sys.executable, "-m", "elastic_gpt.cli", *command])
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is a worker to pass them on to
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is a worker that can get them
     folder = os.getcwd()  # noqa: PTH109 - pathlib takes as long to import as all the rest
     try:
         send(connection, {"command": command, "environment": dict(os.environ), "folder": folder}, (0, 1, 2))
         worker = receive(connection)[0]["worker"]
 
         def pass_on(number: int, _frame: Any) -> None:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            with contextlib.suppress(ProcessLookupError):  # the worker has just ended
                 os.kill(worker, number)
 
         for number in SIGNALS:
@@ -235,9 +236,9 @@ def work(name: str, command: list[str]) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = int(receive(connection)[0]["code"])
     except (EOFError, ConnectionError):
-        return 128 + signal.SIGKILL  # the standby died, and its workers with it
-    if code < 0:  # killed by a signal: so is this process
-        with contextlib.suppress(OSError):  # SIGKILL cannot be caught, so there is nothing to reset
+        return 128 + signal.SIGKILL  # the standby died, and its workers died with it
+    if code < 0:  # a signal killed the worker, so it kills this process too
+        with contextlib.suppress(OSError):  # SIGKILL has no handler to reset
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code

@@ -1,4 +1,4 @@
-"""The workers of a node, as its agent sees them: who waits for a world, and what each is given (elastic_gpt/agent.py)."""
+"""The agent's connections to the workers of its node, to which it gives their worlds (elastic_gpt/agent.py)."""
 
 import contextlib
 import json
@@ -12,15 +12,15 @@ from typing import Any
 from elastic_gpt.agent import BEAT_SECONDS, MOST_BYTES
 from elastic_gpt.nodes.standby import same_user
 
-SILENT_SECONDS = 8.0  # without a beat: the whole process stands still, for these come from a thread of their own
-LEAST_SECONDS, TIMES = 20.0, 10.0  # a gradient hangs that takes so long, and so many times as long as any before
+SILENT_SECONDS = 8.0  # without a sign of life; it comes from a separate thread, so the whole process stands still
+LEAST_SECONDS, TIMES = 20.0, 10.0  # a gradient hangs if it takes so long and TIMES as long as any before
 
 
 class Workers:
     """Listens to the workers of this node until the process ends.
 
     Args:
-        name: of the socket, in Linux's abstract namespace, so that nothing is left behind.
+        name: name of the socket, in Linux's abstract namespace, so that no file is left.
     """
 
     def __init__(self, name: str) -> None:
@@ -30,7 +30,7 @@ class Workers:
         self._lock = threading.Lock()
         self._connections: dict[int, socket.socket] = {}  # by local rank
         self._waiting: set[int] = set()
-        self._beats: dict[int, tuple[float, dict[str, float]]] = {}  # when it came, and what it said
+        self._beats: dict[int, tuple[float, dict[str, float]]] = {}  # by local rank: when it came, and what it said
         self._looked = time.monotonic()
         self._because: dict[int, str] = {}
         self._came = threading.Event()  # a worker has begun to wait since somebody looked
@@ -47,23 +47,23 @@ class Workers:
         self._came.clear()
 
     def call(self) -> None:
-        """Have those that are in a world come out of it, after the step in flight."""
+        """Ask the workers that are in a world to leave it after the current step."""
         with self._lock:
             for rank in self._connections.keys() - self._waiting:
                 self._tell(rank, {"come": True})
 
     def give(self, worlds: Mapping[int, Mapping[str, str]]) -> None:
-        """Give each waiting worker its place in the next world: environment by local rank."""
+        """Give each waiting worker its place in the next world. `worlds`: local rank to environment variables."""
         with self._lock:
             for rank in self._waiting & worlds.keys():
                 self._tell(rank, {"world": dict(worlds[rank]), "because": self._because.pop(rank, "")})
             self._waiting -= worlds.keys()
 
     def hung(self) -> dict[int, str]:
-        """Local ranks of the workers that stand still, and what was seen of each; its successor is told."""
+        """Local ranks of the workers that hang, and one line for each that says why. Its replacement is told."""
         with self._lock:
             now = time.monotonic()
-            if now - self._looked > BEAT_SECONDS:  # this process itself was stopped, or had other things to do
+            if now - self._looked > BEAT_SECONDS:  # this process itself was stopped or busy
                 self._beats = {rank: (now, beat) for rank, (_, beat) in self._beats.items()}
             self._looked = now
             found = {}
@@ -77,18 +77,18 @@ class Workers:
             return found
 
     def started_because(self, reasons: Mapping[int, str]) -> None:
-        """Why those of these local ranks that are started next are started."""
+        """Remember why workers were ended, by local rank, to tell their replacements."""
         self._because |= reasons
 
     def forget(self) -> None:
-        """Others are started in their place; what the old ones may still say does not count."""
+        """Forget all workers, since others are started in their place. Late messages of the old ones are ignored."""
         with self._lock:
             self._connections.clear()
             self._waiting.clear()
             self._beats.clear()
 
     def _tell(self, rank: int, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it has just ended, which the agent sees by itself
+        with contextlib.suppress(OSError):  # it has just ended, which the agent notices itself
             self._connections[rank].sendall(json.dumps(message).encode())
 
     def _listen(self) -> None:
@@ -107,7 +107,7 @@ class Workers:
                 connection = key.fileobj  # type: ignore[assignment]
                 try:
                     self._take(connection, json.loads(connection.recv(MOST_BYTES)), ranks)
-                except (OSError, ValueError, LookupError):  # nothing to read, so it has ended; or garbage
+                except (OSError, ValueError, LookupError):  # it has ended, or has sent garbage
                     selector.unregister(connection)
                     self._end(connection, ranks.pop(connection, -1))
 
@@ -127,7 +127,7 @@ class Workers:
     def _end(self, connection: socket.socket, rank: int) -> None:
         with self._lock:
             connection.close()
-            if self._connections.get(rank) is connection:  # no other has come in its place
+            if self._connections.get(rank) is connection:  # no other worker has taken its place
                 del self._connections[rank]
                 self._waiting.discard(rank)
                 self._beats.pop(rank, None)

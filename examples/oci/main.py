@@ -1,4 +1,4 @@
-"""What a node of an OCI Data Science job runs: from the environment that ADS gives it to a node of an elastic run.
+"""The program of a node in an OCI Data Science job: it turns the environment of ADS into that of an elastic run.
 
 ADS sets OCI__MODE (MAIN or WORKER), OCI__WORKER_COUNT, MASTER_ADDR, MASTER_PORT and RANK. The main node keeps torchrun's
 store; ranks are torchrun's business here, for they change when nodes come and go. Data and run directory are URLs.
@@ -14,7 +14,7 @@ START = Path(__file__).resolve().parents[1] / "torchrun" / "prepared.sh"
 
 
 def main(arguments: list[str]) -> int:  # noqa: RET503 (execvpe does not return)
-    """Prepare the data on the main node, then train. Returns an exit code, or becomes the node."""
+    """Prepare the data on the main node, then execute the training. Returns an exit code if that is not reached."""
     missing = [name for name in NEEDED if not os.environ.get(name)]
     if missing:
         print(f"error: no {', '.join(missing)} in the environment: start this by `ads opctl run`", file=sys.stderr)

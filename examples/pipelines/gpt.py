@@ -81,9 +81,9 @@ def deploy(name: str, image: str, project: str, region: str, model: dsl.Input[ds
 
 @dsl.component(base_image=IMAGE)
 def trainjob(step: str, options: list) -> None:
-    """Makes a TrainingRuntime and its TrainJob and waits. Raises RuntimeError where the TrainJob fails.
+    """Makes a TrainingRuntime and its TrainJob and waits. Raises RuntimeError if the TrainJob fails.
 
-    What is there already is taken as it is, so that a step that is tried again waits for what it made.
+    Objects that exist already stay as they are, so that a step that is tried again waits for those of its first try.
     """
     import subprocess
     import time

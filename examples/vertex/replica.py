@@ -1,4 +1,4 @@
-"""What a replica of a Vertex AI CustomJob runs: from CLUSTER_SPEC, which Vertex AI sets, to a node of an elastic run.
+"""The program of a replica in a Vertex AI CustomJob: it turns CLUSTER_SPEC into the environment of an elastic run.
 
 Workerpool 0 is one replica: it prepares the text and keeps torchrun's store, and the job ends with it. The replicas of the
 other pools may be restarted; ranks are torchrun's business. Data and run directory are URLs.
@@ -14,7 +14,7 @@ START = Path(__file__).resolve().parents[1] / "torchrun" / "prepared.sh"
 
 
 def main(arguments: list[str]) -> int:  # noqa: RET503 (execvpe does not return)
-    """Prepare the data on the first replica, then train. Returns an exit code, or becomes the node."""
+    """Prepare the data on the first replica, then execute the training. Returns an exit code if that is not reached."""
     try:
         spec = json.loads(os.environ["CLUSTER_SPEC"])
         pools, task = spec["cluster"], spec["task"]

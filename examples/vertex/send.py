@@ -1,11 +1,11 @@
-"""Sends requests to Vertex AI, in the order in which they stand in a YAML stream, and waits for what they make.
+"""Sends the requests in a YAML stream to Vertex AI, in their order, and waits for the results.
 
     pip install google-cloud-aiplatform pyyaml
     elastic-gpt job render mine --as vertex > job.yaml              # then replace the words in <brackets>
     python examples/vertex/send.py < job.yaml
 
-Each document is a request message of google-cloud-aiplatform, with the message's name as `kind`. <endpoint> and <model> become
-the names of what the requests before made.
+Each document is a request message of google-cloud-aiplatform, with the message's name as `kind`.
+<endpoint> and <model> become the names of what the requests before made.
 """
 
 import re
@@ -27,7 +27,7 @@ SENT = {
 
 
 def request(tree: Tree) -> Any:
-    """The message. Raises ValueError for a field that it does not have, and for a kind that nothing is sent as."""
+    """The request message. Raises ValueError for an unknown field or kind."""
     fields = dict(tree)
     kind = fields.pop("kind", None)
     if kind not in SENT:
@@ -41,7 +41,7 @@ def request(tree: Tree) -> Any:
 
 
 def send(trees: list[Tree]) -> list[str]:
-    """The names of what was made, in the region that the requests name."""
+    """Send all requests to their region. Returns the names of the objects that were made."""
     known: dict[str, str] = {}
     names = []
     for tree in trees:
@@ -63,7 +63,7 @@ def send(trees: list[Tree]) -> list[str]:
 
 
 def filled(node: Any, known: dict[str, str]) -> Any:
-    """`node` with what is known put in. Raises ValueError for a word in brackets that is not."""
+    """`node` with known <words> replaced. Raises ValueError for an unknown one."""
     if isinstance(node, dict):
         return {key: filled(value, known) for key, value in node.items()}
     if isinstance(node, list):

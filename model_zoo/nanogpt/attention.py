@@ -1,12 +1,14 @@
 """Multi-head attention in the names of `torch.nn.MultiheadAttention`, on `scaled_dot_product_attention` (SDPA).
 
-Same parameters, same state dict, same meaning of masks as torch's with `batch_first=True`; `load_state_dict` works in
-both directions. What differs: the output comes alone (SDPA never forms the attention weights), `is_causal` is an order
-and needs no mask beside it, the output bias can be chosen apart from the others, and there is a key-value cache for
-generation. What torch's has not, and is off unless asked for: fewer heads for keys and values than for queries
-(`num_kv_heads`), normalized queries and keys (`qk_norm`), and rotary positions (`rotary`).
+Parameters, state dict and the meaning of masks are those of torch's with `batch_first=True`, and
+`load_state_dict` works in both directions. Differences: only the output is returned (SDPA never
+forms the attention weights), `is_causal` needs no mask beside it, the output bias can be chosen
+separately, and there is a key-value cache for generation. Options that torch's does not have: fewer
+heads for keys and values than for queries (`num_kv_heads`), normalized queries and keys
+(`qk_norm`), and rotary positions (`rotary`).
 
-Letters in comments: B batch, T query tokens, S key tokens, E embedding, H heads, G heads of keys and values, D = E / H.
+Letters in comments: B batch, T query tokens, S key tokens, E embedding, H heads, G heads of keys
+and values, D = E / H.
 """
 
 import math
@@ -17,22 +19,23 @@ from torch.nn import functional as F
 
 
 class KeyValueCache:
-    """Keys and values that one attention layer has seen.
+    """The keys and values that one attention layer has seen.
 
-    Room for `max_length` tokens is taken once, at the first append, in the shape, type and device of what is appended
-    (so that autocast needs no special care); or it is `memory` (2,B,H,max_length,D), keys then values.
+    Memory for `max_length` tokens is allocated at the first append, with the shape, type and device
+    of what is appended (so that autocast needs no special care). Or it is given as `memory`
+    (2,B,H,max_length,D), keys then values.
     """
 
     def __init__(self, max_length: int, memory: Tensor | None = None) -> None:
         self.max_length = max_length
         self.length = 0
-        """Tokens held so far: the position of the next one."""
+        """Number of tokens so far, which is the position of the next one."""
         self._memory = memory
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add `k` and `v`, each (B,H,T,D), and return views of all keys and values so far, each (B,H,S,D).
 
-        Raises ValueError where the room does not suffice.
+        Raises ValueError if there is not enough memory.
         """
         batch, heads, tokens, head_dim = k.shape
         end = self.length + tokens
@@ -54,13 +57,15 @@ class KeyValueCache:
 class MultiheadAttention(nn.Module):
     """Self or cross attention; (B,T,E) in, (B,T,E) out.
 
-    `bias` is that of query, key and value; `out_bias` that of the output projection (None: as `bias`). `kdim` and
-    `vdim` are the widths of keys and values where they differ from `embed_dim`. `dropout` is the probability on the
-    attention weights while training; its numbers come from torch's default generator.
+    `bias`: whether the query, key and value projections have one; `out_bias`: the same for the
+    output (None: as `bias`). `kdim` and `vdim`: widths of keys and values if they differ from
+    `embed_dim`. `dropout`: its probability on the attention weights while training, with random
+    numbers of torch's default generator.
 
-    `num_kv_heads`, a divisor of `num_heads` (None: as many): each head of keys and values serves as many heads of queries.
-    `qk_norm`: queries and keys are divided by their root mean square, a head at a time. `rotary`: in self-attention they are
-    turned by their positions (Su et al., 2021, arXiv 2104.09864), counted after what the cache holds.
+    `num_kv_heads`: heads of keys and values, a divisor of `num_heads` (None: the same number);
+    several heads of queries share one. `qk_norm`: each head of queries and keys is divided by its
+    root mean square. `rotary`: in self-attention, queries and keys are turned by their positions
+    (Su et al., 2021, arXiv 2104.09864), which go on after the tokens of the cache.
     """
 
     def __init__(
@@ -94,11 +99,11 @@ class MultiheadAttention(nn.Module):
         if rotary and self.head_dim % 2:
             raise ValueError(f"rotary positions turn pairs, and a head is {self.head_dim} wide; make it even")
         kv_dim = num_kv_heads * self.head_dim
-        self._rows = (embed_dim, kv_dim, kv_dim)  # of the projections: query, key, value
+        self._rows = (embed_dim, kv_dim, kv_dim)  # rows of the query, key and value projections
         kdim = embed_dim if kdim is None else kdim
         vdim = embed_dim if vdim is None else vdim
         if kdim == vdim == embed_dim:
-            # One matrix, so that self-attention is one matrix product.
+            # One matrix, so that self-attention needs one matrix product.
             self.in_proj_weight = nn.Parameter(torch.empty(sum(self._rows), embed_dim))
         else:
             self.register_parameter("in_proj_weight", None)
@@ -110,7 +115,7 @@ class MultiheadAttention(nn.Module):
         else:
             self.register_parameter("in_proj_bias", None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias if out_bias is None else out_bias)
-        for name, parameter in self.named_parameters():  # torch's own start
+        for name, parameter in self.named_parameters():  # the same initial values as in torch
             if "proj_weight" in name:
                 nn.init.xavier_uniform_(parameter)
         if self.out_proj.bias is not None:
@@ -129,13 +134,14 @@ class MultiheadAttention(nn.Module):
     ) -> Tensor:
         """Attend from `query` (B,T,E) to `key` (B,S,kdim) and `value` (B,S,vdim); returns (B,T,E).
 
-        No `key`, or `key is query`: self-attention. No `value`: the same as `key`. Masks as in torch:
-        `key_padding_mask` bool (B,S), True is left out; `attn_mask` (T,S) or (B*H,T,S), bool with True for not allowed,
-        or float to be added to the scores. `is_causal`: a query sees the keys up to its own position, the first query
-        standing after what the cache holds.
+        No `key`, or `key is query`: self-attention. No `value`: the same as `key`. Masks as in
+        torch: `key_padding_mask` bool (B,S), True is left out; `attn_mask` (T,S) or (B*H,T,S), bool
+        with True for not allowed, or float to be added to the scores. `is_causal`: a query sees the
+        keys up to its own position, the first query standing after what the cache holds.
 
-        With a `cache`, self-attention appends its keys and values and sees all that are held (S counts them too);
-        cross-attention fills an empty cache and from then on reads it, without projecting `key` and `value` again.
+        With a `cache`, self-attention appends its keys and values and sees all that are held (S
+        counts them too); cross-attention fills an empty cache and from then on reads it, without
+        projecting `key` and `value` again.
         """
         key = query if key is None else key
         value = key if value is None else value
@@ -155,6 +161,7 @@ class MultiheadAttention(nn.Module):
             q = self._normalized(self._split_heads(self._linear(query, 0)))
             k, v = cache.held()
 
+        # --- one mask of all masks
         mask = attn_mask
         if mask is not None and mask.dim() == 3:
             mask = mask.unflatten(0, (-1, self.num_heads))  # BxHxTxS
@@ -162,11 +169,13 @@ class MultiheadAttention(nn.Module):
             mask = _block(mask, key_padding_mask[:, None, None, :])
         is_causal = is_causal and past + 1 < k.size(2)  # else the first query, so every query, sees every key
         if is_causal and (mask is not None or past > 0):
-            # SDPA takes no mask beside is_causal, and its is_causal counts queries from position 0.
+            # SDPA takes no mask together with is_causal, and its is_causal counts queries from position 0.
             ahead = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(past + 1)
             mask, is_causal = _block(mask, ahead), False
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask  # for SDPA, True means allowed
+
+        # --- attention
         dropout = self.dropout if self.training else 0.0
         grouped = self.num_kv_heads != self.num_heads
         y = F.scaled_dot_product_attention(
@@ -232,7 +241,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _block(mask: Tensor | None, blocked: Tensor) -> Tensor:
-    """`mask` (bool with True for not allowed, or float to be added) with the places in `blocked` not allowed either."""
+    """`mask` (bool with True for not allowed, or float to be added) with the positions in `blocked` not allowed either."""
     if mask is None:
         return blocked
     return mask | blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, -math.inf)

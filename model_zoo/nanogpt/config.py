@@ -1,4 +1,4 @@
-"""TrainConfig: every setting of a training run, in the sections that presets, variables and flags name."""
+"""TrainConfig: all settings of a training run, in the sections that presets, variables and flags have."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ PRESETS = Path(__file__).parent / "presets"
 @dataclass(frozen=True)
 class DataConfig:
     dir: Path = Path("data")
-    """Folder that `elastic-gpt prepare` made: train.bin, val.bin, meta.json. Of a URL (s3://bucket/data) each machine copies
-    the files once, and checks them."""
+    """Folder that `elastic-gpt prepare` made: train.bin, val.bin, meta.json. From a URL (s3://bucket/data) each machine
+    copies the files once, and checks them."""
     cache: Path | None = None
     """Folder of this machine for such copies. None: elastic-gpt/data in $XDG_CACHE_HOME or ~/.cache."""
     cache_gb: float = 500.0
-    """Most gigabytes (10^9 bytes) in it: copies that nobody uses make room, those used longest ago first."""
+    """Most gigabytes (10^9 bytes) of copies. To make room, unused ones are deleted, the least recently used first."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OptimizerConfig:
     decay_steps: int | None = None
     """Step at which the decay ends. None: the last step of the run."""
     weight_decay: float = 0.1
-    """For tensors of two and more dimensions; biases and norms do not decay."""
+    """Weight decay of tensors with two or more dimensions; biases and norms do not decay."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
@@ -43,10 +43,10 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest norm of the gradient of the global batch. 0: no clipping."""
     max_skipped: int = 10
-    """Updates in a row that are skipped, as their loss or gradient is not finite, before the run stops."""
+    """The run stops after so many updates in a row that were skipped because loss or gradient was not finite."""
 
     def rate(self, step: int, steps: int) -> float:
-        """Learning rate of the update that follows `step` updates, of `steps` in all (law 1: nothing else enters)."""
+        """Learning rate of the update after `step` updates, of `steps` in all. It depends on nothing else (law 1)."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
         end = max(self.decay_steps or steps, self.warmup_steps + 1)
@@ -62,7 +62,7 @@ class EvaluateConfig:
     interval: int = 250
     """Steps between evaluations of the validation loss. 0: only after the last step."""
     sequences: int = 256
-    """Validation sequences, the same each time, spread evenly over val.bin (fewer where it holds fewer)."""
+    """Validation sequences, the same each time, spread evenly over val.bin; fewer if it has fewer."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class CheckpointConfig:
     interval: int = 1000
     """Steps between checkpoints on storage. One is written after the last step and on Ctrl-C as well."""
     keep: int = 3
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints are kept."""
     dir: str | None = None
-    """Where checkpoints are kept: a folder (a relative one is below RUN_DIR, whatever the working directory), or an fsspec
-    URL such as s3://bucket/run. None: RUN_DIR/checkpoints."""
+    """Where checkpoints are kept: a folder (a relative path is below RUN_DIR), or an fsspec URL such as s3://bucket/run.
+    None: RUN_DIR/checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class ElasticConfig:
     traffic: Traffic = "float32"
     """Type in which gradients travel between workers: bfloat16 is half the bytes, and rounds them. Not in exact mode."""
     snapshot_interval: int = 10
-    """Steps between snapshots in host memory: the most that the death of all workers at once costs."""
+    """Steps between snapshots in host memory. The death of all workers at once costs at most so many steps."""
     grace_seconds: float = 25.0
-    """How long a node that is asked to leave waits for the state to be on storage (a pod has 30 s in all)."""
+    """How long a node that is asked to leave waits until the state is on storage (a pod has 30 s in all)."""
     timeout_seconds: float = 120.0
-    """How long a collective waits for a silent peer before the world is formed anew."""
+    """How long a collective waits for a silent peer before a new world is formed."""
 
 
 @dataclass(frozen=True)
@@ -107,21 +107,21 @@ class TrainConfig:
     init_from: str | None = None
     """Weights to start from instead of random ones: a Hugging Face GPT-2, nanoGPT's ckpt.pt, a run; a path or a URL."""
     resume: Resume = "auto"
-    """What a job starts from where memory is ahead of storage, as after kill -9. auto: memory, unless the checkpoint that
-    was saved last has been deleted, to go back."""
+    """What a job starts from if memory is ahead of storage, as after kill -9. auto: memory, unless the checkpoint that
+    was saved last has been deleted in order to go back."""
     steps: int = 1000
     """Optimizer updates in the whole run."""
     seed: int = 1337
-    """Of the initial parameters, the order of the data, and dropout."""
+    """Seed of the initial parameters, the order of the data, and dropout."""
     global_batch: int = 32
-    """Sequences a step, whatever the number of nodes."""
+    """Sequences per step, whatever the number of nodes."""
     micro_batch: int = 8
-    """Sequences in one forward pass; what the global batch is shared out in. Must divide it."""
+    """Sequences in one forward pass. The global batch is shared out in micro-batches, so this must divide it."""
     device: Device = "auto"
     """auto: a CUDA GPU, else an Apple GPU, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the matrix products; parameters stay float32. auto: bfloat16 on GPUs that have it; on a CPU what the run began
-    with, and for a new one bfloat16 if a short measurement finds it much faster (never in exact mode); else float32."""
+    """Type of the matrix products; parameters stay float32. auto: bfloat16 on GPUs that have it. On a CPU, bfloat16 if a
+    new run measures that it is much faster (never in exact mode); the run keeps it. Else float32."""
     compile: bool = False
     """Compile the model with torch.compile (20 to 60 seconds at the first start)."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -179,7 +179,7 @@ class TrainConfig:
             raise SettingsError("steps and global_batch are at most 9,007,199,254,740,992: take less")
         if self.global_batch % self.micro_batch:
             start = min(self.micro_batch, self.global_batch)
-            below = range(start, max(0, start - 1_000_000), -1)  # numbers may be huge
+            below = range(start, max(0, start - 1_000_000), -1)  # the numbers may be huge
             closest = next((n for n in below if self.global_batch % n == 0), 1)
             raise SettingsError(
                 f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}: take {closest}"
@@ -191,7 +191,7 @@ class TrainConfig:
             )
 
     def notes(self) -> list[str]:
-        """What of the settings cannot have the effect that somebody may expect, a line each."""
+        """One line for each setting that does not have the effect that a person may expect."""
         rate, last = self.optimizer, self.optimizer.decay_steps or self.steps
         found = []
         if rate.warmup_steps >= self.steps:

@@ -1,4 +1,4 @@
-"""Many generations at once, each as if it were alone: a batch that requests join and leave at any token.
+"""Runs many generations at once, each as if it were alone, in a batch that requests join and leave at any token.
 
 A fixed number of cache slots, taken once; each running generation has one, and the running ones are always the first
 slots, so that a forward pass reads the cache where it lies. Of a request that comes in, all but the last token are computed
@@ -24,21 +24,21 @@ from .sampling import check_sampling, next_token, window_start
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate. Raises ValueError, with the cure, for settings that make no sense."""
+    """What to generate. Raises ValueError, with the cure, for settings that are not possible."""
 
     tokens: Sequence[int]
-    """The prompt, at least one id; of a long one the model sees the end (see `window_start`)."""
+    """The prompt, at least one id. Of a long prompt the model sees only the end (see `window_start`)."""
     max_new_tokens: int
     temperature: float = 1.0
-    """Divides the logits; 0: always the likeliest."""
+    """Divides the logits. 0: always take the likeliest token."""
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
-    """The same seed, the same tokens, whatever else runs. None: always others."""
+    """The same seed gives the same tokens, whatever else runs. None: other tokens each time."""
     stop_ids: Sequence[int] = ()
-    """Ids that end the generation; the last token is then one of them."""
+    """Ids that end the generation; they become its last token."""
     logprobs: int | None = None
-    """How many of the likeliest tokens to tell beside each; None: no log probabilities at all."""
+    """How many of the likeliest tokens to return beside each token. None: no log probabilities."""
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
@@ -54,21 +54,21 @@ class Token:
 
     id: int
     finished: Literal["stop", "length"] | None
-    """Why this is the last one; None where it is not."""
+    """Why this is the last token; None if it is not."""
     logprob: float | None = None
     """Natural logarithm of its probability, before temperature, top_k and top_p."""
     likeliest: tuple[tuple[int, float], ...] = ()
-    """The likeliest ids and their logarithms, the likeliest first."""
+    """The likeliest ids with their log probabilities, the likeliest first."""
 
 
 class Generation:
-    """A request on its way. Its caller compares it by identity and reads `request` alone."""
+    """A request that is being generated. Callers compare it by identity and only read `request`."""
 
     def __init__(self, request: Request, device: torch.device) -> None:
         self.request = request
         self.tokens = list(request.tokens)
         self.cached = (0, 0)
-        """First and one past the last of `tokens` whose keys and values the slot holds."""
+        """Range of `tokens` whose keys and values are in the slot: first index, and last index + 1."""
         self.generator = torch.Generator(device)
         if request.seed is None:
             self.generator.seed()
@@ -80,15 +80,15 @@ class Engine:
     """Generates for many requests with one model.
 
     Args:
-        model: in eval mode.
+        model: a model in eval mode.
         slots: most generations that run at a time; others wait.
-        vocab_size: bars the ids from there on, which a padded vocabulary has and the tokenizer has not.
+        vocab_size: ids from this one on are never drawn: a padded vocabulary has them, but the tokenizer does not.
     """
 
     def __init__(self, model: GPT, slots: int = 1, vocab_size: int | None = None) -> None:
         self.model, self.slots, self.vocab_size = model, slots, vocab_size
         self.running: list[Generation] = []
-        """In the order of their slots."""
+        """Running generations in the order of their slots."""
         self.waiting: collections.deque[Generation] = collections.deque()
         config = model.config
         heads = config.n_kv_head or config.n_head
@@ -98,7 +98,7 @@ class Engine:
         self._memory = model.wte.weight.new_zeros(shape)
 
     def add(self, request: Request) -> Generation:
-        """Have `request` generated from the next step on, or as soon as a slot is free. Raises ValueError for bad ids."""
+        """Generate `request` from the next step on, or as soon as a slot is free. Raises ValueError for bad ids."""
         if bad := [id_ for id_ in request.tokens if not 0 <= id_ < self.model.config.vocab_size]:
             raise ValueError(f"token id {bad[0]} is not in the vocabulary: 0 to {self.model.config.vocab_size - 1}")
         generation = Generation(request, self._memory.device)
@@ -106,19 +106,19 @@ class Engine:
         return generation
 
     def drop(self, generation: Generation) -> None:
-        """Forget a generation, wherever it is; one that is over is none any more."""
+        """Stop a generation, whether it runs or waits. Does nothing if it is over."""
         if generation in self.waiting:
             self.waiting.remove(generation)
         elif generation in self.running:
             slot, last = self.running.index(generation), len(self.running) - 1
-            if slot != last:  # the first slots stay the running ones
+            if slot != last:  # so that the running generations stay in the first slots
                 length = self.running[last].cached[1] - self.running[last].cached[0]
                 self._memory[:, slot, :, :, :length] = self._memory[:, last, :, :, :length]
                 self.running[slot] = self.running[last]
             self.running.pop()
 
     def replace(self, model: GPT) -> None:
-        """Go on with newer weights of the same shape: what runs is computed anew from its tokens, and none is lost."""
+        """Go on with newer weights of the same shape. Running generations are computed anew from their tokens."""
         assert model.config == self.model.config
         self.model = model
         for generation in self.running:
@@ -126,8 +126,10 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, tokens: Sequence[int], likeliest: int) -> list[Token]:
-        """What the model gives each of `tokens` (at most block_size) but the first, which nothing foretells, and so many
-        of the likeliest instead of it."""
+        """The log probabilities of `tokens` (at most block_size), except the first, which has no context.
+
+        Each comes with the `likeliest` tokens of the model in its place.
+        """
         logits = self.model(torch.tensor([tokens], device=self._memory.device))[0, :-1, : self.vocab_size]
         logs = logits.float().log_softmax(-1)
         best = logs.topk(min(likeliest, logs.size(-1)))
@@ -138,7 +140,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Generation, Token]]:
-        """One token for each running generation. Those that are over have left their slots."""
+        """Draw one token for each running generation. Those that are over leave their slots."""
         while self.waiting and len(self.running) < self.slots:
             self.running.append(self.waiting.popleft())
         if not self.running:
@@ -209,7 +211,7 @@ class Engine:
 
 
 def generate(model: GPT, request: Request, vocab_size: int | None = None) -> Iterator[int]:
-    """The ids of one request, one at a time."""
+    """Yields the ids of one request, one at a time."""
     engine = Engine(model, vocab_size=vocab_size)
     engine.add(request)
     while drawn := engine.step():

@@ -1,11 +1,11 @@
-"""How good a model is on held-out text: loss, perplexity, bits per byte.
+"""Measures a model on held-out text: loss, perplexity, bits per byte.
 
     elastic-gpt evaluate RUN                                all of val.bin, in the blocks that training uses
-    elastic-gpt evaluate RUN --stride 128                   each token after at least block_size - 128 others
+    elastic-gpt evaluate RUN --stride 128                   each token with at least block_size - 128 tokens before it
     elastic-gpt evaluate FOLDER --data data --json          any model that can be loaded, any prepared data
 
-The loss is in nats a token and depends on the tokenizer; bits per byte do not, so models with different tokenizers can be
-compared by them.
+The loss is in nats a token and depends on the tokenizer; bits per byte do not, so models with
+different tokenizers can be compared by them.
 """
 
 import math
@@ -35,23 +35,23 @@ from prepare.data import find_tokenizer, open_split, read_meta
 from prepare.frontdoor import DONE, Parser, command, whole
 from prepare.tokenizer import Tokenizer
 
-IGNORED = -100  # a target that cross_entropy leaves out
+IGNORED = -100  # cross_entropy ignores this target
 
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     loss: float
-    """Mean cross-entropy, nats a token."""
+    """Mean cross-entropy, nats per token."""
     perplexity: float
     bits_per_byte: float | None
-    """Of the UTF-8 that the scored tokens stand for; an end of text counts no byte. None where it has no meaning."""
+    """Bits per byte of UTF-8 that the scored tokens stand for; an end of text counts no byte. None if not known."""
     tokens: int
-    """Tokens scored."""
+    """Number of scored tokens."""
     left_out: int
-    """Tokens that were not: the first of all, which nothing foretells; what is past the last full block; and what
-    --sequences leaves out."""
+    """Number of tokens that were not scored: the first one, which has no context; those after the last full block; and those
+    that --sequences leaves out."""
 
 
 @command
@@ -97,12 +97,14 @@ def evaluate(
     """Score a model in eval mode on `tokens`, the ids of a split.
 
     Args:
-        stride: tokens between the beginnings of two contexts, at most block_size (also the default: no two overlap).
-            Of each context but the first only the last `stride` tokens are scored, so that none is scored twice.
-        sequences: how many contexts, evenly spread, as training's evaluator takes them; None: all there are.
+        tokenizer: needed for bits per byte.
+        stride: tokens from the beginning of one context to the next, at most block_size (the default: no overlap).
+            In each context but the first, only the last `stride` tokens are scored, so that none is scored twice.
+        sequences: how many contexts, evenly spread as in training; None: all.
         batch: contexts in one forward pass.
+        progress: whether to show a progress bar.
 
-    Raises ValueError where the split is too short for one context, or the stride is none.
+    Raises ValueError if the split is too short for one context, or the stride is not possible.
     """
     block_size = model.config.block_size
     stride = stride or block_size
@@ -132,7 +134,7 @@ def evaluate(
 
 
 def _bytes(counts: npt.NDArray[np.int64], tokenizer: Tokenizer | None) -> int | None:
-    """Bytes of UTF-8 behind `counts` of each id; None where they are not known: no tokenizer, or words it lacks."""
+    """Bytes of UTF-8 that the ids stand for. `counts`: how often each id occurs. None without a tokenizer, or with <unk>."""
     if tokenizer is None or (tokenizer.name == "word" and counts[0]):  # id 0 is <unk>, for a word of any length
         return None
     used = [id_ for id_ in np.flatnonzero(counts).tolist() if id_ != tokenizer.eot_id]
@@ -140,7 +142,7 @@ def _bytes(counts: npt.NDArray[np.int64], tokenizer: Tokenizer | None) -> int | 
 
 
 def _data_of(run: str) -> Path:
-    """The data that a run was trained on."""
+    """The folder of the data that a run was trained on."""
     path = here(Path(run)) / CONFIG
     try:
         return Path(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["dir"])
@@ -149,7 +151,7 @@ def _data_of(run: str) -> Path:
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer | None, data: Path, vocab_size: int) -> None:
-    """Ids of another tokenizer would give a number that means nothing."""
+    """Raises ValueError if the data has ids of another tokenizer: the result would mean nothing."""
     meta = read_meta(data)
     if meta.vocab_size > vocab_size:
         raise ValueError(

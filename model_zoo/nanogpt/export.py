@@ -1,10 +1,10 @@
-"""A trained model for other programs.
+"""Exports a trained model for other programs.
 
     elastic-gpt export RUN DIR                        Hugging Face: AutoModelForCausalLM and AutoTokenizer load DIR
     elastic-gpt export RUN DIR --format nanogpt       DIR/ckpt.pt, which nanoGPT's sample.py loads
 
-DIR must be new, or empty. It appears whole or not at all. Our own tokenizer travels along in DIR/tokenizer, so that
-generate, evaluate and serve work on DIR as they do on a run.
+DIR must be new or empty. It appears whole or not at all. DIR/tokenizer has our own tokenizer, so
+that generate, evaluate and serve work on DIR as they do on a run.
 """
 
 import json
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt export") ->
 def export(loaded: Loaded, folder: Path, layout: str, source: str) -> None:
     """Write `loaded` into the new or empty `folder`, whole or not at all.
 
-    Raises ValueError where the layout cannot express the model, or the folder holds something.
+    Raises ValueError if the layout cannot express the model, or the folder is not empty.
     """
     refuse_variants(loaded.model.config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -92,7 +92,7 @@ def _huggingface(loaded: Loaded, folder: Path, source: str) -> None:
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "model_max_length": config.block_size,
                 "clean_up_tokenization_spaces": False,
-                "split_special_tokens": True,  # <|endoftext|> in a text is text, as it was in training
+                "split_special_tokens": True,  # <|endoftext|> within a text is text, as in training
                 **special,
             },
         )
@@ -100,7 +100,7 @@ def _huggingface(loaded: Loaded, folder: Path, source: str) -> None:
 
 
 def huggingface_config(config: GPTConfig, step: int | None, eot_id: int | None) -> dict[str, Any]:
-    """config.json of GPT2LMHeadModel. Biases that `config` has not are there as zeros, which computes the same."""
+    """config.json of GPT2LMHeadModel. Biases that `config` does not have are zeros there, with the same results."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -124,7 +124,7 @@ def huggingface_config(config: GPTConfig, step: int | None, eot_id: int | None) 
 
 
 def model_card(loaded: Loaded, source: str) -> str:
-    """README.md: what is known of the run, and nothing else."""
+    """README.md, with what is known about the run."""
     config, tokenizer = loaded.model.config, loaded.tokenizer
     name = "none" if tokenizer is None else f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"
     step = "unknown" if loaded.step is None else f"{loaded.step:,}"
@@ -160,12 +160,12 @@ def _nanogpt(loaded: Loaded, folder: Path, source: str) -> None:
             " `elastic-gpt convert` writes one for characters",
             file=sys.stderr,
         )
-    with (folder / "ckpt.pt").open("wb") as file:  # torch reports a full disk of a path as an error of its own
+    with (folder / "ckpt.pt").open("wb") as file:  # given a path, torch would report a full disk as an error of its own
         torch.save(checkpoint, file)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """As a run keeps it: meta.json and what it names."""
+    """Save the tokenizer as a run does: meta.json and the file that it names."""
     folder.mkdir()
     section = tokenizer.save(folder)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"

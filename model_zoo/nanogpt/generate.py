@@ -1,10 +1,11 @@
-"""Text from a trained model, in a terminal.
+"""Generates text with a trained model, in a terminal.
 
-    elastic-gpt generate RUN --prompt "Once upon a time"     one reply, then the end
-    elastic-gpt generate RUN                                 a prompt, reply after reply; exit, quit or Ctrl-D leaves
+    elastic-gpt generate RUN --prompt "Once upon a time"     one reply
+    elastic-gpt generate RUN                                 asks for prompts; exit, quit or Ctrl-D leaves
 
-Needs the model and its tokenizer only, no data, no master, no network; an exported folder or a URL does for RUN too. The
-reply is what follows the prompt, without the prompt, and appears as it is drawn. Ctrl-C ends a reply; at the prompt it leaves.
+Needs only the model and its tokenizer: no data, no master, no network. RUN may also be an exported
+folder or a URL. A reply is the text after the prompt, and appears as it is drawn. Ctrl-C ends a
+reply; at the prompt it leaves.
 """
 
 import contextlib
@@ -34,13 +35,13 @@ def main(argv: list[str] | None = None, prog: str = "elastic-gpt generate") -> i
         try:
             _print_stream(reply(options.prompt))
         except KeyboardInterrupt:
-            print()  # so that the shell's prompt has a line of its own
+            print()  # so that the shell's prompt begins a new line
             raise
     return DONE
 
 
 def _prepare(options: Namespace) -> Callable[[str], Iterator[str]]:
-    """Check the options, load tokenizer and model; the result turns a prompt into a stream of text."""
+    """Check the options, load tokenizer and model. Returns a function from a prompt to a stream of text."""
     check_sampling(options.temperature, options.top_k, options.top_p)
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {options.max_new_tokens}; give at least 1")
@@ -70,7 +71,7 @@ def _prepare(options: Namespace) -> Callable[[str], Iterator[str]]:
 
 
 def _talk(reply: Callable[[str], Iterator[str]]) -> None:
-    """Prompt and reply, until exit, quit, Ctrl-D or Ctrl-C at the prompt. Each prompt starts afresh."""
+    """Ask for prompts and reply, until exit, quit, Ctrl-D or Ctrl-C. Each prompt starts a new text."""
     remember = _history() if sys.stdin.isatty() else lambda: None
     while True:
         try:
@@ -90,17 +91,17 @@ def _talk(reply: Callable[[str], Iterator[str]]) -> None:
 
 
 def _history() -> Callable[[], None]:
-    """Line editing for input(), with the prompts of earlier sessions; the result keeps the one that was just typed."""
+    """Set up line editing for input(), with earlier prompts. Returns a function that saves the last prompt."""
     import readline
 
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     path = state / "elastic-gpt" / "prompts"
-    with contextlib.suppress(OSError):  # the first time, and in a home that nobody may read
+    with contextlib.suppress(OSError):  # there is no history yet, or it cannot be read
         readline.read_history_file(path)
     readline.set_history_length(1000)
 
     def remember() -> None:
-        with contextlib.suppress(OSError):  # a home that nobody may write: the talk is worth more than its history
+        with contextlib.suppress(OSError):  # the history cannot be written, which is no reason to stop
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(0o600)
             readline.write_history_file(path)

@@ -1,7 +1,8 @@
-"""Our tokenizers in Hugging Face's words: the content of tokenizer.json. Knows no package of theirs.
+"""Our tokenizers in Hugging Face's format: the content of tokenizer.json. Needs none of their packages.
 
-The ids are the same for any text, `<|endoftext|>` in it included (it is ordinary text here, hence split_special_tokens).
-What ours refuses, an unknown character of `char`, theirs refuses too.
+The ids are the same for any text, even with `<|endoftext|>` in it, which is ordinary text here
+(hence split_special_tokens). Text that ours refuses, such as an unknown character of `char`, theirs
+refuses too.
 """
 
 import re
@@ -15,7 +16,7 @@ Json = dict[str, Any]
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> Json:
-    """tokenizer.json of `tokenizer`. Raises ValueError for a kind that has none."""
+    """The content of tokenizer.json for `tokenizer`. Raises ValueError for a kind that it cannot express."""
     if isinstance(tokenizer, BytePairs):
         vocabulary = {token: token_text(token) for token in tokenizer.merges}
         model = _bpe({vocabulary[token]: rank for token, rank in tokenizer.merges.items()})
@@ -25,7 +26,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> Json:
         model = _bpe({token_text(bytes([byte])): byte for byte in range(256)})
         split, decoder = [_BYTE_LEVEL], _BYTE_LEVEL
     elif isinstance(tokenizer, Characters):
-        # Without an unk_token among its words the model refuses what it does not know.
+        # Without an unk_token, the model refuses unknown words.
         model = _words([tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)], "no such word")
         split, decoder = [_split(r"[\s\S]")], {"type": "Fuse"}
     elif isinstance(tokenizer, Words):
@@ -47,9 +48,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> Json:
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that makes a token, in the order of what they make.
+    """All pairs of tokens that make up a token, in the order of that token.
 
-    tiktoken merges whatever two neighbours make a token, not only the pair that training met; so all splits are told.
+    tiktoken merges any two neighbours that make up a token, not only the pair that was learned. So
+    all splits are listed.
     """
     found = []
     for token, rank in ranks.items():
@@ -61,19 +63,19 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def token_text(token: bytes) -> str:
-    """A token's bytes as GPT-2 writes them: a visible character for each byte."""
+    """A token as GPT-2 writes it: a visible character for each byte."""
     return "".join(_VISIBLE[byte] for byte in token)
 
 
 def words_pattern() -> str:
-    """The pattern of `Words`, its classes spelled out: Python's \\w has no marks, theirs has, and Unicode moves on."""
+    """The pattern of `Words` with its character classes written out, since \\w means other characters in their library."""
     word = _class_of(re.compile(r"\w"))
     space = _class_of(re.compile(r"\s"))
     return f" ?[{word}]+| ?[^{word}{space}]|[{space}]"
 
 
 def _class_of(member: re.Pattern[str]) -> str:
-    """The ranges of all characters that match, for use between brackets."""
+    """All characters that match, as ranges for a [...] class."""
     ranges: list[list[int]] = []
     for code in range(sys.maxunicode + 1):
         if 0xD800 <= code < 0xE000 or not member.match(chr(code)):
@@ -86,7 +88,7 @@ def _class_of(member: re.Pattern[str]) -> str:
 
 
 def _visible() -> list[str]:
-    """GPT-2's table of bytes: what can be seen is itself, the others come after U+00FF, in order."""
+    """GPT-2's table of bytes: a visible byte is itself, the others follow after U+00FF, in order."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in seen else next(others)) for byte in range(256)]
@@ -97,7 +99,7 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": F
 
 
 def _bpe(vocabulary: dict[str, int]) -> Json:
-    # ignore_merges: a piece that is a token as a whole is that token, as tiktoken has it.
+    # ignore_merges: a piece that is itself a token becomes that token, as in tiktoken.
     return {"type": "BPE", "byte_fallback": False, "ignore_merges": True, "vocab": vocabulary, "merges": []}
 
 

@@ -1,7 +1,8 @@
-"""A run that starts from weights that are there already: `elastic-gpt train PRESET --init-from PLACE`.
+"""Starts a run from existing weights: `elastic-gpt train PRESET --init-from PLACE`.
 
-PLACE is whatever loading.py reads: a Hugging Face GPT-2, nanoGPT's ckpt.pt, a run of ours. It is needed until the run's
-first checkpoint, and not after; its fingerprint is part of the run's identity.
+PLACE is anything that loading.py reads: a Hugging Face GPT-2, nanoGPT's ckpt.pt, one of our runs.
+It is needed only until the first checkpoint of the new run. Its fingerprint is part of the run's
+identity.
 """
 
 import dataclasses
@@ -28,16 +29,16 @@ FORMS = {"gelu": "tanh", "gelu_erf": "erf"}
 
 
 def check_start(config: TrainConfig, meta: Meta) -> TrainConfig:
-    """`config` with its vocabulary decided; the weights of a new run are read, and have to fit.
+    """`config` with its vocabulary size filled in. Reads the weights of a new run and checks that they fit.
 
-    The vocabulary that the settings leave open is the data's, or the weights' where that is larger (a padded one).
-    Raises SettingsError, with all misfits by name.
+    If the settings leave the vocabulary size open, it is that of the data, or of the weights if
+    theirs is larger (padded). Raises SettingsError that names everything that does not fit.
     """
     size = config.model.vocab_size or meta.vocab_size
     if config.init_from is None:
         return _with_vocabulary(config, size)
     before = _settings(config.run_dir)
-    if before is not None:  # the run has begun: it decided then, and PLACE may be gone
+    if before is not None:  # the run has begun, so the size is decided, and PLACE may have gone
         return _with_vocabulary(config, config.model.vocab_size or before.get("model", {}).get("vocab_size", size))
     weights = _read(config, meta)
     config = _with_vocabulary(config, config.model.vocab_size or max(size, weights.config.vocab_size))
@@ -46,7 +47,7 @@ def check_start(config: TrainConfig, meta: Meta) -> TrainConfig:
 
 
 def fingerprint(config: TrainConfig, before: dict[str, Any]) -> str | None:
-    """Of the weights that a run starts from; None where it starts from random ones. `before`: its settings so far."""
+    """Fingerprint of the weights that a run starts from; None for random ones. `before`: settings of the life before."""
     if config.init_from is None:
         return None
     if before.get("init_from") == config.init_from:
@@ -55,7 +56,7 @@ def fingerprint(config: TrainConfig, before: dict[str, Any]) -> str | None:
 
 
 def start(model: GPT, config: TrainConfig) -> None:
-    """Replace the model's random parameters. Raises SettingsError where the weights are not those the run began with."""
+    """Replace the model's random parameters. Raises SettingsError if the run began with other weights."""
     weights = _read(config)
     expected = (_settings(config.run_dir) or {}).get(FINGERPRINT)
     if weights.digest() != expected:
@@ -90,7 +91,7 @@ def _read(config: TrainConfig, meta: Meta | None = None) -> Weights:
 
 
 def _check_ids(place: Path, config: TrainConfig) -> None:
-    """Ids have to mean in the data what they mean to the weights; where nobody can say, that is told."""
+    """Raises SettingsError if ids mean different tokens in the data and for the weights. Says so if that is not known."""
     theirs, ours = find_tokenizer(place), data.find_tokenizer(config.data.dir)
     if theirs is None or ours is None:
         print(
@@ -115,7 +116,7 @@ def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
 
 
 def _settings(run: Path) -> dict[str, Any] | None:
-    """config.yaml of a run that has begun; a damaged one is told where the run is opened."""
+    """The settings in config.yaml; None for a new run. A damaged file is reported when the run is opened."""
     try:
         found = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

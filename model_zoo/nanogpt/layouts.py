@@ -1,7 +1,8 @@
-"""The same weights by three sets of names: ours, Hugging Face's GPT-2 and nanoGPT's. Tensors in, tensors out; no files.
+"""Converts weights between three layouts: ours, Hugging Face's GPT-2 and nanoGPT's. Tensors in, tensors out; no files.
 
-Hugging Face keeps the matrices of a block as (in, out), its "Conv1D"; nanoGPT and we as (out, in), torch's Linear. Both
-put `transformer.` before all names but the head's, and both say `attn.c_attn`, `attn.c_proj` where we have torch's names.
+Hugging Face keeps the matrices of a block as (in, out), its "Conv1D"; nanoGPT and we as (out, in),
+torch's Linear. Both put `transformer.` before all names but that of the head, and both have
+`attn.c_attn` and `attn.c_proj` where we have torch's names.
 """
 
 import re
@@ -23,18 +24,18 @@ _NAMES = {
 }
 _OURS = {theirs: ours for ours, theirs in _NAMES.items()}
 _BLOCK = re.compile(r"h\.\d+\.(?P<inside>.+)")
-_MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which old files carry along
+_MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, which old files contain
 _MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 class DoesNotFit(ValueError):
-    """What a layout cannot express, or a file does not hold; by name, with the cure."""
+    """A layout cannot express something, or a file lacks it. The message has the names and the cure."""
 
 
 def export_state(state: Mapping[str, Tensor], config: GPTConfig, layout: Layout) -> dict[str, Tensor]:
-    """Our state dict in another's names and shapes. A bias that we have not and `layout` must have is zero there.
+    """Our state dict with the names and shapes of `layout`. Biases that only `layout` has are zero.
 
-    Raises DoesNotFit for what `layout` has no place for.
+    Raises DoesNotFit for what `layout` cannot express.
     """
     if config.head_bias:
         raise DoesNotFit(f"model.head_bias: a GPT-2 of {layout} has no bias on its logits, so it cannot be exported")
@@ -63,9 +64,9 @@ def export_state(state: Mapping[str, Tensor], config: GPTConfig, layout: Layout)
 
 
 def import_state(found: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """A state dict of `layout` by our names, in float32.
+    """A state dict of `layout` with our names, in float32.
 
-    Masks that old files carry along are left out, and so is the prefix that torch.compile puts before names.
+    Leaves out the masks in old files, and the prefix that torch.compile puts before names.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in found.items():
@@ -95,7 +96,7 @@ def _others(one: GPTConfig, other: GPTConfig) -> list[str]:
 
 
 def refuse_variants(config: GPTConfig) -> None:
-    """Raises ValueError, by name, for a model that is not GPT-2's architecture, which is all that others' formats hold."""
+    """Raises ValueError, with the names, for a model that differs from GPT-2, which other formats cannot express."""
     if other := [f"model.{name} {getattr(config, name)}" for name in _others(config, GPTConfig())]:
         raise ValueError(
             f"{', '.join(other)}: GPT-2 has no such thing, and the formats of export are for GPT-2's models"
@@ -103,10 +104,10 @@ def refuse_variants(config: GPTConfig) -> None:
 
 
 def fit(state: Mapping[str, Tensor], have: GPTConfig, want: GPTConfig) -> dict[str, Tensor]:
-    """Our state dict of a model `have` for a model `want`: fewer positions, more ids; all else has to be the same.
+    """Turns our state dict of a model `have` into one of a model `want`, which may have fewer positions and more ids.
 
-    Embeddings (and head rows) of added ids are the mean of those that are there, so that none stands out. A bias that
-    only `want` has is zero. Raises DoesNotFit, with all misfits by name.
+    Embeddings (and head rows) of new ids are the mean of the others, so that none stands out.
+    Biases that only `want` has are zero. Raises DoesNotFit that names everything else that differs.
     """
     misfits = [
         f"model.{name} is {getattr(want, name)}, there it is {getattr(have, name)}"

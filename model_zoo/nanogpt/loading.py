@@ -1,10 +1,10 @@
-"""A model from wherever it lies: a run directory, an exported folder, nanoGPT's checkpoint, or the URL of any of them.
+"""Loads a model from a run directory, an exported folder, a checkpoint of nanoGPT, or the URL of any of them.
 
     RUN/                  config.yaml, checkpoints/, tokenizer/             as training leaves it
     FOLDER/               config.json, model.safetensors (or .bin)          Hugging Face's GPT-2, ours or anybody's
     FOLDER/ckpt.pt        model_args and model                              nanoGPT's
 
-Nothing that is read is run: safetensors, YAML, JSON, and pickles with `weights_only`.
+No code in these files is run: they are safetensors, YAML, JSON, and pickles with `weights_only`.
 """
 
 import contextlib
@@ -46,21 +46,21 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's parameters by our names, and its shape."""
+    """A model's parameters with our names, and its shape."""
 
     config: GPTConfig
     state: dict[str, Tensor]
     step: int | None
-    """Updates that made it; None where nobody knows."""
+    """Updates done; None if not known."""
     source: str
-    """What it was read as, for a person."""
+    """In words, what it was loaded from."""
     checkpoints: str | None = None
-    """Where newer ones will be, for a run: a folder or a URL."""
+    """Where a run's newer checkpoints will be: a folder or a URL."""
     vocabulary: str | None = None
-    """Fingerprint of the vocabulary that it was trained with; None where that is not written down."""
+    """Fingerprint of the vocabulary that it was trained with; None if not known."""
 
     def digest(self) -> str:
-        """16 hex digits that are the same for the same parameters, whatever file they came from."""
+        """16 hex digits, the same for the same parameters, whatever file they come from."""
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config) | {"dropout": 0}, sort_keys=True).encode())
         for name, tensor in sorted(self.state.items()):
             digest.update(name.encode())
@@ -73,20 +73,21 @@ class Loaded:
     """A model that is ready to be used."""
 
     model: GPT
-    """In eval mode, on the device that was asked for."""
+    """The model in eval mode, on the requested device."""
     tokenizer: Tokenizer | None
-    """None where the place has none that this program knows."""
+    """Its tokenizer; None if the place has none that is known here."""
     step: int | None
     description: str
     """One line for a person: which step, how large, on what."""
     checkpoints: str | None
-    """Where a run's newer ones will be: a folder or a URL."""
+    """Where a run's newer checkpoints will be: a folder or a URL; None for other models."""
 
 
 def load(place: Path | str, device: torch.device, tokenizer: Path | None = None) -> Loaded:
-    """The model and tokenizer of `place` (the newest whole checkpoint of a run); `tokenizer`: a folder that has another.
+    """Load the model and tokenizer at `place`; of a run, the newest whole checkpoint.
 
-    Raises ValueError, in one line with the cure, where there is no model, or it and its tokenizer do not belong together.
+    `tokenizer`: a folder with the tokenizer to use instead. Raises ValueError, one line with the
+    cure, if there is no model, or the model and the tokenizer do not belong together.
     """
     with local(place) as folder:
         weights = read_weights(folder)
@@ -103,7 +104,7 @@ def load(place: Path | str, device: torch.device, tokenizer: Path | None = None)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, where: Path | str, config: GPTConfig) -> None:
-    """Raise ValueError where the tokenizer has ids that the model does not know."""
+    """Raise ValueError if the tokenizer has ids that the model does not know."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer in {where} has {tokenizer.vocab_size} ids, the model {config.vocab_size}; "
@@ -114,10 +115,13 @@ def _check_tokenizer(tokenizer: Tokenizer, where: Path | str, config: GPTConfig)
 def _refuse_another_vocabulary(
     given: Tokenizer, where: Path, weights: Weights, folder: Path, place: Path | str
 ) -> None:
-    """Raise ValueError where `given`, from `where`, has not the vocabulary of the model in `folder`, the user's `place`."""
+    """Raise ValueError if the tokenizer `given`, from `where`, has another vocabulary than the model in `folder`.
+
+    `place`: what the user calls the folder.
+    """
     has_own = (folder / TOKENIZER).is_dir()
     trained = weights.vocabulary
-    if not trained and (own := find_tokenizer(folder)):  # as of a run of 0.1.0
+    if not trained and (own := find_tokenizer(folder)):  # a run of version 0.1.0 has no fingerprint
         trained = vocabulary_fingerprint(own)
     if not trained:
         print(f"warning: {place} does not say which vocabulary it was trained with", file=sys.stderr)
@@ -129,9 +133,9 @@ def _refuse_another_vocabulary(
 
 
 def build(weights: Weights) -> GPT:
-    """The model of `weights`. Raises ValueError where names or shapes are not those of its configuration."""
+    """The model with these weights. Raises ValueError if their names or shapes do not fit its configuration."""
     with torch.device("meta"):
-        model = GPT(weights.config)  # names and shapes only: the weights are assigned, nothing is drawn
+        model = GPT(weights.config)  # only names and shapes: the weights are assigned below
     try:
         model.load_state_dict(weights.state, assign=True)
     except RuntimeError as error:
@@ -142,16 +146,16 @@ def build(weights: Weights) -> GPT:
 
 
 def read_weights(place: Path) -> Weights:
-    """The parameters in a run directory, a Hugging Face folder, or a nanoGPT checkpoint.
+    """Read the parameters in a run directory, a Hugging Face folder, or a nanoGPT checkpoint.
 
-    Raises ValueError where there are none, or they are not finite.
+    Raises ValueError if there are none, or they are not finite.
     """
     if (place / "config.json").is_file():
         weights = _huggingface(place)
     elif place.is_file() or (place / "ckpt.pt").is_file():
         weights = _nanogpt(place if place.is_file() else place / "ckpt.pt")
     else:
-        return _run(place)  # looked through as it was read
+        return _run(place)  # whether it is finite is checked when it is read
     if weights.state and (name := broken(weights.state)):
         raise ValueError(f"{weights.source} is a broken model, {name} is not finite: take it from an older checkpoint")
     return weights
@@ -159,7 +163,7 @@ def read_weights(place: Path) -> Weights:
 
 @contextlib.contextmanager
 def local(place: Path | str) -> Iterator[Path]:
-    """The place itself, or for a URL a copy that is gone afterwards. Raises DataError or TransferError."""
+    """A context with the path of `place`; for a URL, that of a temporary copy. Raises DataError or TransferError."""
     if "://" not in str(place):
         yield Path(place)
         return
@@ -169,18 +173,18 @@ def local(place: Path | str) -> Iterator[Path]:
         try:
             names = [name.removeprefix(root).lstrip("/") for name in files.find(root)]
             if not names:
-                files.info(root)  # which says why, where nothing answered
+                files.info(root)  # raises an error that says why
             for name in _needed(names):
                 target = Path(copy, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 files.get_file(f"{root}/{name}", str(target))
-        except Exception as error:  # whatever the library below fsspec has for a network that fails
+        except Exception as error:  # the libraries below fsspec have many kinds of errors
             raise unreachable(str(place), error) from error
         if not names:
             raise ValueError(f"there is nothing at {place}: check the address")
         try:
             yield Path(copy)
-        except ValueError as error:  # a person knows the address, not the copy
+        except ValueError as error:  # the message should name the URL, not the copy
             if copy not in str(error):
                 raise
             kind = NoCheckpointYet if isinstance(error, NoCheckpointYet) else ValueError
@@ -188,7 +192,7 @@ def local(place: Path | str) -> Iterator[Path]:
 
 
 def _needed(names: list[str]) -> Iterator[str]:
-    """Of the files of a run only the newest checkpoint's model; of another folder all."""
+    """The files to copy: of a run, without optimizers and older checkpoints; of other folders, all."""
     manifests = sorted(name for name in names if name.endswith(f"/{MANIFEST}") and "step_" in name)
     newest = manifests[-1].removesuffix(MANIFEST) if manifests else None
     for name in names:
@@ -272,21 +276,21 @@ def _nanogpt(path: Path) -> Weights:
         state = import_state(checkpoint["model"], "nanogpt")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint of nanoGPT's ({_line(error)})") from error
-    state.pop("lm_head.weight", None)  # always the token embedding
+    state.pop("lm_head.weight", None)  # it is always the token embedding
     step = checkpoint.get("iter_num")
     return Weights(config, state, step if isinstance(step, int) else None, f"nanoGPT's {path}")
 
 
 def _unpickled(path: Path) -> Any:
-    """Tensors and plain values of a file of torch's; nothing in it is run."""
+    """Tensors and plain values in a file that torch.save wrote. No code in it is run."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the file, which nobody here has written
+            warnings.simplefilter("ignore")  # users can do nothing about warnings of an old file
             found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # garbage makes the reader of pickles stumble in any way
-        # Torch's own words for that advise to run what is in it.
+    except Exception as error:  # a broken file raises errors of many kinds
+        # Torch's own message advises to run the code in it.
         why = type(error).__name__ if "weights_only" in str(error) else _line(error)[:200]
         raise ValueError(
             f"{path} cannot be read as weights alone ({why}): it is damaged, or holds code, which is not run"
@@ -297,7 +301,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def find_tokenizer(place: Path, folder: Path | None = None) -> Tokenizer | None:
-    """The tokenizer in `folder`, else the one that came with the model, else GPT-2's where the vocabulary is that."""
+    """The tokenizer in `folder`, else the one beside the model, else GPT-2's if the model has its vocabulary."""
     if folder is not None:
         if not folder.is_dir():
             raise ValueError(
@@ -320,11 +324,11 @@ def _is_gpt2(place: Path) -> bool:
             merges = len((place / "merges.txt").read_text(encoding="utf-8").splitlines()) - 1
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    # 50,000 merges and these three ids are GPT-2's alone.
+    # Only GPT-2 has 50,000 merges and these three ids.
     signs = {"!": 0, "Ġthe": 262, "<|endoftext|>": 50256}
     return merges >= 50_000 and len(vocabulary) == 50_257 and all(vocabulary.get(k) == i for k, i in signs.items())
 
 
 def _line(error: Exception) -> str:
-    """The error on one line, where a library's message has many."""
+    """The message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,12 +1,13 @@
 """GPT-2's architecture, and its later variants: tokens in, logits or a loss out. Knows nothing of files, ranks or training.
 
-Pre-norm blocks, learned positions, tanh-GELU (Hugging Face's `gelu_new`; nanoGPT's is `gelu_erf`). The head is tied to the
-token embedding by default, and the state dict then has no entry for it. The names lead straight to Hugging Face's
-GPT-2: `wte`, `wpe`, `h.N.ln_1`, `h.N.attn`, `h.N.ln_2`, `h.N.mlp.c_fc`, `h.N.mlp.c_proj`, `ln_f`, `lm_head`; only the
-attention says `in_proj_weight`, `in_proj_bias` and `out_proj`, torch's names, for `c_attn` and `c_proj`.
+Pre-norm blocks, learned positions, tanh-GELU (Hugging Face's `gelu_new`; nanoGPT's is `gelu_erf`).
+The head is tied to the token embedding by default, and the state dict then has no entry for it. The
+names lead straight to Hugging Face's GPT-2: `wte`, `wpe`, `h.N.ln_1`, `h.N.attn`, `h.N.ln_2`,
+`h.N.mlp.c_fc`, `h.N.mlp.c_proj`, `ln_f`, `lm_head`; only the attention has torch's names
+`in_proj_weight`, `in_proj_bias` and `out_proj` for `c_attn` and `c_proj`.
 
-What GPTs have learned since is there to be chosen: rotary positions, root-mean-square norms, normalized queries and keys,
-squared ReLU or SwiGLU, fewer heads of keys and values. The defaults are GPT-2's, so a config without these fields is GPT-2.
+Options for later variants: rotary positions, root-mean-square norms, normalized queries and keys,
+squared ReLU or SwiGLU, fewer heads of keys and values. The defaults are GPT-2.
 
 Letters in comments: B batch, T tokens, D embedding, H heads, V vocabulary.
 """
@@ -23,13 +24,13 @@ from .shape import GPTConfig as GPTConfig
 
 
 class MLP(nn.Module):
-    """The feed-forward half of a block, four times as wide inside."""
+    """The feed-forward half of a block, whose hidden layer is four times as wide."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
         inner = 4 * config.n_embd
-        if config.activation == "swiglu":  # three matrices for two: each two thirds as wide, in whole eights
+        if config.activation == "swiglu":  # three matrices, each two thirds as wide, in multiples of 8
             inner = (2 * inner // 3 + 7) // 8 * 8
         self.c_fc = nn.Linear(config.n_embd, inner * (2 if config.activation == "swiglu" else 1), bias=config.bias)
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
@@ -53,7 +54,7 @@ def _norm(config: GPTConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward part, each on a normalized copy and added to the stream."""
+    """Attention, then the feed-forward part. Each works on normalized input and is added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The parameters of the head; its weight is None where it is the token embedding's, so that none is saved twice."""
+    """The parameters of the head. Its weight is None if it is the token embedding, so that it is not saved twice."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -91,7 +92,7 @@ class Head(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT with fresh weights, drawn from torch's default generator as GPT-2's were."""
+    """A GPT with random weights, drawn from torch's default generator with GPT-2's distribution."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -106,8 +107,11 @@ class GPT(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """GPT-2's start: normal with deviation 0.02; what is added to the residual stream is scaled down by the number
-        of additions, 2 a layer (GPT-2 paper, section 2.3). Biases are 0 already, or are made so; layer norms are 1."""
+        """GPT-2's initialization: normal with deviation 0.02, biases 0, layer norms 1.
+
+        Weights whose output is added to the residual stream are divided by the square root of the
+        number of additions, which is 2 per layer (GPT-2 paper, section 2.3).
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 residual = name.endswith(("attn.out_proj.weight", "mlp.c_proj.weight"))
@@ -120,9 +124,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B,T,V) of `tokens`, int64 (B,T); or, with `targets`, int64 (B,T), the loss.
 
-        The loss is the *sum* of the cross-entropy over all B*T targets, a float32 scalar in nats: the caller divides by
-        the token count of the whole step, which no single forward knows. `cache` (see `new_cache`) holds what came
-        before `tokens`. Raises ValueError where the tokens, with those of the cache, are more than block_size.
+        The loss is the *sum* of the cross-entropy over all B*T targets, a float32 scalar in nats.
+        The caller divides it by the token count of the whole step. `cache` (see `new_cache`) has
+        the tokens before `tokens`. Raises ValueError if the tokens, with those of the cache, are
+        more than block_size.
         """
         x = self.hidden(tokens, cache)
         if targets is None:
@@ -130,7 +135,7 @@ class GPT(nn.Module):
         return self._loss(x.flatten(0, 1), targets.flatten())
 
     def new_cache(self) -> list[KeyValueCache]:
-        """An empty cache for one generation of up to block_size tokens, an entry a layer."""
+        """An empty cache for a generation of up to block_size tokens, with one entry for each layer."""
         return [KeyValueCache(self.config.block_size) for _ in self.h]
 
     def hidden(self, tokens: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
@@ -157,9 +162,9 @@ class GPT(nn.Module):
         """Summed cross-entropy of hidden vectors (N,D) against targets (N)."""
         large = self.config.vocab_size >= 8192 and x.device.type == "cpu" and x.dtype == torch.float32
         if large and hasattr(F, "linear_cross_entropy"):
-            # From torch 2.13 on: head and loss 256 tokens at a time, so that the logits stay in the processor's cache.
-            # A whole step of a small model at vocabulary 50,304 is 1.6 times as fast, at 8,192 1.2 times, at 65 equal.
-            # The automatic chunks are slower than none; without allow_retain_graph torch.compile(fullgraph) fails.
+            # From torch 2.13 on, head and loss of 256 tokens at a time, so that the logits stay in the processor's cache.
+            # A step of a small model is 1.6 times as fast with a vocabulary of 50,304, 1.2 times with 8,192, equal with 65.
+            # Automatic chunks are slower than none. Without allow_retain_graph, torch.compile(fullgraph) fails.
             return F.linear_cross_entropy(
                 x,
                 self._head_weight(),
@@ -172,16 +177,16 @@ class GPT(nn.Module):
         return F.cross_entropy(self.logits(x).float(), targets, reduction="sum")
 
     def parameter_count(self) -> int:
-        """All parameters, position embeddings included; a tied head counts once."""
+        """Number of all parameters, position embeddings included. A tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Floating point operations a token, forward and backward, at the full block size: 6N + 12LHQT.
+        """Floating point operations per token, forward and backward, at the full block size: 6N + 12LHQT.
 
-        PaLM, appendix B (arXiv 2204.02311), as nanoGPT's estimate_mfu counts: N leaves out the position embeddings,
-        which are looked up and not multiplied; for the same reason it leaves out the token embedding where the head has
-        a weight of its own. 12LHQT is the attention to all T = block_size positions (H heads of width Q), though a
-        causal kernel skips half of it.
+        As in PaLM, appendix B (arXiv 2204.02311), and nanoGPT's estimate_mfu. N does not count the
+        position embeddings, since they are looked up and not multiplied; nor the token embedding,
+        if the head has its own weight. 12LHQT is the attention to all T = block_size positions (L
+        layers, H heads of width Q), though a causal kernel skips half of it.
         """
         config = self.config
         n = self.parameter_count() - (0 if self.wpe is None else self.wpe.weight.numel())
@@ -190,7 +195,7 @@ class GPT(nn.Module):
         return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
 
     def decay_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer, GPT-2's: matrices and embeddings decay, biases and layer norms do not."""
+        """Parameter groups for an optimizer: matrices and embeddings decay, biases and layer norms do not."""
         parameters = list(self.parameters())
         return [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

@@ -1,4 +1,4 @@
-"""Where a run's data and directory are on this machine: given as URLs, they are copied or mirrored, and used as folders."""
+"""Folders of this machine for data and run directories that are given as URLs: copies of data, and mirrors of runs."""
 
 import dataclasses
 from pathlib import Path
@@ -8,14 +8,14 @@ from elastic_gpt.datacopy import cache_folder, local_copy
 from elastic_gpt.storage import url_of
 from model_zoo.nanogpt.config import DataConfig, TrainConfig
 
-_data: dict[Path, str] = {}  # a copy's folder to its URL
+_data: dict[Path, str] = {}  # folder of a copy to its URL
 
 
 def here(config: TrainConfig) -> TrainConfig:
     """`config` with folders of this machine in place of URLs.
 
     Raises:
-        ValueError: if the data is missing, damaged or too large, or nothing installed knows the protocol.
+        ValueError: if the data is missing, damaged or too large, or no installed package knows the protocol.
         Unreachable: if a store does not answer.
     """
     data = dataclasses.replace(config.data, dir=data_here(config.data))
@@ -33,7 +33,7 @@ def data_here(data: DataConfig) -> Path:
 
 
 def given(config: TrainConfig) -> TrainConfig:
-    """`config` as somebody gave it: with the URLs. (A path of it is only to be written down.)"""
+    """`config` as the user gave it, with the URLs. (Its paths are only for writing them down.)"""
     run, urls = mirror.mirror_of(config.run_dir), {"dir": _data.get(config.data.dir, config.data.dir)}
     data = dataclasses.replace(config.data, **urls)  # type: ignore[arg-type]
     return dataclasses.replace(config, data=data, **({"run_dir": run.url} if run else {}))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""The type of a run's matrix products: given, or decided once, by a short measurement, and then the run's.
+"""The type of a run's matrix products: set by the user, or decided once by a short measurement.
 
-CPUs differ: with AMX, bfloat16 products make a wide model twice as fast, without AVX512_BF16 four times slower. Parameters,
-sums of the loss and the optimizer stay float32 in any case (autocast).
+CPUs differ: with AMX, bfloat16 products make a wide model twice as fast; without AVX512_BF16, four
+times slower. Parameters, sums of the loss and the optimizer are always float32 (autocast).
 """
 
 import dataclasses
@@ -15,24 +15,24 @@ from elastic_gpt.world import World
 from model_zoo.nanogpt.config import TrainConfig
 from model_zoo.nanogpt.model import GPT
 
-NARROW = 256  # narrower models gain nothing from bfloat16, so they are not measured
-GAIN = 1.3  # what bfloat16 has to be worth
+NARROW = 256  # width up to which models gain nothing from bfloat16 and are not measured
+GAIN = 1.3  # bfloat16 is used if it is at least so many times as fast
 TOKENS, ROUNDS = 256, 3  # of the measurement: a second for most models
 
 
 def dtype(config: TrainConfig, world: World) -> torch.dtype:
-    """What products are computed in on this world's device."""
+    """The type of matrix products on this world's device."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     return devices.usual_dtype(world.device)
 
 
 def settle(config: TrainConfig, world: World) -> TrainConfig:
-    """`config` with the dtype that "auto" stands for, where that depends on more than the device: on CPUs.
+    """On CPUs, `config` with the dtype that "auto" stands for. On other devices the device decides.
 
-    A run goes on in the type that its config.yaml names; one that says "auto" there computes in float32 on a CPU. A new
-    run's first worker measures. The ranks agree, whatever their processors are. Raises SettingsError on all ranks where
-    config.yaml is damaged.
+    A run keeps the type in its config.yaml; "auto" there means float32. For a new run, the first
+    worker measures, and all ranks use its answer, even on other processors. Raises SettingsError on
+    all ranks if config.yaml is damaged.
     """
     if config.dtype != "auto" or config.elastic.exact or not devices.is_host(world.device):
         return config

@@ -1,11 +1,12 @@
-"""A certificate: a stretch of a run is trained again, in one process, and has to come to the same.
+"""Trains some steps of a run again, in one process, and checks that the result is the same.
 
     elastic-gpt replay RUN --from 1000 --to 1200
 
-Begins at the checkpoint of the first step, in a folder of its own; RUN is only read. Each step's sequences are compared, and
-its loss: equal in exact mode, else up to what the order of float sums may do. In exact mode, where there is a checkpoint of
-the last step, so is every parameter and moment, byte for byte. That holds on the same kind of device, and on CPUs with as many
-threads as the run's workers had (OMP_NUM_THREADS).
+It begins with the checkpoint of the first step and writes to a folder of its own; RUN is only read.
+It compares the sequences of each step, and its loss, which has to be equal in exact mode, and
+otherwise close, since float sums may be in another order. In exact mode, if there is a checkpoint
+of the last step, every parameter and moment has to be equal bit for bit. That is so on the same
+kind of device, and on CPUs with as many threads as the run's workers had (OMP_NUM_THREADS).
 """
 
 import shutil
@@ -28,7 +29,7 @@ from model_zoo.nanogpt.config import TrainConfig
 from model_zoo.nanogpt.train import Training, check
 from prepare.frontdoor import DONE, FAILED, Parser, command, whole
 
-LOSS_TOLERANCE = 0.05  # nats, without exact mode: the drill's
+LOSS_TOLERANCE = 0.05  # nats, without exact mode; the same as in the drill
 EXAMPLES = """\
 examples:
   %(prog)s run                          from the oldest checkpoint there is to the newest
@@ -51,7 +52,7 @@ class Kept:
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt replay") -> int:
-    """Exit codes: 0 the same, 1 not the same, 2 a user's mistake."""
+    """Returns exit code 0 if it is the same, 1 if not, 2 for a user's mistake."""
     parser = Parser(prog, description="Train a stretch of a run again, and compare.", epilog=EXAMPLES)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run directory; it is only read")
     parser.add_argument(
@@ -96,7 +97,7 @@ def _those(steps: list[int]) -> str:
 def _train_again(
     run: Path, folder: Path, before: dict[str, Any], checkpoints: Checkpoints, first: int, last: int
 ) -> tuple[dict[str, torch.Tensor], dict[int, tuple[str, float | None]]]:
-    """The state after step `last`, and what was kept of each step."""
+    """Train steps `first` to `last` again. Returns the state after `last`, and sequence hash and loss of each step."""
     copy, preset = folder / "run", folder / "preset.yaml"
     for name in (CONFIG, METRICS, LEDGER):
         copy.mkdir(exist_ok=True)

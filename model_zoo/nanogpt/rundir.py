@@ -1,4 +1,4 @@
-"""The run directory: what a run leaves behind, and what makes it this run and no other."""
+"""The run directory of a training: what is in it, and which settings a run cannot change."""
 
 import contextlib
 import shutil
@@ -26,17 +26,17 @@ from model_zoo.nanogpt.vocabulary import vocabulary_fingerprint
 from prepare.data import load_tokenizer, save_tokenizer
 from prepare.tokens import DataError, Meta, fingerprint
 
-# What a run cannot change without being another run: data order, batches and parameters follow from these.
+# Settings that a run cannot change, since data order, batches and parameters depend on them.
 IDENTITY = ("model", "seed", "global_batch", "micro_batch", "elastic.exact", "data_fingerprint", FINGERPRINT)
-PATHS = ("run_dir", "data.dir", "init_from")  # may differ between nodes and lives: the same volume, mounted elsewhere
-ABOUT = ("format_version", "writer")  # what config.yaml says of itself
+PATHS = ("run_dir", "data.dir", "init_from")  # may differ: a volume may be mounted elsewhere
+ABOUT = ("format_version", "writer")  # entries of config.yaml that are not settings
 
 
 def open_run(config: TrainConfig, meta: Meta, world: World) -> tuple[Run, Claim | None]:
     """Make or find the run directory, and claim it for this job. The first worker has the claim.
 
     Raises:
-        SettingsError: on all ranks, if the ranks were given different settings or data, if the run there was made with
+        SettingsError: on all ranks, if their settings or data differ, if the run in the directory has other values of
             settings that a run cannot change, if the directory cannot be written, or if the nodes do not share it.
         InUse: on all ranks, if another job trains into the directory.
         CheckpointError: on all ranks, if a newer version made the run.
@@ -62,7 +62,7 @@ def _make(config: TrainConfig, meta: Meta, take: Callable[[], tuple[Run, Ledger]
             f"{shown(config.run_dir)} holds prepared data: name a folder of its own for the run with --run-dir"
         )
     resolved[FINGERPRINT] = fingerprint_of_start(config, before)
-    # A setting that an older version did not know had the effect that its default has; it started from random weights.
+    # Settings that an older version did not know have their defaults; it always started from random weights.
     defaults = settings.flatten(yaml.safe_load(settings.dump(TrainConfig()))) | {FINGERPRINT: None}
     before = defaults | before if before else {}
     changed = {}
@@ -77,9 +77,9 @@ def _make(config: TrainConfig, meta: Meta, take: Callable[[], tuple[Run, Ledger]
         changed[name] = [before[name], value]
     run, ledger = take()
     if changed:
-        ledger.write("settings_changed", changes=changed)  # name to before and after
+        ledger.write("settings_changed", changes=changed)  # name to old and new value
     tokenizer = config.run_dir / TOKENIZER
-    if not tokenizer.exists():  # it travels with the model
+    if not tokenizer.exists():  # the tokenizer belongs to the model
         aside = tokenizer.with_suffix(".partial")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -87,7 +87,7 @@ def _make(config: TrainConfig, meta: Meta, take: Callable[[], tuple[Run, Ledger]
         aside.rename(tokenizer)
     resolved["tokenizer_fingerprint"] = before.get("tokenizer_fingerprint")
     if not resolved["tokenizer_fingerprint"]:
-        with contextlib.suppress(DataError):  # data of another tool, which came without its tokenizer
+        with contextlib.suppress(DataError):  # data of another tool that has no tokenizer in it
             resolved["tokenizer_fingerprint"] = vocabulary_fingerprint(load_tokenizer(tokenizer))
     text = yaml.safe_dump(resolved, sort_keys=False)
     if not path.exists() or path.read_text(encoding="utf-8") != text:

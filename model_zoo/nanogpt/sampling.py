@@ -1,4 +1,4 @@
-"""The next token, and what the model sees of a long text. Knows tokens, not text.
+"""Draws the next token, and decides which part of a long text the model sees. Knows tokens, not text.
 
 Letters in comments: B batch, V vocabulary.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError, with the cure, for settings that `next_token` could not follow."""
+    """Raise ValueError, with the cure, for settings that `next_token` cannot follow."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; give 0 (always the likeliest token) or more, usually 0.5 to 1")
     if top_k is not None and top_k < 1:
@@ -34,7 +34,7 @@ def next_token(
     With a sequence of generators each row has its own, and gets what it would get alone.
     Raises ValueError for logits that are not finite.
     """
-    if not logits.amax(-1).isfinite().all():  # NaN and infinity are the largest; ids may be barred with -inf
+    if not logits.amax(-1).isfinite().all():  # amax finds NaN and infinity, but allows ids that are excluded with -inf
         raise ValueError("the model's output is not finite: its training went wrong; generate from an older checkpoint")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -47,7 +47,7 @@ def next_token(
     kept, ids = logits.topk(vocab_size if top_k is None else min(top_k, vocab_size))  # sorted, likeliest first
     probabilities = kept.softmax(-1)
     if top_p is not None:
-        likelier = probabilities.cumsum(-1) - probabilities  # what is likelier than each; 0 for the first
+        likelier = probabilities.cumsum(-1) - probabilities  # probability of all likelier ids; 0 for the first
         probabilities = probabilities.masked_fill(likelier >= top_p, 0.0)
     return ids.gather(-1, _draw(probabilities, generator))
 
@@ -67,12 +67,13 @@ def _draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Gen
 
 
 def window_start(length: int, block_size: int) -> int:
-    """Where the context of the next token starts, `length` tokens being there: 0 while they fit the block.
+    """The index at which the context of the next token starts, after `length` tokens; 0 while they fit into the block.
 
-    Learned positions bind a cached key to its place, so a window that slides by one token would have to compute the
-    whole block anew for each. It jumps instead: a token that does not fit leaves the last half block as context, which
-    costs half a block of prefill once in half a block of tokens. The context is so always half a block at least. It
-    depends on the length alone, so that a reply that is taken up again goes on as if it had not been interrupted.
+    With learned positions a cached key belongs to its position, so a window that slides by one
+    token would have to compute the whole block again for each token. It jumps instead: when the
+    block is full, its last half becomes the context. That costs half a block of prefill once in
+    half a block of tokens, and the context always has at least half a block. It depends only on the
+    length, so an interrupted reply can go on as if it had not been.
     """
     if length <= block_size:
         return 0

@@ -1,4 +1,4 @@
-"""The shape of a GPT: what model.py builds. Without torch, so that a client of a cluster can check it."""
+"""The shape of a GPT, from which model.py builds it. Without torch, so that the Kubernetes client can check it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. The defaults are GPT-2 with 124,439,808 parameters. Raises ValueError where it makes none."""
+    """The shape of a GPT. The defaults are GPT-2 with 124,439,808 parameters. Raises ValueError if it is not possible."""
 
     vocab_size: int = 50257
     """Token ids the model knows, 0 to vocab_size - 1. 0: not known yet (the trainer takes it from the data)."""
@@ -15,30 +15,30 @@ class GPTConfig:
     n_layer: int = 12
     """Transformer blocks."""
     n_head: int = 12
-    """Attention heads a block; a divisor of n_embd."""
+    """Attention heads per block; a divisor of n_embd."""
     n_embd: int = 768
-    """Width of the embedding, in numbers a token."""
+    """Width of the embedding: numbers per token."""
     dropout: float = 0.0
     """Probability of dropout while training, on embeddings, attention weights and residual branches."""
     bias: bool = True
-    """Biases in linears and layer norms. False: none but those of the head."""
+    """Biases in linear layers and layer norms. False: only the head may have one."""
     qkv_bias: bool = True
     """Biases in the query, key and value projections too; needs `bias`."""
     tied_head: bool = True
-    """The head's weight is the token embedding's."""
+    """Whether the head's weight is the token embedding."""
     head_bias: bool = False
     """A bias on the logits."""
     positions: Literal["learned", "rotary"] = "learned"
-    """Learned: a vector a position, added once. Rotary: queries and keys are turned in each layer (RoPE)."""
+    """learned: a vector for each position, added once. rotary: queries and keys are turned in each layer (RoPE)."""
     norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm, or RMSNorm, which has no mean and no bias."""
+    """layer: LayerNorm. rms: RMSNorm, without mean and bias."""
     qk_norm: bool = False
-    """Queries and keys are divided by their root mean square."""
+    """Divide queries and keys by their root mean square."""
     activation: Literal["gelu", "gelu_erf", "relu2", "swiglu"] = "gelu"
-    """Of the feed-forward half. gelu: its tanh form, GPT-2's; gelu_erf: the exact one, nanoGPT's, faster on CPUs unless
-    compiled. swiglu's half is narrower, for as many parameters."""
+    """Activation of the feed-forward half. gelu: the tanh form, GPT-2's. gelu_erf: the exact form, nanoGPT's, faster on
+    CPUs unless compiled. swiglu: narrower, so that it has as many parameters."""
     n_kv_head: int = 0
-    """Heads of keys and values a block; a divisor of n_head. 0: as many as n_head."""
+    """Heads of keys and values per block; a divisor of n_head. 0: n_head."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 0:
@@ -62,5 +62,5 @@ class GPTConfig:
 
     @property
     def least_parameters(self) -> int:
-        """Numbers in the matrices, without building the model."""
+        """Number of parameters in the matrices, found without building the model."""
         return self.n_embd * (self.vocab_size + self.block_size + 12 * self.n_layer * self.n_embd)

@@ -1,4 +1,4 @@
-"""What a training starts with: what any elastic run has of its settings, its loss, and the arithmetic that is told."""
+"""The start of a training: its settings as an elastic Plan, its loss function, and the batch arithmetic in words."""
 
 from collections.abc import Callable
 
@@ -14,11 +14,11 @@ from model_zoo.nanogpt.config import TrainConfig
 from model_zoo.nanogpt.model import GPT
 from prepare.tokens import Meta
 
-MERGED_TOKENS = 1024  # in one forward pass; more gains nothing
+MERGED_TOKENS = 1024  # tokens in one forward pass; more is not faster
 
 
 def plan(config: TrainConfig) -> Plan:
-    """What of a training's settings any elastic run has."""
+    """The settings of a training that every elastic run has."""
     return Plan(
         run_dir=config.run_dir,
         steps=config.steps,
@@ -45,11 +45,12 @@ def plan(config: TrainConfig) -> Plan:
 
 
 def merged_micro_batches(config: TrainConfig, world: World) -> int:
-    """How many micro-batches go through the model together, as one larger one.
+    """How many micro-batches go through the model together, as one larger one; more than one only on a CPU.
 
-    On a CPU small ones cost more than their share. Float sums come out in another order, as they do in another world; so
-    not in exact mode. With dropout each micro-batch has its own random numbers, whichever rank computes it: not then either.
-    A GPU's user chose the micro-batch for its memory. A compiled model keeps one shape, whatever a rank's share.
+    On a CPU small micro-batches are slow. Merging changes the order of float sums, so it is not
+    done in exact mode. Nor is it with dropout, since each micro-batch has its own random numbers;
+    nor on a GPU, since the user chose the micro-batch for its memory; nor with a compiled model,
+    which has one shape.
     """
     if not is_host(world.device) or config.elastic.exact or config.model.dropout > 0 or config.compile:
         return 1
@@ -59,8 +60,8 @@ def merged_micro_batches(config: TrainConfig, world: World) -> int:
 def loss_function(
     model: GPT, config: TrainConfig, dtype: torch.dtype, world: World
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(tokens, targets) to the sum of the cross-entropy, in the run's dtype and compiled where that is asked for."""
-    # The raw model is compiled, and the world stays out of the graph: a membership change recompiles nothing.
+    """A function of (tokens, targets): the sum of the cross-entropy, in the run's dtype, compiled if the settings say so."""
+    # Only the model is compiled, without the world, so that a membership change recompiles nothing.
     forward = torch.compile(model, dynamic=False) if config.compile else model
 
     def loss_sum(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ def loss_function(
 def arithmetic(
     config: TrainConfig, meta: Meta, model: GPT, order: Order, world: World, dtype: torch.dtype, restored: Restored
 ) -> list[str]:
-    """The batch arithmetic and where the run begins, for a person."""
+    """The batch arithmetic and the step at which the run begins, in words."""
     shares = sorted({len(share(config.micro_batches, rank, world.size)) for rank in range(world.size)})
     per_rank = " or ".join(str(count) for count in shares)
     merged = merged_micro_batches(config, world)

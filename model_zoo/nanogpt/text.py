@@ -1,4 +1,4 @@
-"""Between text and the ids of one generation: where it starts, and what can be shown of it as the ids come in."""
+"""Text to the ids of a prompt, and the ids of a generation to text, as they come."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -7,30 +7,31 @@ from prepare.tokenizer import Tokenizer
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of `prompt`; an empty one is the start of a text."""
+    """The ids of `prompt`. An empty prompt means the beginning of a text."""
     if not prompt and tokenizer.eot_id is not None:
-        return [tokenizer.eot_id]  # what stands between texts
+        return [tokenizer.eot_id]  # the token before each text
     return tokenizer.encode(prompt or "\n").tolist()
 
 
 class TextStream:
-    """Text of ids that come one by one, up to the first of `stops`, which is left out.
+    """Turns ids that come one by one into text, up to the first of `stops`, which is left out.
 
-    An id may end inside a UTF-8 character and a stop may be spread over several ids: what could still become one of
-    them is held back until the next id decides. Bytes that are not UTF-8 become U+FFFD.
+    An id may end within a UTF-8 character, and a stop may extend over several ids. So text that may
+    be the beginning of either is held back until the next ids. Bytes that are not UTF-8 become
+    U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
         self.stopped = False
-        """Whether a stop was found: there is no more text."""
+        """Whether a stop was found, so that the text has ended."""
         self.length = 0
-        """Characters so far, whether given out or held back; what was cut off with a stop does not count."""
+        """Characters so far, including those held back, but without a stop and what follows it."""
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
     def push(self, id_: int) -> str:
-        """What can be given out now that `id_` is known."""
+        """Take the next id. Returns the text that is certain now."""
         come = self._decoder.decode(self._tokenizer.decode_bytes([id_]))
         self._held += come
         self.length += len(come)
@@ -43,12 +44,12 @@ class TextStream:
         return text
 
     def finish(self) -> str:
-        """What was held back, no more ids being to come."""
+        """The text that was held back, when there are no more ids."""
         return self._held + self._decoder.decode(b"", final=True)
 
 
 def text_stream(ids: Iterable[int], tokenizer: Tokenizer, stops: Iterable[str] = ()) -> Iterator[str]:
-    """Pieces of text as the ids come in, as `TextStream` has them."""
+    """Pieces of text as the ids come, see `TextStream`."""
     stream = TextStream(tokenizer, stops)
     for id_ in ids:
         if text := stream.push(id_):

@@ -1,20 +1,18 @@
-"""Train a GPT, elastically: alone, or as one worker of many that may come and go.
+"""Trains a GPT: alone, or as one worker of many that may come and go.
 
     elastic-gpt train shakespeare_char --data.dir data --run-dir run
     python model_zoo/nanogpt/train.py shakespeare_char --data.dir data --run-dir run
     torchrun --nproc-per-node 2 model_zoo/nanogpt/train.py shakespeare_char --data.dir data --run-dir run
     elastic-gpt launch --nodes 3 -- train shakespeare_char --data.dir data --run-dir run
 
-The same command resumes a run that was interrupted: nothing but the run directory is needed.
+The same command resumes an interrupted run. It needs only the run directory.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-if (
-    not __package__
-):  # run as a script, which is `elastic-gpt train`; its folder is on the path, where the project's should be
+if not __package__:  # run as a script, its folder is on the path in place of the project's
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     from elastic_gpt import cli, huge_pages
 
@@ -53,7 +51,8 @@ from prepare.tokens import DataError, Meta
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> int:
     """Parse settings and train.
 
-    Exit codes (contract.py): as of every command, and for an agent 3 and 4: after these and 1 it tries again.
+    Returns the exit codes of all commands. Under an agent also 3 and 4 (contract.py); after 1, 3
+    and 4 it tries again.
     """
     try:
         config, meta = check(sys.argv[1:] if argv is None else argv, prog)
@@ -65,9 +64,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> 
 
 
 def train(config: TrainConfig, meta: Meta) -> None:
-    """Train to the last step. A worker that has to end before ends its process in here (`Worlds`)."""
+    """Train to the last step. If this worker has to end before, its process ends in here (see `Worlds`)."""
     training = Training(config, meta)
-    for step in training:  # in one world after the other; a step that a lost peer interrupted comes again
+    for step in training:  # in one world after the other; a step that is interrupted by the loss of a peer comes again
         for tokens, targets in step:  # this worker's share of the global batch
             step.backward(training.loss_sum(tokens, targets))
         step.update(config.optimizer.rate(step.number, config.steps))
@@ -83,7 +82,7 @@ class Training(Worlds):
         self.loss_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
         # --- model and optimizer
         device = place(config.device)
-        torch.manual_seed(config.seed)  # the same initial parameters everywhere
+        torch.manual_seed(config.seed)  # the same initial parameters on all workers
         torch.set_float32_matmul_precision("high")
         model = GPT(config.model).to(device)
         optimizer = torch.optim.AdamW(
@@ -103,7 +102,9 @@ class Training(Worlds):
     def open(self, world: World) -> tuple[Run, Claim | None]:
         config = precision.settle(self.config, world)
         run, claim = open_run(config, self.meta, world)
-        if config.init_from is not None and run.saved is None:  # the others get it when the state is restored
+        if (
+            config.init_from is not None and run.saved is None
+        ):  # other ranks get these weights when the state is restored
             world.first_does(lambda: None if self.held.step >= 0 else start(self.gpt, config))
         self.dtype = precision.dtype(config, world)
         if not hasattr(self, "loss_sum"):
@@ -134,14 +135,14 @@ class Training(Worlds):
 
 
 def prepare_node(argv: Sequence[str], prog: str = "elastic-gpt train") -> None:
-    """What a node does before others wait for it: data on an object store is copied."""
+    """Copy data from an object store, before this node joins and others wait for it."""
     places.data_here(
         settings.parse(TrainConfig, argv, presets=PRESETS, prog=prog, environment=settings.environment()).data
     )
 
 
 def check(argv: Sequence[str], prog: str = "elastic-gpt train") -> tuple[TrainConfig, Meta]:
-    """Everything about the settings and the data that can be wrong is found here, before any process is started."""
+    """Parse the settings and read the data's description. Finds all mistakes in them before any process is started."""
     config = settings.parse(TrainConfig, argv, presets=PRESETS, prog=prog, environment=settings.environment())
     before = settings_before(config.run_dir / CONFIG)
     if before and (later := settings.field_types(TrainConfig).keys() - before.keys()):

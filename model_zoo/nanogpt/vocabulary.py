@@ -1,4 +1,4 @@
-"""Which tokens a tokenizer's ids stand for, in 16 hex digits: they travel with a run, so that no other's is taken for it."""
+"""A fingerprint of a tokenizer's vocabulary. It is saved with a run, so that another tokenizer is noticed."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from prepare.tokenizer import Tokenizer
 
 
 def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
-    """The same for the same ids of the same tokens, whatever folder or tool the tokenizer came from."""
+    """16 hex digits, the same for the same tokens with the same ids, whatever folder or tool they come from."""
     with tempfile.TemporaryDirectory(prefix="elastic-gpt-") as folder:
         section = tokenizer.save(Path(folder))
     identity = [section.kind, section.sha256, sorted(section.specials.items()), tokenizer.vocab_size]

@@ -34,10 +34,10 @@ from tests.conftest import PATIENCE, elastic_gpt, environment, events, metrics
 
 HERE = Path(__file__).parent
 CRD = HERE / "elasticjob-crd.yaml"
-TOOLS = ("kubectl", "tini", "unshare", "nsenter", "setpriv")  # beside what build-control-plane installs
+TOOLS = ("kubectl", "tini", "unshare", "nsenter", "setpriv")  # beside the programs that build-control-plane installs
 IMAGE = "elastic-gpt:test"
 NODES = {f"machine-{number}": {"cpu": "2", "memory": "8Gi"} for number in range(4)}
-LONG, SHORT = 1500, 150  # steps: of a job that things happen to, and of one that is to finish
+LONG, SHORT = 1500, 150  # steps of a job to which things happen, and of one that has to finish
 TRAINING = [
     *("--global-batch=32", "--micro-batch=4", "--model.block-size=64", "--model.n-layer=2", "--model.n-embd=64"),
     *("--device=cpu", "--elastic.exact", "--model.dropout=0.1", "--observe.tensorboard=false"),
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Cluster:
-    """What a test does to the cluster, and what it sees of it."""
+    """The cluster: what tests do to it, and what they see."""
 
     def __init__(self, kubeconfig: Path, kubelet: Kubelet, volumes: Path) -> None:
         self.kubeconfig, self.kubelet, self._volumes = kubeconfig, kubelet, volumes
@@ -69,7 +69,7 @@ class Cluster:
         return done.stdout
 
     def volume(self, namespace: str, claim: str = "elastic-gpt") -> Path:
-        """A volume for the claim, as an administrator or a storage class makes one; returns its folder here."""
+        """Make a volume for the claim, as an administrator or a storage class does. Returns its folder here."""
         folder = self._volumes / namespace
         folder.mkdir(parents=True)
         folder.chmod(0o777)
@@ -122,7 +122,7 @@ class Job:
         return said
 
     def terminal(self, *words: Any, **more: str) -> "Terminal":
-        """The same, in a terminal."""
+        """`elastic-gpt job ...` in a terminal."""
         return Terminal(self.words(*words), environment(KUBECONFIG=str(self.cluster.kubeconfig), TERM="xterm", **more))
 
     def patch(self, change: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class Job:
         return str(job.get("status", {}).get("phase", ""))
 
     def pods(self, kind: str = "worker") -> dict[str, Any]:
-        """Name to pod, of the pods that are not about to go."""
+        """Name to pod, for all pods that are not being deleted."""
         label = f"elasticjob.dlrover/name={self.spec.name},elasticjob.dlrover/replica-type={kind}"
         pods = self.cluster.core.list_namespaced_pod(self.spec.namespace, label_selector=label).items
         return {pod.metadata.name: pod for pod in pods if pod.metadata.deletion_timestamp is None}
@@ -159,16 +159,19 @@ class Job:
         return found
 
     def master(self) -> str:
-        """The one that runs, or none."""
+        """The master that runs, or None."""
         return next((name for name, pod in self.pods("dlrover-master").items() if pod.status.phase == "Running"), "")
 
     def lose_master(self, lose: Callable[[str], object]) -> None:
-        """Until another one has looked at the job, whose phase the operator may have called Failed meanwhile."""
+        """Kill the master, and wait until a new one has read the job. The operator may call it Failed meanwhile."""
         lost = self.master()
         lose(lost)
         self.wait("another master", lambda: self.master() not in ("", lost), gone=True)
         log = self.pod(self.master()).log("main")
-        looked = ("the job asks for", "elasticJob which is suspended")  # our word, and DLRover's while it is suspended
+        looked = (
+            "the job asks for",
+            "elasticJob which is suspended",
+        )  # our message, and that of DLRover for a suspended job
         self.wait("its first look", lambda: any(words in log.read_text() for words in looked), gone=True)
         self.wait("a phase that is right", lambda: self.phase() in ("Running", "Suspended"), gone=True)
 
@@ -182,11 +185,11 @@ class Job:
         return metrics(self.run)[-1]["step"] if metrics(self.run) else 0
 
     def world(self) -> int:
-        """Workers in the newest step."""
+        """Number of workers in the newest step."""
         return metrics(self.run)[-1]["world_size"] if metrics(self.run) else 0
 
     def wait(self, what: str, holds: Callable[[], bool], gone: bool = False) -> None:
-        """Until `holds`. `gone`: the job itself may be, or its phase may say Failed."""
+        """Wait until `holds`. `gone`: the job may be deleted or called Failed meanwhile."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             with contextlib.suppress(client.ApiException):
@@ -200,7 +203,7 @@ class Job:
         self.wait(f"a world of {size}", lambda: self.world() == size)
 
     def wait_life(self) -> None:
-        """Until a new world has done its first step."""
+        """Wait until a new world has done its first step."""
         lives = len(events(self.run, "recovered"))
         self.wait("a new world", lambda: len(events(self.run, "recovered")) > lives)
 
@@ -212,7 +215,7 @@ class Job:
         self.wait("Succeeded", lambda: self.phase() == "Succeeded")
 
     def story(self) -> str:
-        """For a test that fails: the pods, and the end of what each of them said."""
+        """For a failed test: the pods, and the end of each log."""
         lines = [
             f"phase {self.phase()}, step {self.step()}",
             self.cluster.kubectl("get", "pods,jobs,pvc", "-n", self.spec.namespace),
@@ -233,11 +236,11 @@ class Job:
 
 
 class Terminal:
-    """A command in a terminal of its own: what a person sees of it, and what they type."""
+    """A command in its own terminal: what a person sees, and what they type."""
 
     def __init__(self, words: list[str], variables: dict[str, str]) -> None:
         self.seen = ""
-        self._read = 0  # how far `expect` has come in it
+        self._read = 0  # what `expect` has read
         self._screen, theirs = os.openpty()
         termios.tcsetwinsize(theirs, (40, 120))
         self._process = subprocess.Popen(
@@ -273,7 +276,7 @@ class Terminal:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if missing := [program for program in TOOLS if not shutil.which(program)]:  # told before minutes of building
+    if missing := [program for program in TOOLS if not shutil.which(program)]:  # say so before building for minutes
         pytest.skip(f"no cluster here: {', '.join(missing)} not installed (see tests/cluster/conftest.py)")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic-gpt" / "kubernetes-1.20"
     built = subprocess.run([HERE / "build-control-plane", cache], stderr=subprocess.PIPE, text=True, check=False)
@@ -281,7 +284,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip(built.stderr.strip().splitlines()[-1])
     assert built.returncode == 0, built.stderr
     folder = tmp_path_factory.mktemp("cluster")
-    # Pods run as another user, who has to get at their volumes.
+    # Pods run as another user, who needs access to their volumes.
     for path in (folder, *folder.parents[:2]):
         path.chmod(0o755)
     variables = {
@@ -315,7 +318,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], Path]:
-    """To a job, the run directory of one process with the same settings that nobody disturbed."""
+    """Gives the run directory of an undisturbed run in one process with the settings of a job."""
     folder = tmp_path_factory.mktemp("undisturbed")
     elastic_gpt("prepare", "--sample", "--tokenizer", "char", "--output-dir", folder / "data")
     for steps in (LONG, SHORT):  # before any job: both cores are busy with those
@@ -330,7 +333,7 @@ def make_job(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Calla
     made: list[Job] = []
 
     def make(*, steps: int = LONG, without: tuple[str, ...] = (), **fields: Any) -> Job:
-        # DLRover's operator knows jobs by their names alone, so each has one of its own.
+        # Each job has another name, since DLRover's operator knows jobs only by their names.
         name = request.node.name.removeprefix("test_").replace("_", "-")[:30].strip("-")
         spec = JobSpec(
             **{

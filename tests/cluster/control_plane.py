@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 class ControlPlane:
-    """Started by `with`, gone after it. `kubeconfig` is the administrator's, `node_token` a kubelet's."""
+    """A context manager. `kubeconfig` is that of the administrator, `node_token` that of a kubelet."""
 
     def __init__(self, binaries: Path, folder: Path) -> None:
         self._binaries = binaries
@@ -124,7 +124,7 @@ class ControlPlane:
         )
 
     def config(self, token: str) -> dict:
-        """A kubeconfig for who holds `token`."""
+        """A kubeconfig with this token."""
         authority = base64.b64encode(self.ca.read_bytes()).decode()
         return {
             "apiVersion": "v1",

@@ -1,4 +1,4 @@
-"""A stand-in for DLRover's Go operator 0.6.1, which is in no package, and the door to the real one where somebody built it.
+"""A stand-in for DLRover's Go operator 0.6.1, which no package contains; or the real one, if somebody has built it.
 
 The stand-in watches jobs and masters as the real one does, and hands what it sees to operator_state.py, which decides. Of the
 race that follows each new master (its pod is placed before the job is read again, or after) it always takes the bad side, as
@@ -30,7 +30,7 @@ RETRIES = 10  # of a request that the server asks to be made again, as client-go
 
 
 class Operator:
-    """Reconciles the ElasticJobs of all namespaces between `start` and `stop`; what happens in between it never hears of."""
+    """Reconciles the ElasticJobs of all namespaces from `start` to `stop`. It never hears of what happens while stopped."""
 
     def __init__(self, kubeconfig: Path) -> None:
         api = config.new_client_from_config(str(kubeconfig))

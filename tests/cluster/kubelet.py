@@ -89,7 +89,7 @@ class Kubelet:
         return found[-1] if found else None
 
     def lose_node(self, name: str) -> None:
-        """The machine is gone: no process, no heartbeat, and (as a cloud's controller does) no Node object."""
+        """Lose a machine: no processes, no heartbeat, and (as with a cloud's controller) no Node object."""
         self._down.add(name)
         for pod in self._pods.values():
             if pod.node == name:
@@ -160,7 +160,7 @@ class Kubelet:
 
 
 class Pod:
-    """One pod: a thread that runs its containers, and what is told of them."""
+    """One pod: a thread that runs its containers and reports their state."""
 
     def __init__(self, core: client.CoreV1Api, folder: Path, manifest: Manifest, kubelet: Kubelet) -> None:
         self._core, self._kubelet, self.manifest = core, kubelet, manifest
@@ -222,7 +222,7 @@ class Pod:
         self.signal(signal.SIGKILL)
 
     def signal(self, number: int) -> None:
-        """To the container's first process; its end is the end of all in it."""
+        """Send a signal to the container's first process. All others end with it."""
         if pids := self.pids():
             self.killed = self.killed or number == signal.SIGKILL
             with contextlib.suppress(ProcessLookupError):
@@ -243,7 +243,7 @@ class Pod:
         return self.folder / f"{container}.log"
 
     def inside(self, container: str) -> list[str]:
-        """The words in front of a command that make it one in the container."""
+        """The words to put before a command to run it in the container."""
         [manifest] = [one for one in self.manifest["spec"]["containers"] if one["name"] == container]
         entered = ["nsenter", f"--target={self.pids()[0]}", "--mount", "--uts", "--pid", "--root"]
         variables = ["env", "-i", *(f"{name}={value}" for name, value in self._environment(manifest).items())]
@@ -334,7 +334,7 @@ class Pod:
                 return
 
     def _await_start(self, words: list[str]) -> None:
-        """Until the container's first process is what it is to be: before that it is still in this machine's root."""
+        """Wait until the container's first process has started. Before that it sees this machine's root."""
         assert self._process
         deadline = time.monotonic() + 5  # a script is its interpreter and does not show these words
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -563,7 +563,7 @@ def _bytes(quantity: str) -> int:
 
 
 def _pieces(output: int) -> Iterator[bytes]:
-    """What comes from a pipe or a terminal, until nobody is left to write."""
+    """The output of a pipe or terminal, until all writers have closed it."""
     with contextlib.suppress(OSError):  # a terminal ends with EIO
         while piece := os.read(output, 65536):
             yield piece
@@ -574,7 +574,7 @@ def _stamped(line: bytes) -> bytes:
 
 
 def _devices(folder: str, last_word: Path) -> list[str]:
-    """A /dev of the container's own, with the file in which it may say why it ends."""
+    """The container's own /dev, with the file for its termination message."""
     last_word.write_text("")
     last_word.chmod(0o666)
     lines = [f"mount -t tmpfs -o mode=755 tmpfs {folder} && mkdir {folder}/pts {folder}/shm"]

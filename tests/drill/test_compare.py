@@ -1,4 +1,4 @@
-"""Two runs laid over each other: what is the same is called so, and each kind of difference is seen."""
+"""compare.py: equal runs are called equal, and each kind of difference is found."""
 
 import json
 import math

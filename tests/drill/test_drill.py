@@ -17,7 +17,7 @@ def test_a_short_drill_holds_every_law_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "drill").mkdir()
     done = elastic_gpt("drill", "--events=5", "--nodes=3", "--seed=11", "--output-dir", tmp_path / "drill")
     assert "BROKEN" not in done.stdout
-    said = ("measuring: ", "learning ", "encoding: ")  # no library has a word
+    said = ("measuring: ", "learning ", "encoding: ")  # no messages of libraries
     assert [line for line in done.stderr.splitlines() if not line.startswith(said)] == []
     report = json.loads((tmp_path / "drill/report.json").read_text())
     assert [event["kind"] for event in report["events"]][5:] == [LEAVE]
@@ -37,12 +37,12 @@ def test_a_drill_deletes_nothing_that_is_not_a_drills(tmp_path: Path) -> None:
     assert elastic_gpt("drill", "--output-dir", kept, code=2).stderr.count("\n") == 1
 
 
-def test_a_restart_before_any_event_is_nobodys() -> None:
+def test_a_restart_before_any_event_is_charged_to_none() -> None:
     happened = [Event("a node joins", 1, 50, time=10.0)]
     charge(
         happened, [{"event": "restored", "time": 9.0, "dropped": 3}, {"event": "restored", "time": 11.0, "dropped": 4}]
     )
-    assert happened[0].dropped == 4  # so the sum is not the account's, which breaks the law
+    assert happened[0].dropped == 4  # so the sum differs from that of the ledger, which breaks the law
 
 
 def test_a_broken_drill_leaves_no_good_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

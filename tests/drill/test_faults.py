@@ -1,4 +1,4 @@
-"""What is done to a job: it is waited for what comes of it, and a job that stands still is told."""
+"""faults.py: each fault waits for its effect, and a job that makes no progress is reported."""
 
 import random
 import threading
@@ -18,7 +18,7 @@ from tests.conftest import PATIENCE, TINY, events, metrics, until
 
 
 class Job:
-    """A job of which nothing is real but its run directory."""
+    """A fake job; only its run directory is real."""
 
     logs, name = Path("logs"), "no-such-job"
 
@@ -46,7 +46,7 @@ class Job:
 
 
 class Pretended:
-    """Faults of such a job, which does a step each 50 ms, whatever happens."""
+    """Faults of a fake job that does a step every 50 ms, whatever happens."""
 
     def __init__(self, run: Path) -> None:
         self.job = Job(run)

@@ -1,4 +1,4 @@
-"""A worker and its agent: who waits is given a world, and who trains can be called out of one."""
+"""agent.py: a worker that waits gets a world, and one that trains can be called out of its world."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_a_worker_that_has_ended_does_not_wait_and_its_successor_does(name: str)
     workers.forget()
     second = Agent(name, 0)
     second.next_world(-1, lambda: workers.waiting() == {0})
-    workers.forget()  # from here on the first two are nobody's, whatever they say
+    workers.forget()  # from here on messages of the first two do not count
     old._tell(waits=4)
     third = Agent(name, 0)
     third._tell(waits=-1)
@@ -101,7 +101,7 @@ def test_a_worker_that_stands_still_is_named_and_its_successor_is_told(
     workers, _agent = Workers(name), Agent(name, 0)
 
     def later(seconds: float) -> dict[int, str]:
-        """So many seconds later, if this process looked all the time."""
+        """What is seen so many seconds later, if this process looked all the time."""
         while seconds > 0:
             now[0] += min(seconds, BEAT_SECONDS)
             seconds -= BEAT_SECONDS
@@ -111,7 +111,7 @@ def test_a_worker_that_stands_still_is_named_and_its_successor_is_told(
     until(lambda: 0 in workers._beats)
     assert later(SILENT_SECONDS - 1) == {}
     now[0] += 60
-    assert workers.hung() == {}  # it was this process that stood still
+    assert workers.hung() == {}  # this process itself had stood still
     assert later(SILENT_SECONDS - 1) == {}
     assert later(2) == {0: f"no sign of life for {SILENT_SECONDS + 1:.0f} s, in step 0"}
     workers.forget()

@@ -1,4 +1,4 @@
-"""A rank's share of each global batch, in as many passes through the model as it likes."""
+"""batches.py: a rank's share of each global batch, in any number of passes through the model."""
 
 import numpy as np
 import pytest

@@ -40,7 +40,7 @@ def test_what_is_loaded_is_what_was_saved_and_old_ones_are_dropped(tmp_path: Pat
 
 
 class Killed(BaseException):
-    """What a kill -9 is to the code after it."""
+    """Stands for a kill -9: the code after it does not run."""
 
 
 @pytest.mark.parametrize("name", ["save_file", "_flush", "_sha256", "rename", "unlink"])
@@ -72,7 +72,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
     live = state(0)
     again.load(newest, live)
     assert all(torch.equal(live[tensor], value) for tensor, value in state(newest).items())
-    again.save(30, state(30), [{"step": 30}])  # and what the killed save left does not stand in the way
+    again.save(30, state(30), [{"step": 30}])  # the remains of the killed save do no harm
     assert again.finished(wait=True) == 30
     assert again.newest_step() == 30
 
@@ -109,7 +109,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_silently(tm
     os.truncate(tmp_path / "step_00000010" / "optimizer.safetensors", 3)
     with pytest.raises(CheckpointError, match="restore one from a backup"):
         checkpoints.newest_step()
-    assert checkpoints.newest_step(newer_than=12) is None  # a newer snapshot makes it unimportant
+    assert checkpoints.newest_step(newer_than=12) is None  # a newer snapshot is there, so damage does not matter
 
 
 def test_damaged_newer_checkpoints_do_not_push_out_a_good_one(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_full_disk_is_told_and_the_next_save_succeeds(tmp_path: Path, monkeypa
     assert error.errno == errno.ENOSPC
     monkeypatch.undo()
     assert checkpoints.newest_step() == 10
-    assert not (tmp_path / "step_00000020").exists()  # its room is needed
+    assert not (tmp_path / "step_00000020").exists()  # deleted, since its room is needed
     checkpoints.save(30, state(30), [{"step": 30}])
     assert checkpoints.finished(wait=True) == 30
 
@@ -176,7 +176,7 @@ def test_another_runs_checkpoints_are_neither_taken_nor_deleted(tmp_path: Path) 
         return Checkpoints(tmp_path, keep=1, run=Run(name, 0, []))
 
     late = run("late")
-    assert late.newest_step() is None  # both start, and find nothing
+    assert late.newest_step() is None  # both runs start and find no checkpoints
     first = run("first")
     first.save(10, state(10), [])
     assert first.finished(wait=True) == 10
@@ -190,7 +190,7 @@ def test_another_runs_checkpoints_are_neither_taken_nor_deleted(tmp_path: Path) 
         with pytest.raises(CheckpointError, match="another run"):
             late.finished(wait=True)
     assert run("first").newest_step() == 10
-    assert Checkpoints(tmp_path).newest_step() == 10  # who only reads weights need not know
+    assert Checkpoints(tmp_path).newest_step() == 10  # without a run, any checkpoint can be read
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:

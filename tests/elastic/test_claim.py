@@ -1,4 +1,4 @@
-"""One job at a time trains into a run directory, and a dead one's claim keeps nobody away."""
+"""claim.py: one job at a time trains into a run directory, and the claim of a dead job expires."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The commands, from outside: whatever is typed, a person sees no traceback, and the exit code says whether to try again."""
+"""All commands: whatever is typed, a person sees no traceback, and the exit code says whether to try again."""
 
 import collections
 import contextlib
@@ -58,7 +58,7 @@ users: [{name: me, user: {}}]
 
 @pytest.fixture(scope="module")
 def tree(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of all kinds, few of them what a command wants."""
+    """Files of all kinds, most of them unsuitable for a command."""
     root = tmp_path_factory.mktemp("tree")
     meta = json.loads((data / "meta.json").read_text())
     (root / "folder").mkdir()
@@ -192,7 +192,7 @@ NEARLY_RIGHT = {
 
 
 def flags_of(command: str) -> list[str]:
-    """All that its help names."""
+    """All flags in a command's help."""
     if command == "train":
         return [f"--{name}" for name in field_types(TrainConfig)]
     calls = [[command, action, "--help"] for action in ACTIONS] if command == "job" else [[command, "--help"]]
@@ -218,7 +218,7 @@ def run(*words: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def no_work() -> Iterator[None]:
-    """What is accepted ends where the work would begin; an error that nobody foresaw is raised."""
+    """Stops a command where its work would begin, and raises unexpected errors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(TRACEBACK, "1")
         patch.delenv("KUBECONFIG", raising=False)
@@ -249,7 +249,7 @@ def no_work() -> Iterator[None]:
 
 @st.composite
 def lines(draw: st.DrawFn) -> list[str]:
-    """A command with flags and words of all kinds, or one that is right but for what stands in place of FILE, N and WORD."""
+    """Command lines with arbitrary flags and words, or right ones with arbitrary values for FILE, N and WORD."""
     command = draw(st.sampled_from(sorted(COMMANDS)))
     flags = FLAGS.setdefault(command, flags_of(command))
     word = st.one_of(st.sampled_from(FILES), st.sampled_from(NUMBERS), st.sampled_from(WORDS), ANY)
@@ -467,7 +467,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 @pytest.mark.parametrize(("shell", "code"), [("> /dev/full", 1), ("| true", 141)])
-def test_output_that_nobody_takes_ends_a_command_in_one_line_at_most(
+def test_output_that_cannot_be_written_ends_a_command_in_one_line_at_most(
     words: str, shell: str, code: int, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     places = {"DATA": str(data), "RUN": str(trained)}

@@ -1,4 +1,4 @@
-"""What processes tell each other is read as it was meant, also by another version."""
+"""contract.py: what processes tell each other is understood, also by another version."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Data from an object store is copied to a machine once, and is what its meta.json says."""
+"""datacopy.py: data from an object store is copied to a machine once, and checked against its meta.json."""
 
 import json
 import threading
@@ -38,7 +38,7 @@ def _free(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def done() -> None:
-    """The processes that used copies have ended."""
+    """Let go of all copies, as if the processes that use them had ended."""
     while datacopy._held:
         datacopy._held.pop().close()
 
@@ -61,7 +61,7 @@ def stored(prepared: Path, where: str, more: bytes = b"") -> str:
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, url: str, die_at: int = 0) -> list[str]:
-    """What is read of the store from here on; the process dies at that many pieces."""
+    """Records what is read from the store, and kills the process after so many pieces."""
     store = fsspec.core.url_to_fs(url, use_listings_cache=False)[0]
     if "cat_file" not in vars(store):
         store = type(store)  # each thread has an object of its own
@@ -146,7 +146,7 @@ def test_no_file_outside_its_folder_is_written(prepared: Path, tmp_path: Path) -
     meta = json.loads((prepared / "meta.json").read_text())
     meta["splits"]["val"]["file"] = "../../val.bin"
     files.pipe_file(f"{root}/meta.json", json.dumps(meta).encode())
-    with pytest.raises(DataError, match="no file of that folder"):
+    with pytest.raises(DataError, match="not a file of that folder"):
         local_copy(url, tmp_path, MOST)
 
 

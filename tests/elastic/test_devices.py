@@ -1,4 +1,4 @@
-"""One room decides by the kind of a device, and what it decides."""
+"""devices.py: what each kind of device can do; no other module decides by it."""
 
 import ast
 from pathlib import Path
@@ -15,7 +15,7 @@ LISTED = {"elastic_gpt/devices.py", "elastic_gpt/settings.py"}  # the room, and 
 
 
 def words_of(path: Path) -> set[str]:
-    """The strings and attributes of a file that name a kind of device; what is said to a person in a longer string is none."""
+    """The strings and attributes in a file that name a kind of device. Words in longer messages do not count."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in KINDS:

@@ -1,4 +1,4 @@
-"""The one true mean gradient, on any number of ranks, in real gloo worlds."""
+"""gradients.py: the mean gradient of the global batch, on any number of ranks, in real gloo worlds."""
 
 import functools
 import itertools

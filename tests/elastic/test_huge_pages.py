@@ -1,4 +1,4 @@
-"""Memory in huge pages: what trains has it, a user's word wins, and nobody starts over twice."""
+"""huge_pages.py: training uses huge pages, the user's setting wins, and no command starts over twice."""
 
 import subprocess
 import sys

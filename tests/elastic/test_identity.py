@@ -1,4 +1,4 @@
-"""A run is its directory's: a renamed one is the same, a copy is another."""
+"""identity.py: a renamed run directory is the same run, a copy is another."""
 
 import re
 import shutil

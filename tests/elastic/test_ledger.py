@@ -1,4 +1,4 @@
-"""The ledger: what happened, and what it cost."""
+"""ledger.py: what happened to a run, and what it cost."""
 
 import json
 import time
@@ -17,7 +17,7 @@ def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> Non
     ledger.begin_life(["a", "b", "c"], 3, 0, "start", 0)
     ledger.write("left", node="c", step=5)
     with ledger.path.open("a") as file:
-        file.write("half a li")  # a killed writer's; the next event is not lost to it
+        file.write("half a li")  # left by a killed writer; the next event must not be lost
     ledger.begin_life(["a", "d"], 2, 5, "snapshot of node a", 2)
     events = ledger.events()
     assert [event["node"] for event in events if event["event"] == "lost"] == ["b"]
@@ -32,7 +32,7 @@ def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> Non
     }
     assert ledger.branches() == [(0, 0), (1, 5)]
     ledger.write("stopped", step=9)
-    ledger.begin_life(["x"], 1, 9, "checkpoint", 0)  # nobody is lost that was asked to stop
+    ledger.begin_life(["x"], 1, 9, "checkpoint", 0)  # a node that was asked to stop is not lost
     assert [event["node"] for event in ledger.events() if event["event"] == "lost"] == ["b"]
 
 
@@ -86,7 +86,7 @@ def test_a_pause_that_was_asked_for_is_not_a_recovery(tmp_path: Path, end: str |
 
 @pytest.mark.parametrize("back", [False, True])
 def test_nodes_that_left_for_good_without_a_word_of_the_last_one_are_a_pause(tmp_path: Path, back: bool) -> None:
-    """As when a job is suspended: the second node is between two worlds when it is asked to leave."""
+    """As when a job is suspended while its second node is between two worlds."""
     ledger = Ledger(tmp_path)
     ledger.begin_life(["a", "b"], 2, 0, "start", 0)
     ledger.write("left", node="a", step=4)

@@ -1,4 +1,4 @@
-"""A run directory on an object store: what was written is there after a kill, over memory:// and the real S3 protocol."""
+"""mirror.py: what was written to a run directory on an object store survives a kill, over memory:// and real S3."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def opened(url: str, life: str = "") -> Mirror:
-    """As another process opens it, as the writer of `life` if there is one."""
+    """A mirror as another process opens it; with `life`, as its writer."""
     found = Mirror(url)
     found.reopen()
     if life:
@@ -60,7 +60,7 @@ def steps(url: str) -> list[tuple[int, float]]:
 
 @contextlib.contextmanager
 def killed_at(store: Any, call: int, when: str) -> Iterator[list[str]]:
-    """The process dies before or after the call with that number that changes the store."""
+    """Kills the process before or after the n-th call that changes the store."""
     calls: list[str] = []
 
     def deadly(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,14 +98,14 @@ def test_what_was_written_is_there_for_the_next_process(url: str) -> None:
     assert len(second.parts[LEDGER]) > 3
 
 
-def test_a_folder_that_is_just_being_made_is_none_yet(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_just_being_made_does_not_count_yet(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror = opened(url)
     monkeypatch.setattr(mirror.files, "find", lambda path: [path])  # as s3fs does when objects come while it looks
     mirror.pull(TOKENIZER)
     assert not (mirror.folder / TOKENIZER).exists()
 
 
-def test_a_tokenizer_that_a_kill_cut_short_is_none(url: str) -> None:
+def test_a_tokenizer_that_a_kill_cut_short_does_not_count(url: str) -> None:
     first = opened(url, "first")
     (first.folder / TOKENIZER / "tokenizer").mkdir(parents=True)
     (first.folder / TOKENIZER / "tokenizer" / "ranks").write_bytes(b"\0\1")
@@ -124,7 +124,10 @@ def test_an_event_that_was_written_survives_a_kill_at_any_call(url: str, call: i
             Ledger(first.folder).write_durably("interrupted", node="n", cause=str(number))
             written.append(str(number))
     found = said(url)
-    assert found in (written, [*written, str(len(written))])  # the last one may be there although nobody was told
+    assert found in (
+        written,
+        [*written, str(len(written))],
+    )  # the last one may be there though the kill came before the answer
     second = opened(url, "second")
     Ledger(second.folder).write_durably("interrupted", node="n", cause="later")
     assert said(url) == [*found, "later"]

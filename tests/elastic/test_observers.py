@@ -1,4 +1,4 @@
-"""metrics.jsonl has each step of the kept history once; the console speaks now and then."""
+"""observers.py: metrics.jsonl has each step of the kept history once, and the console a line every interval."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Order without a world: the same sequences at every step, each once an epoch, whatever happens to the nodes."""
+"""order.py: the same sequences at every step, each once in an epoch, whatever happens to the nodes."""
 
 import tracemalloc
 

@@ -1,4 +1,4 @@
-"""What is reported of a step is what was done in it."""
+"""reports.py: the report of a step says what was done in it."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ class Kept:
 
 
 def hashes(world: World, order: Order, exact: bool, lost: int | None = None) -> list[str]:
-    """Of a few steps, in which each micro-batch but the one that gets `lost` is trained on."""
+    """The sequence hashes of a few steps, in which one micro-batch may be left out."""
     parameter = torch.nn.Parameter(torch.ones(1))
     batches = Batches(np.arange(40 * BLOCK + 1, dtype=np.uint16), BLOCK, MICRO_BATCH, order, world)
     gradients = Gradients(

@@ -1,4 +1,4 @@
-"""Somebody's own model, made elastic: it is the same run whatever happens to its workers, and mistakes are one line."""
+"""run.py: a user's own model makes the same run whatever happens to its workers, and mistakes are one line."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_the_example_is_elastic_in_every_world(tmp_path: Path) -> None:
 
 @linux
 @pytest.mark.slow
-def test_a_script_that_counts_its_own_steps_is_found_out(tmp_path: Path) -> None:
+def test_a_script_that_counts_its_own_steps_is_not_elastic(tmp_path: Path) -> None:
     script = tmp_path / "own.py"
     counts = "    run.mine = getattr(run, 'mine', 0) + 1\n    step.update(1e-2 / run.mine)"  # which a restart sets back
     script.write_text(OWN.read_text().replace("    step.update()", counts))

@@ -1,4 +1,4 @@
-"""One door for settings: a typo in a preset, a variable or a flag gets the nearest right name in one line."""
+"""settings.py: a typo in a preset, a variable or a flag gets the nearest right name in one line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Snapshots: one is whole at any moment, and none of another run or a damaged one is ever taken."""
+"""snapshot.py: one snapshot is whole at any moment, and a damaged one or one of another run is never loaded."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Where a life of the run begins: in memory, on storage, or at the start; and never silently at the wrong one."""
+"""state.py: a life begins with the state in memory, on storage or at the start, and never silently with a wrong one."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def state(value: float) -> dict[str, torch.Tensor]:
 
 
 def hold(folder: Path, step: int, life: int) -> Snapshots:
-    """A node's memory with one snapshot."""
+    """The snapshots of a node, with one snapshot in them."""
     snapshots = Snapshots(folder / "run", "node", "run", state(0), name=f"life-{life}")
     snapshots.save(step, life, state(step), [{"step": step}])
     snapshots.wait()
@@ -29,13 +29,13 @@ def hold(folder: Path, step: int, life: int) -> Snapshots:
 
 
 def a_run(life: int, branches: list[tuple[int, int]], **more: Any) -> Run:
-    """In its life number `life`, of the same job as the one before."""
+    """A run in its life number `life`, in the same job as the life before."""
     lives = {f"life-{number}": number for number in range(life)}
     return Run("run", life, branches, **({"lives": lives, "continues": True} | more))
 
 
 class Away(Checkpoints):
-    """Checkpoints in a place that does not answer."""
+    """Checkpoints on a storage that does not answer."""
 
     def newest_step(self, newer_than: int = -1) -> int | None:  # noqa: ARG002
         raise Unreachable(f"cannot list {self.storage}: no route")
@@ -182,7 +182,7 @@ def test_the_newest_that_a_survivor_has_in_its_tensors_is_given_to_all(tmp_path:
         (tmp_path / str(rank)).mkdir(mode=0o700)
     expected = (30, "worker of node single", [{"step": 30}], 30.0)
     assert run_world(3, with_a_survivor, tmp_path, HELD, [(0, 0)]) == [expected] * 3
-    # What a worker did in a world that the run went back from is taken by nobody.
+    # No worker takes a state of a world that the run went back from.
     abandoned = (10, "snapshot of node node", [{"step": 10}], 10.0)
     assert run_world(3, with_a_survivor, tmp_path, HELD, [(0, 0), (1, 20)])[2] == abandoned
 

@@ -1,4 +1,4 @@
-"""Joining, leaving, and what a worker hears of its agent."""
+"""world.py: joining, leaving, and signals."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What the tests of all manifests share: examples that a command renders, and schemas that let no misspelt field pass."""
+"""Helpers of all tests of manifests: examples that a command renders, and schemas that find misspelt fields."""
 
 import contextlib
 import copy
@@ -29,7 +29,7 @@ def assert_first_line_renders(file: Path) -> None:
 
 @functools.cache
 def crd_validator(path: Path, *inside: str) -> Any:
-    """Of the v1alpha1 objects of a CustomResourceDefinition, or of what lies `inside` them, field by field."""
+    """A validator of the v1alpha1 objects of a CustomResourceDefinition, or of the part `inside` them."""
     validator = pytest.importorskip("openapi_schema_validator").OAS30Validator
     if not path.exists():
         pytest.skip(f"no CustomResourceDefinition at {path}")

@@ -1,4 +1,4 @@
-"""What the documents tell a reader to type is what the commands take, and the files they name are there."""
+"""The commands in the documents are accepted by the parsers, and the files they name exist."""
 
 import importlib
 import re
@@ -54,7 +54,7 @@ def mentioned(document: str) -> list[str]:
 
 
 def check(command: str, folder: Path) -> None:
-    """Raises Parsed where the parsers take a command; else SystemExit or SettingsError with what they say."""
+    """Raises Parsed if the parsers accept a command, else SystemExit or SettingsError."""
     words = shlex.split(command)
     first = next(place for place, word in enumerate(words) if word.rpartition("/")[2] == "elastic-gpt")
     variables = dict(word.split("=", 1) for word in words[:first] if word.startswith("EGPT__"))

@@ -25,7 +25,8 @@ class StubCluster:
 
     What a test may set: `forbidden` (kinds that this user may not create or list), `narrow` (kinds that this user may list in
     one namespace only), `unknown` (kinds that the cluster does not know), `drops` (fields of an ElasticJob's spec that an old
-    definition has not), `grace` (seconds that the pods of a deleted ElasticJob stay, as a cluster's do).
+    definition has not), `grace` (how many times the pods of a deleted ElasticJob are still
+    listed, as those of a cluster are until they have ended).
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,8 @@ class StubCluster:
         self.forbidden: set[str] = set()
         self.narrow: set[str] = set()
         self.unknown: set[str] = set()
-        self.grace = 0.0
+        self.grace = 0
+        self.ending: dict[tuple[str, str, str], int] = {}
         self.drops: set[str] = set()
         self.requests: list[tuple[str, str]] = []
         stub = self
@@ -143,6 +145,8 @@ class StubCluster:
                 and called in ("", its)
                 and all(has_label(tree, *word) for word in wanted)
             ]
+            if kind == "Pod":
+                self.end_pods()
             return 200, {"items": items}
         tree = self.objects.get((kind, namespace, name))
         if tree is None:
@@ -157,16 +161,20 @@ class StubCluster:
         return 200, tree
 
     def collect(self, job: str, namespace: str) -> None:
-        """The garbage collector: a job's pods go after it, when their grace time is over."""
+        """The garbage collector: a job's pods go after it, once they have been listed `grace` times."""
         owned = [key for key, tree in self.objects.items() if key[:2] == ("Pod", namespace)
                  and has_label(tree, "elasticjob.dlrover/name", "=", job)]  # fmt: skip
         for key in owned:
             self.objects[key]["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:05Z"
-        go = lambda: [self.objects.pop(key, None) for key in owned]  # noqa: E731
-        if self.grace:
-            threading.Timer(self.grace, go).start()
-        else:
-            go()
+            self.ending[key] = self.grace + 1
+        self.end_pods()
+
+    def end_pods(self) -> None:
+        for key in list(self.ending):
+            self.ending[key] -= 1
+            if self.ending[key] <= 0:
+                del self.ending[key]
+                self.objects.pop(key, None)
 
     def create(self, kind: str, namespace: str, body: Tree, *, dry_run: bool) -> tuple[int, Any]:
         name = body["metadata"]["name"]

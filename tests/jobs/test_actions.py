@@ -1,4 +1,4 @@
-"""What each action does to a cluster, what it says, and what it refuses."""
+"""actions.py: what each action does to a cluster, prints and refuses."""
 
 import threading
 import time
@@ -47,7 +47,7 @@ def running(stub: StubCluster, nodes: int = 2, **changes: Any) -> dict[str, Any]
 
 
 def later(stub: StubCluster, action: Callable[[], Any]) -> None:
-    """When the client has looked at least once: it has asked so many times, however long that took."""
+    """Do `action` after the client has sent so many requests that it has looked at least once."""
     before = len(stub.requests)
 
     def wait() -> None:
@@ -119,7 +119,7 @@ def test_delete_waits_until_the_pods_are_gone_and_submit_for_whoever_did_not(
     stub: StubCluster, job: Job, capsys: Output
 ) -> None:
     running(stub)
-    stub.grace = 0.3
+    stub.grace = 5
     assert job("delete", "elastic-gpt", "--timeout", PATIENCE) == 0
     assert "waiting until pod/elastic-gpt-edljob-worker-0" in capsys.readouterr().out
     assert not [key for key in stub.objects if key[0] == "Pod"]
@@ -148,7 +148,7 @@ def test_submit_finds_a_job_running_that_lost_its_master(stub: StubCluster, job:
     assert "has ended (Failed)" in capsys.readouterr().err
 
 
-def test_who_may_not_see_pods_can_submit(stub: StubCluster, job: Job) -> None:
+def test_a_user_who_may_not_read_pods_can_submit(stub: StubCluster, job: Job) -> None:
     stub.forbidden = {"Pod"}
     assert job("submit") == 0
     assert job("submit") == 0
@@ -167,7 +167,7 @@ def test_submit_waits_for_a_job_that_is_being_deleted(stub: StubCluster, job: Jo
 
 def test_delete_says_what_is_left_when_its_time_is_over(stub: StubCluster, job: Job, capsys: Output) -> None:
     running(stub)
-    stub.grace = 60
+    stub.grace = 1_000_000
     assert job("delete", "elastic-gpt", "--timeout", 0.2) == 124
     assert "pods of it are there still" in capsys.readouterr().err
 
@@ -231,7 +231,7 @@ def test_progress_survives_tracebacks_and_pods_that_are_gone(stub: StubCluster, 
 
 
 @pytest.mark.parametrize("time", [0.0, 1e300, -1e300, float("nan")])
-def test_a_time_that_cannot_be_is_left_out(stub: StubCluster, job: Job, capsys: Output, time: float) -> None:
+def test_an_impossible_time_is_left_out(stub: StubCluster, job: Job, capsys: Output, time: float) -> None:
     running(stub)
     stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, Progress(time, 10, 100, 2.5).to_line())]
     assert job("status", "elastic-gpt") == 0

@@ -1,4 +1,4 @@
-"""A job without a master: the reason and the cure, from what the cluster tells."""
+"""causes.py: why a job has no master, and the cure."""
 
 from collections.abc import Callable
 from typing import Any
@@ -122,7 +122,7 @@ def test_an_event_of_the_operators_says_who_refused(stub: StubCluster, job: Job,
 
 
 @pytest.mark.usefixtures("lost")
-def test_what_one_may_not_look_at_is_passed_over(stub: StubCluster, job: Job, capsys: Output) -> None:
+def test_what_this_user_may_not_read_is_ignored(stub: StubCluster, job: Job, capsys: Output) -> None:
     stub.forbidden = {"Deployment", "ResourceQuota", "Event"}
     stub.narrow = {"ElasticJob"}
     assert CURE in told(job, capsys)
@@ -139,7 +139,7 @@ def test_a_master_that_is_only_just_missing_is_waited_for_in_silence(
 
 
 @pytest.mark.usefixtures("lost")
-def test_who_waits_is_told_too(job: Job, capsys: Output) -> None:
+def test_wait_and_resume_tell_the_reason_too(job: Job, capsys: Output) -> None:
     assert job("wait", "elastic-gpt", "--timeout", 0.2) == 124
     assert CURE in capsys.readouterr().out
     assert job("resume", "elastic-gpt", "--timeout", 0.2) == 124

@@ -1,4 +1,4 @@
-"""The door to the API server: what a kubeconfig can hold that is none, and that each answer is one line."""
+"""client.py: each error of a broken kubeconfig or server is one line."""
 
 from pathlib import Path
 
@@ -41,15 +41,15 @@ def listing(path: Path) -> int:
         "https://a b",
     ],
 )
-def test_a_server_that_is_no_web_address_is_named_with_its_file(server: str, tmp_path: Path, capfd: Output) -> None:
+def test_a_server_that_is_not_a_web_address_is_named_with_its_file(server: str, tmp_path: Path, capfd: Output) -> None:
     path = kubeconfig(tmp_path, server)
     assert listing(path) == 2
-    told = f"error: the server in {path} is '{server}', which is no web address: write https://HOST:PORT there"
+    told = f"error: the server in {path} is '{server}', which is not a web address: write https://HOST:PORT there"
     assert capfd.readouterr().err.startswith(told)
 
 
 @pytest.mark.parametrize("server", [3, [1], {"a": 1}, None])
-def test_a_server_that_is_no_text_is_one_line_with_the_file(server: object, tmp_path: Path, capfd: Output) -> None:
+def test_a_server_that_is_not_text_is_one_line_with_the_file(server: object, tmp_path: Path, capfd: Output) -> None:
     path = kubeconfig(tmp_path, server)
     assert listing(path) == 2
     said = capfd.readouterr().err
@@ -62,7 +62,7 @@ def test_a_server_that_is_no_text_is_one_line_with_the_file(server: object, tmp_
     [bytes(range(256)), b"\xff\xfea\0", b"\0", b"[" * 20_000, b"[[[", b"3", b"clusters: 3\ncontexts: [x]\n", b""],
     ids=["binary", "utf-16", "nul", "deep", "open", "number", "types", "empty"],
 )
-def test_a_kubeconfig_that_is_none_is_one_line_with_its_name(content: bytes, tmp_path: Path, capfd: Output) -> None:
+def test_a_broken_kubeconfig_is_one_line_with_its_name(content: bytes, tmp_path: Path, capfd: Output) -> None:
     path = tmp_path / "config"
     path.write_bytes(content)
     assert listing(path) == 2

@@ -1,4 +1,4 @@
-"""The command line: quick, without torch, and with an answer to every typo."""
+"""commands.py: the command line needs no torch, and answers every typo."""
 
 import dataclasses
 import pkgutil

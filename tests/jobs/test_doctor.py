@@ -1,4 +1,4 @@
-"""What the doctor finds, and the command that mends it."""
+"""doctor.py: what the doctor finds, and the command that helps."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the doctor says of DLRover's operator."""
+"""operator.py: what the doctor says about DLRover's operator."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ USAGE = ("Usage of /manager:", "  -leader-elect", "    \tEnable leader election 
         (("starting", "unable to get kubeconfig"), "unable to get kubeconfig", "kubectl -n dlrover describe pods"),
     ],
 )  # fmt: skip
-def test_one_that_crashes_says_its_last_words(
+def test_an_operator_that_crashes_says_its_last_words(
     stub: StubCluster, job: Job, capsys: Output, lines: tuple[str, ...], last: str, cure: str
 ) -> None:
     healthy(stub)
@@ -37,7 +37,7 @@ def test_one_that_crashes_says_its_last_words(
     assert cure in said
 
 
-def test_two_of_them_are_one_too_many(stub: StubCluster, job: Job, capsys: Output) -> None:
+def test_two_operators_are_one_too_many(stub: StubCluster, job: Job, capsys: Output) -> None:
     healthy(stub)
     stub.add({"kind": "Deployment", "metadata": {"name": "dlrover-controller-manager", "namespace": "old"},
               "status": {"availableReplicas": 1}})  # fmt: skip

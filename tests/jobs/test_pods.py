@@ -1,4 +1,4 @@
-"""pods.py: a pod in our words."""
+"""pods.py: how a pod is described."""
 
 from typing import Any
 

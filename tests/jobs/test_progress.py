@@ -1,4 +1,4 @@
-"""How far training is, in words; only the line that is made for machines counts."""
+"""progress.py: how far training is; only the lines for programs count."""
 
 import math
 

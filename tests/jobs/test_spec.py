@@ -1,4 +1,4 @@
-"""What a person decides, and what follows from it."""
+"""spec.py: what a person decides about a job, and what follows from it."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the API server tells, in words."""
+"""status.py: the state of a job, from what the API server says."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A pod's terminal, without kubectl."""
+"""terminal.py: a pod's terminal without kubectl."""
 
 import json
 import os

@@ -154,7 +154,7 @@ class Controller:
         self.volume = volume
 
     def run(self, pair: list[Tree], *, nodes: int = 1, typed: str | None = None) -> str:
-        """What the node with rank 0 wrote. Raises AssertionError where a pod fails."""
+        """Runs it. Returns the output of rank 0. Raises AssertionError if a pod fails."""
         runtime, job = pair
         container = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
             "containers"

@@ -1,4 +1,4 @@
-"""What is printed of a job can be searched."""
+"""watch.py: what is printed about a job can be searched."""
 
 import pytest
 from rich.table import Table

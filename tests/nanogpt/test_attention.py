@@ -1,4 +1,4 @@
-"""Our attention against torch's own, and against the definition written out."""
+"""attention.py: compared with torch's own attention, and with its definition."""
 
 import math
 from typing import Any

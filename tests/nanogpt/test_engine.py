@@ -1,4 +1,4 @@
-"""Each generation is what it is alone, and what it is without a cache, whoever comes and goes beside it."""
+"""engine.py: each generation is the same as alone and without a cache, whatever other requests come and go."""
 
 import dataclasses
 import random
@@ -96,8 +96,8 @@ def test_requests_that_come_and_go_in_a_batch_get_what_they_get_alone(model: GPT
         assert ids(tokens) == (expected[: len(tokens)] if generation in dropped else expected)
 
 
-def test_fresh_memory_has_nothing_in_it_that_a_mask_does_not_hide(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Garbage in memory that nobody wrote would reach a short row through its mask, if it is no number."""
+def test_nan_in_fresh_memory_does_not_reach_a_short_row(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 times NaN is NaN, so a mask alone does not hide what is in fresh memory."""
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *shape: t.new_full(shape[0], float("nan")))
     engine, found = Engine(model, slots=2), {}
     short, long = Request(prompt(1), 3, temperature=0), Request(prompt(9), 3, temperature=0)
@@ -171,7 +171,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn(model: GPT) -> None:
     assert set(generate(model, Request(prompt(2), 300, temperature=5.0, seed=0), vocab_size=3)) == {0, 1, 2}
 
 
-def test_what_makes_no_sense_is_refused_before_the_first_token(model: GPT) -> None:
+def test_impossible_settings_are_refused_before_the_first_token(model: GPT) -> None:
     request = Request([1], 1)
     for changes, message in (
         ({"temperature": -1}, "temperature is -1"),

@@ -1,4 +1,4 @@
-"""Held-out loss: training's own number, every token once, and bytes that do not depend on the tokenizer."""
+"""evaluate.py: the same loss as in training, each token scored once, and bits per byte."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What is exported is the model: transformers and nanoGPT's own arithmetic say the same."""
+"""export.py: transformers and nanoGPT's arithmetic compute the same with an exported model."""
 
 import dataclasses
 import os
@@ -73,7 +73,7 @@ def test_autotokenizer_gives_the_same_ids_for_any_text_and_the_text_back(
     assert theirs.decode(ids) == ours.decode(ids)
 
 
-def test_it_knows_the_end_of_text(pair: tuple[Tokenizer, Any]) -> None:
+def test_the_exported_tokenizer_knows_the_end_of_text(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
     assert theirs.eos_token_id == ours.eot_id
 

@@ -1,4 +1,4 @@
-"""The terminal's door: text as it streams, how it stops, how one leaves, and what a user's mistake is answered with.
+"""generate.py: how text streams and stops, how one leaves, and how mistakes are answered.
 
 The runs here hold a model made by hand that recites: after each byte or character comes the next of a fixed text.
 """

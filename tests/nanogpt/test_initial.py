@@ -1,4 +1,4 @@
-"""A run that starts from given weights: whose they may be, what has to fit, and that they belong to the run."""
+"""initial.py: runs that start from given weights, and what has to fit."""
 
 import dataclasses
 import shutil
@@ -25,7 +25,7 @@ SHAPE = GPTConfig(256, block_size=32, n_layer=1, n_head=2, n_embd=32)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few bytes again and again: quickly learned."""
+    """A few bytes again and again, which are learned quickly."""
     folder = tmp_path_factory.mktemp("bytes")
     (folder / "text.txt").write_text("the same few words again and again\n" * 300)
     prepare([str(folder / "text.txt"), "--tokenizer", "byte", "--output-dir", str(folder / "data")])

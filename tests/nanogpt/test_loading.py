@@ -1,4 +1,4 @@
-"""A model from wherever it lies, and what is not one."""
+"""loading.py: models in all places and formats, and what is not a model."""
 
 import dataclasses
 import json

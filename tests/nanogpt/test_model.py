@@ -1,4 +1,4 @@
-"""The model against the definition of GPT-2 written out, and the numbers that others rely on."""
+"""model.py: compared with the formulas of GPT-2, and its parameter and operation counts."""
 
 import math
 from dataclasses import replace
@@ -253,7 +253,7 @@ def test_a_block_is_torchs_encoder_layer() -> None:
         ("dropout", 1.0, "model.dropout is 1.0"),
     ],
 )
-def test_a_shape_that_makes_no_model_is_refused_with_its_value(field: str, value: Any, message: str) -> None:
+def test_an_impossible_shape_is_refused_with_its_value(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**{field: value})
 
@@ -356,6 +356,6 @@ def test_a_config_without_the_variants_fields_is_gpt2() -> None:
         ({"positions": "rotary", "n_embd": 36}, "a head is 9 wide"),
     ],
 )
-def test_a_variant_that_makes_no_model_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_an_impossible_variant_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**changes)

@@ -1,4 +1,4 @@
-"""Training with data and run directory on an object store: the run is the undisturbed one, whatever is killed."""
+"""places.py: training with data and run directory on an object store makes the undisturbed run, whatever is killed."""
 
 import contextlib
 import itertools

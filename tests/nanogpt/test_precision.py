@@ -1,4 +1,4 @@
-"""The type of a run's products on a CPU: measured once, the run's from then on, and never at the cost of exactness."""
+"""precision.py: on a CPU, the type of products is measured once and kept, and never changes exact mode."""
 
 import dataclasses
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_what_the_user_says_exact_mode_and_narrow_models_need_no_measurement(
     assert settled(tmp_path, monkeypatch, None, model=narrow) == "float32"
 
 
-def test_a_damaged_config_is_no_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_config_is_not_taken_for_a_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_text("]")
     with pytest.raises(SettingsError, match="damaged"):
         settled(tmp_path, monkeypatch, None)

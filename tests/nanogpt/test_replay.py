@@ -1,4 +1,4 @@
-"""A stretch of a run, trained again, is the same; and where something was changed afterwards, that is found."""
+"""replay.py: steps that are trained again are the same, and later changes of the run are found."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A run is its directory's: copies, two jobs at once, older and newer versions, and the settings of a run that goes on."""
+"""rundir.py: copies, two jobs at once, older and newer versions, and settings that a run may change."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def test_one_job_at_a_time_and_a_copy_has_its_own_files_while_a_renamed_run_has_
     for run, number, checkpoint in zip((live, b, c), at, stored, strict=True):
         done = elastic_gpt("train", *arguments(data, run, f"--steps={number + 20}"))
         (restored,) = events(run, "restored")[1:]
-        if run == c:  # at once: nobody waits for a job that was killed here
+        if run == c:  # at once: the claim of a killed job on this machine has expired
             assert restored["source"] == "snapshot of node single"
             if restored["step"] > int(checkpoint.removeprefix("step_")):  # else storage had as much
                 assert "memory is taken, for the run was killed there" in done.stdout
@@ -175,7 +175,7 @@ def test_what_a_newer_version_made_is_refused_with_the_version_that_is_needed(tm
 
 
 @pytest.mark.parametrize("what", ["a file", "a loop", "a folder in its place"])
-def test_a_run_directory_that_cannot_be_is_one_line(data: Path, tmp_path: Path, what: str) -> None:
+def test_an_impossible_run_directory_is_one_line(data: Path, tmp_path: Path, what: str) -> None:
     run = tmp_path / "a" / "run"
     if what == "a file":
         run.parent.touch()
@@ -187,7 +187,7 @@ def test_a_run_directory_that_cannot_be_is_one_line(data: Path, tmp_path: Path, 
     assert re.fullmatch(r"error: cannot (read|write) .*: choose another --run-dir\n", done.stderr)
 
 
-def test_a_folder_of_prepared_data_is_no_place_for_a_run(data: Path, tmp_path: Path) -> None:
+def test_a_folder_of_prepared_data_is_refused_as_a_run_directory(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     before = sorted(path.name for path in (tmp_path / "data").iterdir())
     done = elastic_gpt("train", *arguments(tmp_path / "data", tmp_path / "data", "--steps=1"), code=2)

@@ -1,4 +1,4 @@
-"""The laws of sampling."""
+"""sampling.py: which tokens are drawn with which probability."""
 
 from typing import Any
 
@@ -87,7 +87,9 @@ def test_the_window_jumps_only_when_full_and_keeps_half_a_block(block_size: int)
         ((1, None, 1.5), "top_p is 1.5"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options: tuple[float, int | None, float | None], message: str) -> None:
+def test_impossible_sampling_settings_are_refused(
+    options: tuple[float, int | None, float | None], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         check_sampling(*options)
 

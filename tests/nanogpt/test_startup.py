@@ -1,4 +1,4 @@
-"""What each life of a run starts with."""
+"""startup.py: the start of a training."""
 
 from typing import Any
 

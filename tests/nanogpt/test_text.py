@@ -1,4 +1,4 @@
-"""Text as its ids come in: whole characters, at once, and up to a stop."""
+"""text.py: text as its ids come, in whole characters and up to a stop."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""The training script: alone and under torchrun, interrupted and resumed, always the same run."""
+"""train.py: alone and under torchrun, interrupted and resumed, it is always the same run."""
 
 import contextlib
 import dataclasses
@@ -504,7 +504,7 @@ def test_the_presets_have_the_sizes_they_are_named_for() -> None:
 
 
 def bad_loss(at: set[int]) -> Any:
-    """`loss_function`, but with a loss that is not a number in the steps `at`, in one of their micro-batches."""
+    """`loss_function`, but in the steps `at` one micro-batch has a loss of NaN."""
     calls = itertools.count()
 
     def make(*words: Any) -> Any:

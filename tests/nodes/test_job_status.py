@@ -1,4 +1,4 @@
-"""What a master makes of a status that calls its job Failed: tests/cluster does it under the operator."""
+"""job_status.py: how a master corrects a status that calls its job Failed. tests/cluster does it under the operator."""
 
 from typing import Any
 

@@ -1,6 +1,7 @@
 """The real DLRover master and agents on this machine: nodes are killed, leave and join, and the run is the same."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -9,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from elastic_gpt.contract import shared_memory
 from elastic_gpt.nodes.local import LocalJob
+from elastic_gpt.processes import die_with_parent
 from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, events, metrics, until
 
 STEPS = 900
@@ -30,6 +33,13 @@ def wait(job: LocalJob, condition: Callable[[], bool]) -> None:
         return condition()
 
     until(come, f"waited in vain: see {job.logs}")
+
+
+def launched(command: list[str], **options: Any) -> subprocess.Popen[Any]:
+    """A launcher that is killed when this process is: a test that is killed leaves no training behind."""
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
+    end_with_us = functools.partial(die_with_parent, os.getpid())
+    return subprocess.Popen(command, env=environment(), preexec_fn=end_with_us, **options)
 
 
 def processes_of(name: str) -> list[str]:
@@ -123,7 +133,7 @@ def test_a_terminal_that_stops_a_node_costs_no_step(data: Path, tmp_path: Path, 
         os.kill(worker, number)  # to it alone: it leaves, its agent does not, and starts another
         wait(job, lambda: len(events(run, "restored")) == 2)
         wait(job, lambda: len(metrics(run)) > events(run, "restored")[1]["step"])
-        agent.send_signal(signal.SIGSTOP)  # what the worker hears of it comes late
+        agent.send_signal(signal.SIGSTOP)  # so that its message to the worker comes late
         os.killpg(agent.pid, number)  # agent, standby, worker: all that was started in the terminal
         until(lambda: len(events(run, "stopped")) == 2)
         agent.send_signal(signal.SIGCONT)
@@ -137,10 +147,7 @@ def test_a_terminal_that_stops_a_node_costs_no_step(data: Path, tmp_path: Path, 
 def test_nohup_keeps_launcher_and_nodes(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "elastic_gpt.cli", "launch", "--nodes=1", "--", "train", *ENDLESS]
-    launch = subprocess.Popen(
-        ["nohup", *command, "--data.dir", str(data), "--run-dir", str(run)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
-    )  # fmt: skip
+    launch = launched(["nohup", *command, "--data.dir", str(data), "--run-dir", str(run)])
     try:
         until(lambda: len(metrics(run)) >= 10)
         for process in processes_of(str(run)):
@@ -209,7 +216,7 @@ def test_ctrl_c_saves_stops_everything_and_the_same_command_goes_on(data: Path, 
     arguments = ["debug_cpu", *TINY, "--steps=300", "--checkpoint.interval=1000", "--data.dir", str(data), "--run-dir"]
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     command = [sys.executable, "-m", "elastic_gpt.cli", "launch", "--nodes=2", "--", "train", *arguments, str(run)]
-    launch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    launch = launched(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until(lambda: len(metrics(run)) >= 50)
     launch.send_signal(signal.SIGINT)
     output = launch.communicate(timeout=PATIENCE)[0]
@@ -231,7 +238,7 @@ def test_kill_9_of_the_launcher_leaves_no_process(data: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     arguments = ["train", "debug_cpu", *TINY, "--steps=100000", "--data.dir", str(data), "--run-dir", str(run)]
     command = [sys.executable, "-m", "elastic_gpt.cli", "launch", "--nodes=2", "--", *arguments]
-    launch = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    launch = launched(command)
     until(lambda: len(metrics(run)) >= 20)
     launch.kill()
     launch.wait()

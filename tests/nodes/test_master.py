@@ -1,4 +1,4 @@
-"""What a running job is made to be: pure decisions. The real master is in tests/cluster."""
+"""master.py: which nodes of a running job are started and removed. The real master runs in tests/cluster."""
 
 import signal
 import subprocess
@@ -16,7 +16,7 @@ from tests.conftest import PATIENCE, environment
 
 @dataclass
 class Record:
-    """As much of DLRover's record of a node as the decision reads."""
+    """The fields of DLRover's record of a node that the decision reads."""
 
     id: int
     rank_index: int

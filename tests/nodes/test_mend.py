@@ -1,4 +1,4 @@
-"""Each mend of DLRover 0.6.1 is still needed: what it mends is there and as bad as it was. And what the mends make of it."""
+"""mend.py: each mend of DLRover 0.6.1 is still needed, since its fault is still there; and what the mends do."""
 
 import importlib.metadata
 import inspect
@@ -17,7 +17,7 @@ pytest.importorskip("dlrover")
 
 
 def fresh(code: str) -> str:
-    """What `code` prints in a process of its own, which nobody has mended."""
+    """What `code` prints in a new process without mends."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]

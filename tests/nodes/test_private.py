@@ -1,4 +1,4 @@
-"""One machine, many users: nothing that two of them need lies at a fixed place."""
+"""private.py: two users of one machine share no fixed path."""
 
 import os
 import shutil

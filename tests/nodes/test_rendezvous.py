@@ -1,4 +1,4 @@
-"""DLRover's own rendezvous, in this process: no second world beside one that trains."""
+"""rendezvous.py, with DLRover's own rendezvous: no second world is formed beside one that trains."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The standby: a worker that is forked from it behaves, to its agent, as one that the agent started itself."""
+"""standby.py: for its agent, a worker that is forked from the standby behaves like one that the agent started."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""What the tests of `prepare` share: texts, tokenizers, and the folder that only our machines have."""
+"""Texts, tokenizers and the folder of shared data for the tests of `prepare`."""
 
 import socket
 from pathlib import Path
@@ -12,7 +12,7 @@ ENGLISH = "The quick brown fox doesn't jump over 12 lazy dogs. " * 40 + "\n"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of test data that is not part of the project."""
+    """A folder of test data that is not part of the project; tests that need it are skipped without it."""
     folder = SHARED / "data"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: it holds Tiny Shakespeare and the reference ranks of GPT-2")

@@ -1,4 +1,4 @@
-"""convert.py: what other trainers are given is what they wrote themselves."""
+"""convert.py: other trainers get files like those that they write themselves."""
 
 import os
 import pickle

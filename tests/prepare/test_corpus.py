@@ -1,4 +1,4 @@
-"""corpus.py: the same text whatever holds it and however it is cut; clear words for what is not text."""
+"""corpus.py: the same text in all formats and however it is cut; clear errors for what is not text."""
 
 import gzip
 import hashlib
@@ -43,7 +43,7 @@ def parquet(path: Path, documents: list[str | None], column: str = "text") -> No
     parquet.write_table(pyarrow.table({"id": list(range(len(documents))), column: documents}), path, row_group_size=2)
 
 
-# --- what may hold text
+# --- formats
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 1 << 20])
@@ -100,7 +100,7 @@ def test_separated_documents_do_not_depend_on_the_blocks(documents: list[str], s
     assert found == [document for document in data.split(separator.encode()) if document]
 
 
-# --- what is wrong with it
+# --- errors
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize(("shell", "code"), [("| head -1", 141), (">/dev/full", 1), (">&-", 0), ("2>&- >&- <&-", 0)])
-def test_output_that_nobody_can_take_ends_without_a_traceback(shell: str, code: int) -> None:
+def test_output_that_cannot_be_written_ends_without_a_traceback(shell: str, code: int) -> None:
     line = f'"$0" -c "$1" {shell}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(
         ["bash", "-c", line, sys.executable, SAYS_MUCH], capture_output=True, text=True, check=False, cwd=Path.cwd()
@@ -139,7 +139,7 @@ def test_output_that_nobody_can_take_ends_without_a_traceback(shell: str, code: 
 
 
 @pytest.mark.parametrize("buffered", ["", "1"])
-def test_help_that_nobody_can_take_is_no_success_where_that_can_be_known(buffered: str) -> None:
+def test_help_that_cannot_be_written_is_not_a_success(buffered: str) -> None:
     code = "import prepare.frontdoor as f; raise SystemExit(f.command(lambda: f.Parser('x').parse_args(['--help']))())"
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = subprocess.run(

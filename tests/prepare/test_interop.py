@@ -1,4 +1,4 @@
-"""interop.py: what nanoGPT, DLRover and llm.c wrote is read as it is, and nothing of it is run."""
+"""interop.py: files of nanoGPT, DLRover and llm.c are read as they are, and no code in them is run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""journal.py: a run that was killed at any moment is gone on with, to the same bytes; what is stale is not used."""
+"""journal.py: a run that was killed at any moment goes on to the same bytes, and stale work is not used."""
 
 import errno
 import hashlib

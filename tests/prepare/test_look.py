@@ -1,4 +1,4 @@
-"""look.py: what `elastic-gpt inspect` shows is what is there."""
+"""look.py: `elastic-gpt inspect` shows what the data holds."""
 
 import builtins
 import json

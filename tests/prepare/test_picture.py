@@ -1,4 +1,4 @@
-"""Drawing says nothing on a terminal, whatever the folder is called and wherever home is."""
+"""picture.py: drawing prints no warnings, whatever the folder is called and wherever home is."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""plan.py: what was typed means what it says, and unfinished work is told from other work."""
+"""plan.py: escapes in a separator are understood, and only unfinished work of the same settings is used."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def test_typed_escapes_in_a_separator_are_understood(typed: str, separator: byte
 
 
 def made_for(*names: str, **settings: Any) -> dict[str, Any]:
-    """A plan as it lies in the stage, as far as it tells whose it is."""
+    """The part of a stored plan that says which work it belongs to."""
     inputs = [[name, 9, "state", "text", "", 0] for name in names]
     return {"settings": plan._identity(plan.Settings(**settings)), "inputs": inputs}
 

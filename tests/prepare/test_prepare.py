@@ -1,4 +1,4 @@
-"""prepare.py and pipeline.py: the guide's command works, and every mistake ends in one line, a status and an untouched
+"""prepare.py and pipeline.py: the guide's command works. Every mistake ends with one line, an exit code and an untouched
 folder. What survives a kill is in test_journal.py.
 """
 
@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- the way that should work
+# --- what works
 
 
 def test_tiny_shakespeare_has_the_known_counts(shared_data: Path, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_shorter_vocabulary_than_asked_for_is_said(text: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("name", ["char", "byte", "gpt2"])
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, name: str) -> None:
-    """In what Python counts; benchmarks/prepare.py watches the process."""
+    """Memory as Python counts it; benchmarks/preparation.py measures the process."""
     text = tmp_path / "a.txt"
     text.write_text("Sixty-four characters that come again and again, to be counted.\n" * (8192 * 64))
     tracemalloc.start()
@@ -258,7 +258,7 @@ def test_wrong_flag_is_explained_in_one_line(
 
 
 @pytest.mark.parametrize(("engine", "status"), [("tiktoken", 2), ("fast", 0)])
-def test_million_blanks_do_not_kill_the_run(
+def test_a_million_spaces_do_not_kill_the_run(
     text: Path, capsys: pytest.CaptureFixture[str], engine: str, status: int
 ) -> None:
     text.write_text("word " + " " * 1_000_000 + "\n" * 1_000_000 + "and words " * 999)

@@ -1,4 +1,4 @@
-"""records.py: one text of each record; what has none is counted by its reason, and what is broken stops or is counted."""
+"""records.py: one text of each record. Records without text are counted by reason; broken ones stop or are counted."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def test_records_without_text_are_counted_by_reason_with_the_first(kind: str) ->
     data = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
     found, tally = texts(kind, data.encode())
     assert found == ["one", "two"]
-    assert tally.without == {"missing": 1, "null": 1, "no string": 2, "empty": 1}
+    assert tally.without == {"missing": 1, "null": 1, "not a string": 2, "empty": 1}
     assert (tally.first, tally.broken) == (2, 0)
 
 
@@ -212,7 +212,7 @@ def test_parquet_reads_a_field_within_a_struct_and_counts_nulls(tmp_path: Path) 
     for wanted, message in (
         ("a.c", "has no column 'a.c'"),
         ("c", "it has a: choose"),
-        ("a", "holds no text but struct"),
+        ("a", "has struct<.*>, not text"),
     ):
         with (tmp_path / "x.parquet").open("rb") as file, pytest.raises(DataError, match=message):
             list(records.parquet(file, Tally("x", wanted)))

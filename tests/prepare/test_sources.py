@@ -1,4 +1,4 @@
-"""sources.py: which files are meant, and a word about each that is not read."""
+"""sources.py: which files are read, and a line about those that are not."""
 
 import contextlib
 import gzip
@@ -327,7 +327,7 @@ def test_what_this_user_may_not_read_of_several_is_counted(name: str, found: lis
 
 @pytest.mark.usefixtures("barred")
 @pytest.mark.parametrize("name", ["tree/b.txt", "tree/file.txt", "tree/folder", "tree/closed", "private/c.txt"])
-def test_one_that_was_named_and_may_not_be_read_is_an_error(name: str) -> None:
+def test_a_named_file_that_may_not_be_read_is_an_error(name: str) -> None:
     told = f"DataError: {name} may not be read by this user: chmod a+rX it and the folders above, or leave it out"
     assert as_nobody(name) == ([], [told])
     assert as_nobody("tree/a.txt", name)[1] == [told]
@@ -411,7 +411,7 @@ def test_input_in_the_outputs_place_is_refused_and_left_alone(
     assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]) == 1
 
 
-def test_a_name_that_is_empty_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("some words")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="an input has no name"):

@@ -1,4 +1,4 @@
-"""splits.py: the border is where it should be, and what is between documents too."""
+"""splits.py: train and val are divided at the right place, with end-of-text between documents."""
 
 import json
 from collections.abc import Iterator

@@ -1,7 +1,6 @@
-"""streams.py and whole.py: a stream that is not whole is an error with its name and place, whoever reads it."""
+"""streams.py: a stream that is not whole is an error that names file and place."""
 
 import contextlib
-import hashlib
 import http.server
 import io
 import re
@@ -18,7 +17,7 @@ from prepare import prepare as room
 from prepare import streams
 from prepare.sources import find
 from prepare.streams import TransferError, opened, packing_of
-from prepare.tokens import DataError, Input
+from prepare.tokens import DataError
 from prepare.whole import inputs_whole
 from tests.prepare.test_formats import PACK
 
@@ -83,34 +82,6 @@ def test_damage_is_an_error_whatever_errors_says(
     )
     assert re.search(r"byte \d|after [\d,]+ bytes", line)
     assert not (tmp_path / "out" / "meta.json").exists()
-
-
-@pytest.mark.parametrize(("ending", "data", "_message"), CASES)
-def test_verify_sees_damage_that_a_blind_reader_overlooks(
-    tmp_path: Path, ending: str, data: bytes, _message: str
-) -> None:
-    path = tmp_path / f"a.txt{ending}"
-    path.write_bytes(PACKED[ending](TEXT))
-    [source] = find([str(path)])
-    text = Input(source.name, 1, len(TEXT), len(TEXT), hashlib.sha256(TEXT).hexdigest())
-    assert [finding.good for finding in inputs_whole([source], [text], same_text=True)] == [True]
-    path.write_bytes(data)
-    [source] = [type(source)(source.name, source.place, len(data), packing=source.packing)]
-    [wrong, _] = inputs_whole([source], [text], same_text=True)
-    assert wrong.good is False
-    assert source.name in wrong.text
-
-
-def test_verify_sees_text_that_was_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A reader that stops after the first member and finds nothing wrong."""
-    path = tmp_path / "a.txt.zst"
-    path.write_bytes(zstd.compress(TEXT) + zstd.compress(TEXT))
-    begin = streams._Unpacked._begin
-    monkeypatch.setattr(streams._Unpacked, "_begin", lambda self: not self._members and begin(self))
-    assert room.main([str(path), "--tokenizer", "byte", "--verify"]) == 1
-    assert f"has {2 * len(TEXT):,} bytes of text, of which {len(TEXT):,} were read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cut", [4, 900, 40_000])
@@ -277,7 +248,7 @@ def test_what_the_commands_pack_is_read(tmp_path: Path, command: str) -> None:
     ("name", "data"),
     [("a.gz", b"\x1f"), ("a.bz2", b"B"), ("a.bz2", b"BZh9"), ("a.xz", b"\xfd7zXZ"), ("a.zst", b"\x28\xb5\x2f")],
 )
-def test_a_packed_file_that_was_cut_in_its_first_bytes_is_no_text(
+def test_a_packed_file_that_was_cut_in_its_first_bytes_is_not_taken_for_text(
     name: str, data: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_bytes(data)

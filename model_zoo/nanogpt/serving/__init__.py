@@ -1,4 +1,4 @@
-"""A trained model behind HTTP. Alone knows FastAPI, uvicorn and Prometheus' client (the extra `serve`).
+"""Serves a trained model over HTTP. Only this package imports FastAPI, uvicorn and Prometheus' client (the extra `serve`).
 
 serve.py is the command; app.py the server; openai.py, vertex.py and kserve.py one dialect each; completions.py text in and
 out; scheduler.py the one engine that all requests share; follow.py newer checkpoints; connections.py

@@ -1,4 +1,4 @@
-"""The server: every dialect, the page, and what Kubernetes and Prometheus ask for, in one FastAPI application."""
+"""The server: one FastAPI application with all dialects, the page, and the routes for Kubernetes and Prometheus."""
 
 import asyncio
 import hmac
@@ -25,9 +25,9 @@ from model_zoo.nanogpt.serving.refusal import Refusal
 PAGE = Path(__file__).parent / "page"
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript"}
 MOST_BYTES = 1 << 20
-"""Of a request's body: many times the longest prompt."""
+"""Largest body of a request, many times the longest prompt."""
 GRACE = 5.0
-"""Seconds beyond the limit in which a client may still read the end of an answer."""
+"""Seconds after the time limit in which a client may still read the end of an answer."""
 
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
@@ -53,11 +53,13 @@ def create_app(
     """The application.
 
     Args:
-        token: what clients have to show; None: anybody is served.
-        health_route: where Vertex AI looks whether the server is well.
-        predict_route: where it sends instances.
+        token: bearer token that clients must send; None: anybody is served.
+        health_route: path of Vertex AI's health checks.
+        predict_route: path to which it sends instances.
         background: a coroutine function that runs as long as the server does.
     """
+
+    # --- the application, and what runs as long as it does
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -73,9 +75,11 @@ def create_app(
         version=version("elastic-gpt"),
         description=f"The model {service.name} behind HTTP.",
         lifespan=lifespan,
-        docs_url=None,  # the pages that show it come from a CDN
+        docs_url=None,  # FastAPI's pages load scripts from a CDN
         redoc_url=None,
     )
+    # --- what it answers
+
     dependencies = [Depends(_bearer(token))] if token else []
 
     def refusals(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
@@ -87,6 +91,8 @@ def create_app(
     app.include_router(vertex.router(service, predict_route, dependencies, refusals(vertex.Error)))
     _add_operations(app, service, health_route)
     _add_page(app)
+
+    # --- what it refuses, each time in the dialect of the path
 
     def answer(path: str, refusal: Refusal) -> JSONResponse:
         dialect = openai.error
@@ -134,7 +140,7 @@ def _bearer(token: str) -> Callable[..., Any]:
     scheme = HTTPBearer(auto_error=False)
 
     async def check(given: Annotated[HTTPAuthorizationCredentials | None, Security(scheme)]) -> None:
-        # In constant time: how long it takes does not tell how much of a guess was right.
+        # In constant time, so that the duration does not tell how much of a guess was right.
         if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
             raise Refusal(401, "the bearer token is missing or wrong: send 'Authorization: Bearer TOKEN'")
 
@@ -169,7 +175,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _first_mistake(error: RequestValidationError) -> Refusal:
-    """One line of what pydantic has to say: the field, and what is wrong with it."""
+    """The first of pydantic's errors as one line: the field, and what is wrong with it."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
@@ -182,7 +188,7 @@ def _first_mistake(error: RequestValidationError) -> Refusal:
 
 
 class _Guard:
-    """Around every request: its body is bounded, so is its time, it ends with its client, and it is counted."""
+    """Around every request: limits its body and its time, ends it if its client leaves, and counts it."""
 
     def __init__(self, app: ASGIApp, service: Service, answer: Callable[[str, Refusal], JSONResponse]) -> None:
         self.app, self.service, self.answer = app, service, answer
@@ -202,7 +208,7 @@ class _Guard:
         try:
             async with asyncio.timeout(self.service.limits.seconds + GRACE):
                 await self._answer(scope, receive, counted)
-        except TimeoutError:  # a body that does not come, an answer that is not read: what it held is free now
+        except TimeoutError:  # the body did not come, or the answer was not read; its slot is free now
             if not status:
                 refusal = Refusal(503, f"the request took more than {self.service.limits.seconds:g} s")
                 await self.answer(scope["path"], refusal)(scope, receive, counted)
@@ -230,20 +236,20 @@ class _Guard:
             await asyncio.wait((answered, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
-            answered.cancel()  # nothing, where it is done
+            answered.cancel()  # has no effect if it is done
             await asyncio.wait((answered,))
         if not answered.cancelled():
             answered.result()
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The body, of one that is too long no more than shows it; None where the client left before its end."""
+    """The body, cut if it is too long; None if the client left before its end."""
     body = b""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        # The rest is read and forgotten, for a client hears no answer while it still speaks.
+        # The rest is read and dropped, since a client reads no answer while it still sends.
         if len(body) <= MOST_BYTES:
             body += message.get("body", b"")
         if not message.get("more_body", False):

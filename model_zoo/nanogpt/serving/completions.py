@@ -1,4 +1,4 @@
-"""Text in, text out: prompts to generations and their tokens to pieces of text. What all dialects are spoken over."""
+"""Text in, text out: from prompts to generations, and from their tokens to text. All dialects are built on it."""
 
 import asyncio
 import time
@@ -16,21 +16,21 @@ from prepare.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and all together."""
+    """Limits of one request, and of all together."""
 
     slots: int = 16
-    """Generations that run at a time."""
+    """Most generations that run at a time."""
     queue: int = 64
-    """Generations that wait for a slot."""
+    """Most generations that wait for a slot."""
     tokens: int = 4096
-    """New tokens of one generation."""
+    """Most new tokens of one generation."""
     seconds: float = 300
-    """From a request to the end of its answer."""
+    """Longest time from a request to the end of its answer."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate, as `Request` has it, and where to stop."""
+    """How to generate (see `Request`), and where to stop."""
 
     max_new_tokens: int
     temperature: float
@@ -41,26 +41,26 @@ class Options:
     logprobs: int | None = None
 
     def numbered(self, place: int) -> "Options":
-        """For the generation at `place` of a request: its seed is so many more, for equal prompts get different answers."""
+        """Options of the generation at `place` in a request: `place` is added to its seed, so that answers differ."""
         return self if self.seed is None else replace(self, seed=(self.seed + place) % 2**64)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One generation that is asked for."""
+    """One generation of a request."""
 
     ids: list[int]
     options: Options
     offset: int = 0
-    """Characters of the answer that come before its text: the prompt, where it is repeated."""
+    """Characters of the answer before the generated text: those of the prompt, if it is repeated."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One token as a reader sees it."""
+    """One token as clients see it."""
 
     text: str
-    """`bytes:` and escapes where it is no whole character."""
+    """Its text; `bytes:` and escapes if it is not whole characters."""
     offset: int
     """Characters of the answer before it."""
     logprob: float | None
@@ -69,34 +69,34 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of one generation that has become certain."""
+    """A piece of text of one generation that is certain."""
 
     text: str
     parts: list[Part]
     finished: Literal["stop", "length"] | None
     step: int | None
-    """Of the model that drew its last token."""
+    """Step of the model that drew its last token."""
 
 
 @dataclass
 class Text:
-    """One generation, whole."""
+    """The whole text of one generation."""
 
     text: str = ""
     parts: list[Part] = field(default_factory=list)
     finished: Literal["stop", "length"] = "length"
     step: int | None = None
     tokens: int = 0
-    """Drawn, a stop's included."""
+    """Number of tokens drawn, including those of a stop."""
 
 
 class Completion:
-    """One generation on its way. Whoever has one closes it."""
+    """One generation that is running or waiting. Its owner has to close it."""
 
     def __init__(self, service: "Service", answer: Answer | None, wanted: Wanted) -> None:
         self._service, self._answer, self._wanted = service, answer, wanted
         self.tokens = 0
-        """Drawn so far."""
+        """Number of tokens drawn so far."""
 
     def close(self) -> None:
         """Free its cache slot, if it has one yet."""
@@ -104,7 +104,7 @@ class Completion:
             self._service.scheduler.cancel(self._answer)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Its text as it becomes certain; the last piece has `finished`. Raises Refusal."""
+        """Yields its text as it becomes certain. The last piece has `finished`. Raises Refusal."""
         if self._answer is None:  # no token was asked for
             yield Piece("", [], "length", self._service.scheduler.step)
             return
@@ -126,7 +126,7 @@ class Completion:
             (metrics.token_seconds if self.tokens else metrics.first_token_seconds).observe(now - last)
             last = now
             self.tokens += 1
-            if token.finished == "stop":  # the end of a text, which has none itself
+            if token.finished == "stop":  # the end-of-text token, which has no text
                 yield Piece(stream.finish(), parts, "stop", step)
                 return
             offset = stream.length
@@ -145,7 +145,7 @@ class Completion:
                 parts = []
 
     async def whole(self) -> Text:
-        """All of it. Raises Refusal."""
+        """Wait for the whole text. Raises Refusal."""
         found = Text()
         async for piece in self.pieces():
             found.text += piece.text
@@ -159,8 +159,8 @@ class Service:
     """A model that answers prompts.
 
     Args:
-        name: what clients call it.
-        parameters: how many it has.
+        name: what clients call the model.
+        parameters: its number of parameters.
     """
 
     def __init__(
@@ -178,12 +178,12 @@ class Service:
         self.name, self.block_size, self.parameters = name, block_size, parameters
         self.created = int(time.time())
         self.usual_tokens = min(256, limits.tokens)
-        """Of a generation whose request does not say how many, where its dialect leaves that to the server."""
+        """New tokens if a request does not say how many, in dialects that leave it to the server."""
 
     async def encode(self, prompt: str | Sequence[int], param: str = "prompt") -> list[int]:
-        """The ids of a prompt. Raises Refusal, which names `param`, for what the model cannot take."""
+        """The ids of a prompt. Raises Refusal that names `param` if the model cannot take them."""
         if isinstance(prompt, str):
-            try:  # in a thread: a long prompt would hold all others up
+            try:  # in a thread, since a long prompt would block all others
                 ids = await asyncio.to_thread(prompt_ids, prompt, self.tokenizer)
             except ValueError as error:
                 raise Refusal(400, str(error), param=param) from error
@@ -202,7 +202,7 @@ class Service:
         return ids
 
     def start(self, wanted: Sequence[Wanted]) -> list[Completion]:
-        """Their generations, all or none. Raises Refusal."""
+        """Start all of these generations or none. Raises Refusal."""
         for one in wanted:
             if one.options.max_new_tokens > self.limits.tokens:
                 raise Refusal(
@@ -234,7 +234,7 @@ class Service:
         return Part(self.word(token.id), offset, token.logprob, likeliest)
 
     def word(self, id_: int) -> str:
-        """The text of one id, or its bytes where they are no text by themselves."""
+        """The text of one id, or its bytes if they alone are not text."""
         data = self.tokenizer.decode_bytes([id_])
         try:
             return data.decode()
@@ -243,7 +243,7 @@ class Service:
 
 
 async def wholes(completions: Sequence[Completion]) -> list[Text]:
-    """All of them, whole; closes them, whatever happens. Raises Refusal."""
+    """Wait for the whole texts of all, and close them. Raises Refusal."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(completion.whole()) for completion in completions]

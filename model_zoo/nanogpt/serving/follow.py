@@ -1,4 +1,4 @@
-"""The newer checkpoints of a run that is still training, taken over as they appear."""
+"""Takes over the newer checkpoints of a run that is still training."""
 
 import asyncio
 import sys
@@ -15,7 +15,7 @@ POLL_SECONDS = 2.0
 
 
 async def follow(place: Path | str, config: GPTConfig, device: torch.device, scheduler: Scheduler) -> None:
-    """Have `scheduler` take each newer checkpoint in `place`, for ever. What cannot be read now is tried again."""
+    """Give each newer checkpoint in `place` to `scheduler`, for ever. One that cannot be read is tried again."""
     checkpoints = Checkpoints(place)
     told = ""
     while True:
@@ -35,7 +35,7 @@ async def follow(place: Path | str, config: GPTConfig, device: torch.device, sch
 def _newer(
     checkpoints: Checkpoints, step: int | None, config: GPTConfig, device: torch.device
 ) -> tuple[GPT, int] | None:
-    """The newest model, if it is not that of `step`, and its step. Raises OSError or ValueError."""
+    """The newest model and its step; None if that is `step`. Raises OSError or ValueError."""
     newest = max(checkpoints.steps(), default=step)
     if newest is None or newest == step:
         return None

@@ -1,7 +1,7 @@
 """KServe's Open Inference Protocol, version 2, as far as a model of texts goes: metadata, ready, infer.
 
-One input, `text_input`, of strings (BYTES), one prompt each; one output, `text_output`, of as many. How to generate stands
-in the request's `parameters`.
+There is one input, `text_input`: strings (BYTES), each a prompt; and one output, `text_output`,
+with as many strings. The request's `parameters` say how to generate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """Its one version is the step of the model."""
+    """Metadata of the model. Its only version is its step."""
 
     name: str
     versions: list[str]
@@ -41,7 +41,7 @@ class ModelMetadata(BaseModel):
 
 
 class Parameters(Strict):
-    """How to generate. What is left out is as in `elastic-gpt generate`."""
+    """How to generate. Defaults are those of `elastic-gpt generate`."""
 
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: float = Field(default=0.8, ge=0, le=2)
@@ -79,7 +79,7 @@ class Output(BaseModel):
 
 
 class InferAnswer(BaseModel):
-    """`model_version` is the step of the model that answered."""
+    """An answer. `model_version` is the step of the model that gave it."""
 
     model_name: str
     model_version: str | None
@@ -104,7 +104,7 @@ class ModelReady(Ready):
 
 
 def error(refusal: Refusal) -> dict[str, Any]:
-    """A refusal as the protocol has it."""
+    """A refusal in the form of the protocol."""
     return {"error": refusal.message}
 
 
@@ -118,6 +118,8 @@ def router(service: Service, dependencies: Sequence[Any], responses: Mapping[int
         if name != service.name or number not in (None, _version(service)):
             what = f"model {name!r}" if name != service.name else f"version {number!r} of the model"
             raise Refusal(404, f"there is no {what}: here is {service.name!r}, version {_version(service)}")
+
+    # --- the server
 
     @routes.get("")
     async def server() -> ServerMetadata:

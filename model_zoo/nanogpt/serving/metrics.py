@@ -1,4 +1,4 @@
-"""The server's numbers, for Prometheus."""
+"""The server's metrics, for Prometheus."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """A registry of one server's own, so that several can live in one process."""
+    """The metrics of one server, in a registry of their own, so that a process can have several servers."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -37,5 +37,5 @@ class Metrics:
         self.model_step = gauge("model_step", "Updates that made the model; NaN where nobody knows")
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format 0.0.4."""
+        """All metrics in Prometheus' text format 0.0.4."""
         return generate_latest(self.registry)

@@ -1,7 +1,7 @@
 """OpenAI's dialect: /v1/completions and /v1/models, as its clients speak it.
 
-A parameter that the real API does not have is refused, as there; one that it has and this model cannot follow (`suffix`,
-`logit_bias`, penalties) is refused too, unless it has no effect.
+Parameters that the real API does not have are refused, as there. Those that this model cannot
+follow (`suffix`, `logit_bias`, penalties) are refused too, unless they have no effect.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from model_zoo.nanogpt.serving.completions import Completion, Options, Part, Ser
 from model_zoo.nanogpt.serving.refusal import Refusal
 
 MOST_PROMPTS = 128
-SEED = 2**53  # JSON carries larger numbers exactly to some, and not to others
+SEED = 2**53  # some JSON readers round larger numbers
 
 
 def _without_point(value: Any) -> Any:
@@ -37,7 +37,7 @@ Logprobs = dict[str, list[Any]]
 
 
 class Strict(BaseModel):
-    """No field that is not named, and no "1" for 1."""
+    """Refuses unknown fields, and "1" for 1."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null")
 
@@ -47,7 +47,7 @@ class StreamOptions(Strict):
 
 
 class CompletionRequest(Strict):
-    """What a completion is asked for with; https://platform.openai.com/docs/api-reference/completions has each field."""
+    """A request for a completion; see https://platform.openai.com/docs/api-reference/completions."""
 
     model: str
     prompt: str | Prompts | Ids | IdPrompts | None = None
@@ -70,7 +70,7 @@ class CompletionRequest(Strict):
 
 
 class Model(BaseModel):
-    """One model, and what this server adds: its updates, parameters and context."""
+    """A model. This server adds its number of updates, parameters, and context length."""
 
     id: str
     object: Literal["model"] = "model"
@@ -100,7 +100,7 @@ class Choice(BaseModel):
 
 
 class CompletionAnswer(BaseModel):
-    """A whole answer, or one event of a stream. `system_fingerprint` tells the step of the model."""
+    """A whole answer, or one event of a stream. `system_fingerprint` has the step of the model."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -123,7 +123,7 @@ class Error(BaseModel):
 
 
 def error(refusal: Refusal) -> dict[str, Any]:
-    """A refusal as OpenAI's clients read it."""
+    """A refusal in the form that OpenAI's clients read."""
     kinds = {401: "invalid_request_error", 429: "rate_limit_error"}
     kind = kinds.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "server_error")
     code = "invalid_api_key" if refusal.status == 401 else refusal.code
@@ -131,7 +131,7 @@ def error(refusal: Refusal) -> dict[str, Any]:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; what makes them is closed with the connection."""
+    """Server-sent events. When the connection closes, their source is closed."""
 
     def __init__(self, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -214,7 +214,7 @@ class _Asked:
             16 if wanted.max_tokens is None else wanted.max_tokens,
             1.0 if wanted.temperature is None else wanted.temperature,
             top_p=None if top_p in (0, 1) else top_p,
-            top_k=None if top_p else 1,  # of a nucleus of nothing the likeliest is left
+            top_k=None if top_p else 1,  # top_p 0 leaves only the likeliest token
             seed=wanted.seed,
             stops=stops,
             logprobs=0 if wanted.logprobs is None and self.each > self.n else wanted.logprobs,
@@ -252,7 +252,7 @@ class _Asked:
         return self._event(choices, max(steps, default=None), self._usage(sum(text.tokens for text in texts)))
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events, of all choices as they come."""
+        """Yields the server-sent events of all choices as they come."""
         usage = bool(self.wanted.stream_options and self.wanted.stream_options.include_usage)
         events: asyncio.Queue[CompletionAnswer | Refusal | None] = asyncio.Queue()
 
@@ -285,7 +285,7 @@ class _Asked:
                 event = await events.get()
                 if event is None:
                     left -= 1
-                elif isinstance(event, Refusal):  # the status is out: the stream itself has to say it
+                elif isinstance(event, Refusal):  # the status has been sent, so the stream has to say it
                     yield f"data: {json.dumps(error(event))}\n\n"
                     return
                 else:
@@ -325,15 +325,15 @@ class _Asked:
 
 
 def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """One or several prompts as a list of them."""
+    """The prompts of a request as a list."""
     if isinstance(given, str) or isinstance(given[0], int):
         return [given]
     return list(given)
 
 
 async def _echo(prompt: str | list[int], ids: list[int], logprobs: int | None, service: Service) -> Text:
-    """The prompt as the beginning of the answer."""
-    if not prompt:  # the id that starts a text is not in it
+    """The prompt as the first part of the answer."""
+    if not prompt:  # without the id that begins a text
         return Text()
     text = prompt if isinstance(prompt, str) else service.tokenizer.decode(ids)
     if logprobs is None:

@@ -1,4 +1,4 @@
-"""What a request is answered with that cannot be served, whatever dialect says it."""
+"""The refusal of a request, in any dialect."""
 
 
 class Refusal(Exception):
@@ -25,6 +25,6 @@ class Refusal(Exception):
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
     def headers(self) -> dict[str, str]:
-        """What the answer's head says beside its status."""
+        """Further HTTP headers of the answer."""
         told = {401: {"WWW-Authenticate": "Bearer"}}.get(self.status, {})
         return told if self.retry_after is None else told | {"Retry-After": str(self.retry_after)}

@@ -1,8 +1,8 @@
 """One engine for all requests: a thread that draws tokens, and the event loop's side of it.
 
-Only the thread touches engine and model; what is wanted of them goes to it as orders, which it carries out between two
-tokens. A generation whose reader is slow ends all the same: its tokens wait in memory (no more than it asked for), not in
-a cache slot.
+Only the thread uses engine and model. It gets orders from others, which it carries out between two
+tokens. A generation does not wait for a slow reader: its tokens (no more than it asked for) wait in
+memory, and its cache slot is free.
 """
 
 import asyncio
@@ -42,42 +42,42 @@ class Scheduler:
     """Shares a model's cache slots among requests.
 
     Args:
-        step: of the model; None where nobody knows.
+        step: step of the model; None if not known.
         slots: most generations that run at a time.
-        queue: most that wait for a slot.
-        vocab_size: ids of the tokenizer, see `Engine`.
+        queue: most generations that wait for a slot.
+        vocab_size: number of ids of the tokenizer, see `Engine`.
     """
 
     def __init__(
         self, model: GPT, step: int | None, *, slots: int, queue: int, vocab_size: int, metrics: Metrics
     ) -> None:
         self.step = step
-        """Of the model that draws the next token."""
+        """Step of the model that draws the next token."""
         self.failed = False
-        """Whether the last forward pass went wrong."""
+        """Whether the last forward pass failed."""
         self.most = slots + queue
-        """Generations that can be on their way at a time."""
+        """Most generations that run or wait at a time."""
         self._engine, self._slots, self._metrics = Engine(model, slots, vocab_size), slots, metrics
-        self._open: set[Answer] = set()  # the loop's: submitted, and not yet over
-        self._answers: dict[Generation, Answer] = {}  # the thread's
+        self._open: set[Answer] = set()  # of the event loop: submitted and not over
+        self._answers: dict[Generation, Answer] = {}  # of the thread
         self._orders: list[Callable[[], None] | None] = []
         self._wake = threading.Condition()
-        self._seconds = 1.0  # a generation, as the last ones took
+        self._seconds = 1.0  # time of a generation, mean of the last ones
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._tell_step(step)
 
     def start(self) -> None:
-        """Begin to draw, for the event loop that runs now."""
+        """Start the thread. Call it in the event loop of the readers."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, after the forward pass that it is in."""
+        """End the thread after its current forward pass."""
         self._order(None)
         self._thread.join()
 
     def submit(self, requests: Sequence[Request]) -> list[Answer]:
-        """Have all of them generated. Raises Refusal, and takes none, where there is no room for all."""
+        """Generate all requests. Raises Refusal, and takes none, if there is no room for all."""
         if len(self._open) + len(requests) > self.most:
             seconds = math.ceil(self._seconds * len(self._open) / self._slots)
             raise Refusal(
@@ -94,7 +94,7 @@ class Scheduler:
         return answers
 
     def cancel(self, answer: Answer) -> None:
-        """Free what `answer` has, if it is not over: nobody reads it any more."""
+        """Stop an answer that is not read any more, and free its slot."""
         if answer in self._open:
             self._open.remove(answer)
             self._order(lambda: self._drop(answer))
@@ -107,7 +107,7 @@ class Scheduler:
             scored = None
             try:
                 scored = self._engine.score(tokens, likeliest)
-            except Exception as error:  # a reader waits, whatever it was
+            except Exception as error:  # the reader waits, so it must get any error
                 self._tell(error)
             self._loop.call_soon_threadsafe(lambda: None if found.done() else found.set_result(scored))
 
@@ -117,7 +117,7 @@ class Scheduler:
         return scored
 
     def replace(self, model: GPT, step: int) -> None:
-        """Draw from newer weights from the next token on; no request is lost."""
+        """Use newer weights from the next token on. No request is lost."""
 
         def order() -> None:
             self._engine.replace(model)
@@ -149,7 +149,7 @@ class Scheduler:
     def _draw(self) -> None:
         try:
             drawn = self._engine.step()
-        except Exception as error:  # whatever torch has: each reader is told, and the next requests may do better
+        except Exception as error:  # any error of torch: all readers get it, and the next requests may work
             self._tell(error)
             for generation in list(self._answers):
                 self._engine.drop(generation)

@@ -1,10 +1,10 @@
-"""A trained model behind HTTP: OpenAI's completions, Vertex AI's predictions, KServe's inference, and a page to talk on.
+"""Serves a trained model over HTTP: OpenAI's completions, Vertex AI's predictions, KServe's inference, and a page.
 
     elastic-gpt serve RUN                                       http://127.0.0.1:8080, and a page there
     elastic-gpt serve RUN --follow                              takes each newer checkpoint while the run trains
     elastic-gpt serve s3://bucket/run --host 0.0.0.0 --token-file token
 
-One process, one port. SIGTERM lets what is running end first.
+One process, one port. After SIGTERM it ends when all running requests are answered.
 """
 
 import os
@@ -27,7 +27,7 @@ from model_zoo.nanogpt.serving.metrics import Metrics
 from model_zoo.nanogpt.serving.scheduler import Scheduler
 from prepare.frontdoor import DONE, Namespace, Parser, command, number, whole
 
-TOKEN = "ELASTIC_GPT_TOKEN"  # a variable: what clients have to show
+TOKEN = "ELASTIC_GPT_TOKEN"  # environment variable: the bearer token that clients must send
 
 
 @command
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt serve") -> 
     token = _token(options.token_file, os.environ)
     host, port = _address(options, os.environ)
     routes = {name: _route(variable, default) for name, variable, default in ROUTES}
-    listener = _listen(host, port)  # before the model is loaded: a taken port is known at once
+    listener = _listen(host, port)  # before loading the model, so that a taken port is reported at once
     loaded = _load(options, place)
     assert loaded.tokenizer is not None
     limits = Limits(options.slots, options.queue, options.max_tokens, options.max_seconds)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt serve") -> 
             timeout_graceful_shutdown=int(limits.seconds + GRACE),
         )
     )
-    server.run([listener])  # until a signal, which it raises again when all requests are answered
+    server.run([listener])  # returns after a signal, when all requests are answered
     return DONE
 
 
@@ -95,7 +95,7 @@ ROUTES = (
     ("health_route", "AIP_HEALTH_ROUTE", "/health"),
     ("predict_route", "AIP_PREDICT_ROUTE", "/predict"),
 )
-"""What Vertex AI wants to have where, in its variables."""
+"""Options with Vertex AI's environment variables for them, and their defaults."""
 
 
 def _route(variable: str, default: str) -> str:
@@ -106,7 +106,7 @@ def _route(variable: str, default: str) -> str:
 
 
 def _address(options: Namespace, environment: Mapping[str, str]) -> tuple[str, int]:
-    """Where to listen: on loopback, unless a flag says otherwise, or Vertex AI, which names its port."""
+    """Host and port: loopback, unless a flag or Vertex AI's variables say otherwise."""
     wanted = environment.get("AIP_HTTP_PORT")
     if wanted is not None and not (wanted.isdecimal() and 0 <= int(wanted) < 1 << 16):
         raise ValueError(f"AIP_HTTP_PORT is {wanted!r}: a port is a number from 0 to 65535")
@@ -115,7 +115,7 @@ def _address(options: Namespace, environment: Mapping[str, str]) -> tuple[str, i
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, which does not listen yet. Raises ValueError where the address is none, or is taken."""
+    """A bound socket that does not listen yet. Raises ValueError if the address is wrong or taken."""
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -137,7 +137,7 @@ def _token(file: Path | None, environment: Mapping[str, str]) -> str | None:
 
 
 def _load(options: Namespace, place: str) -> Loaded:
-    """The model; with --follow the first one, however long it takes."""
+    """Load the model. With --follow, wait for the first checkpoint."""
     device, told = find_device(options.device), False
     while True:
         try:
@@ -156,7 +156,7 @@ def _load(options: Namespace, place: str) -> Loaded:
 
 
 def _name(place: str) -> str:
-    """What clients call the model, where nobody said: the last part of its address."""
+    """The default name of the model: the last part of its path or URL."""
     plain = place.rstrip("/")
     return (plain if "://" in plain else Path(plain).resolve().name).rsplit("/", 1)[-1] or "model"
 

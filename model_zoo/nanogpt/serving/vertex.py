@@ -1,7 +1,7 @@
 """Vertex AI's contract for a custom container: instances in, predictions out.
 
-An instance is a prompt, and its prediction then the text that follows; or an object with a `prompt` and parameters of its
-own, and its prediction then an object as well.
+An instance is a prompt, and its prediction the text that follows. Or it is an object with a
+`prompt` and parameters, and its prediction is an object too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ STATUSES = {
 
 
 class Parameters(Strict):
-    """How to generate, in the words of Vertex AI's own text models. What is left out is as in `elastic-gpt generate`."""
+    """How to generate, with the names of Vertex AI's text models. Defaults are those of `elastic-gpt generate`."""
 
     maxOutputTokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -68,7 +68,7 @@ class Error(Strict):
 
 
 def error(refusal: Refusal) -> dict[str, Any]:
-    """A refusal as Google's clients read it."""
+    """A refusal in the form that Google's clients read."""
     status = STATUSES.get(refusal.status, "UNKNOWN")
     return Error(error=ErrorFields(code=refusal.status, message=refusal.message, status=status)).model_dump()
 
@@ -100,7 +100,7 @@ def router(
 
 
 def _options(own: Parameters, shared: Parameters, usual_tokens: int) -> Options:
-    """What an instance says itself, else what all are given, else what `elastic-gpt generate` does."""
+    """The options of an instance: its own parameters, else those for all, else those of `elastic-gpt generate`."""
     given: dict[str, Any] = {"maxOutputTokens": usual_tokens, "temperature": 0.8}
     for parameters in (shared, own):
         given |= {

@@ -1,4 +1,4 @@
-"""Servers of the tests' own process, on ports of their own, whose models recite or babble."""
+"""Servers in the process of the tests, each on its own port, whose models recite the alphabet or random tokens."""
 
 import contextlib
 import socket
@@ -46,7 +46,7 @@ class Served:
 
 
 def babbler(tokenizer: Tokenizer, seed: int = 0, block_size: int = 64) -> GPT:
-    """A model whose tokens nobody could foretell."""
+    """A model with random weights and so unpredictable tokens."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(tokenizer.vocab_size, block_size, n_layer=2, n_head=2, n_embd=16)).eval()
     for parameter in model.parameters():
@@ -78,7 +78,7 @@ def serving(
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(
         socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
-    )  # an answer that is not read is soon in nobody's buffer
+    )  # small buffers, so that an unread answer soon blocks
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     until(lambda: server.started)
@@ -110,7 +110,7 @@ def endless(served: Served, **more: Any) -> contextlib.AbstractContextManager[An
 
 @pytest.fixture(scope="package")
 def alphabet() -> Iterator[Served]:
-    """Recites the alphabet, a line break after z."""
+    """A server whose model recites the alphabet, with a line break after z."""
     tokenizer = Characters(ALPHABET)
     limits = Limits(slots=4, queue=8, tokens=100_000)
     with serving(reciter(tokenizer.encode(ALPHABET).tolist(), tokenizer.vocab_size), tokenizer, limits=limits) as one:
@@ -119,6 +119,6 @@ def alphabet() -> Iterator[Served]:
 
 @pytest.fixture(scope="package")
 def random_bytes() -> Iterator[Served]:
-    """Says anything."""
+    """A server whose model draws random bytes."""
     with serving(babbler(Bytes()), Bytes()) as one:
         yield one

@@ -1,4 +1,4 @@
-"""The server takes care of itself: what it refuses, whom it lets in, what it frees, and what it tells of itself."""
+"""app.py: what the server refuses, whom it lets in, what it frees, and its metrics."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def raw(served: Served, body: bytes, *, length: int | None = None) -> socket.soc
     ],
     ids=["cut", "nan", "list", "bytes", "deep", "empty", "text", "10 MB"],
 )
-def test_what_is_no_request_is_refused_in_the_dialects_own_form(
+def test_a_bad_request_is_refused_in_the_form_of_its_dialect(
     body: bytes, kind: str, status: int, route: str, alphabet: Served
 ) -> None:
     answer = alphabet.http.post(route, content=body, headers={"Content-Type": kind})

@@ -1,4 +1,4 @@
-"""The server of a run that is still training: newer checkpoints come in, and no request is lost."""
+"""follow.py: newer checkpoints of a run are taken over, and no request is lost."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""OpenAI's own client cannot tell the difference, and gets what the model alone would say."""
+"""openai.py: OpenAI's own client works, and gets what the model alone would generate."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def client(served: Served, key: str = "any") -> openai.OpenAI:
 
 
 def alone(served: Served, prompt: list[int], seed: int, tokens: int = 12) -> str:
-    """What the model says to nobody else."""
+    """The text that the model generates for a single request, without the server."""
     ids = generate(served.model, Request(prompt, tokens, seed=seed), served.service.tokenizer.vocab_size)
     return served.service.tokenizer.decode(list(ids))
 
@@ -258,7 +258,7 @@ def test_parameters_without_effect_are_taken(alphabet: Served) -> None:
     assert alphabet.complete(prompt="a", max_tokens=1, temperature=0, **nothing)["choices"][0]["text"] == "b"
 
 
-def test_numbers_that_are_none_are_never_in_an_answer(random_bytes: Served) -> None:
+def test_no_answer_holds_a_nan(random_bytes: Served) -> None:
     answer = random_bytes.http.post(
         "/v1/completions", json={"model": "gpt", "prompt": "a", "max_tokens": 3, "logprobs": 5, "echo": True}
     )

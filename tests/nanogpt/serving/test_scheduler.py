@@ -1,4 +1,4 @@
-"""One engine for all: each answer is what its request gets alone, and what is not wanted any more is not drawn."""
+"""scheduler.py: each answer is what its request gets alone, and cancelled answers draw no more tokens."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

@@ -1,4 +1,4 @@
-"""Requests without end, made from the server's own OpenAPI document: none breaks it, and each answer is what it says."""
+"""Many requests generated from the server's OpenAPI document: none breaks it, and each answer is as documented."""
 
 import collections
 from typing import Any

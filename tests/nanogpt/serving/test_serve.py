@@ -1,4 +1,4 @@
-"""`elastic-gpt serve`: from wherever a model lies, to its end by a signal."""
+"""serve.py: the command, from loading a model to its end by a signal."""
 
 import contextlib
 import os
@@ -164,7 +164,7 @@ def test_mistakes_get_one_line_with_the_cure(run: Path, tmp_path: Path) -> None:
         assert told in last, last
 
 
-def test_an_address_that_is_taken_or_none_is_told_before_the_model_is_loaded(run: Path) -> None:
+def test_a_wrong_or_taken_address_is_told_before_the_model_is_loaded(run: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
         done = elastic_gpt("serve", run, f"--port={port}", code=1)  # it may be free by the next try

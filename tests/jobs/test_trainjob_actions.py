@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from elastic_gpt.jobs.trainjobs import PODS_OF, step_state
+from elastic_gpt.jobs.trainjob_actions import PODS_OF, step_state
 from tests.conftest import until
 from tests.jobs.cluster import StubCluster
 
@@ -175,7 +175,9 @@ def test_a_cluster_without_kubeflow_is_told_how_to_get_it(
     assert "knows no TrainJobs: install Kubeflow Trainer: kubectl apply" in capsys.readouterr().err
 
 
-def test_only_is_for_trainjobs(job: Job, controller: Controller, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flag_only_is_for_trainjobs_alone(
+    job: Job, controller: Controller, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert controller
     assert job("submit", "toy", "--only=volume") == 2
     assert "--only volume is for --as trainjob" in capsys.readouterr().err

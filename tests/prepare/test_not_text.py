@@ -1,4 +1,4 @@
-"""refusals.py: a file that is not text is named in one line, and each command that is printed runs as printed."""
+"""not_text.py: a file that is not text is named in one line, and each command that is printed runs as printed."""
 
 import gzip
 import io
@@ -15,7 +15,7 @@ import pytest
 
 from prepare import prepare as room
 from prepare.frontdoor import printable
-from prepare.refusals import NoText, quoted
+from prepare.not_text import NoText, quoted
 from prepare.sources import find
 from tests.prepare.test_formats import PACK, RECORDS, TEXTS, documents
 
@@ -60,7 +60,7 @@ def tarred() -> bytes:
         ("a.gif", b"GIF89a" + bytes(99), r"a picture \(GIF\)"),
         ("a.txt", bytes(range(256)) * 9, "binary data"),
         ("a.txt", bytes(999), "binary data"),
-        ("a.txt", b"abc\0def\n" * 300, "binary data"),  # no UTF-16, whose ASCII has a zero in two bytes
+        ("a.txt", b"abc\0def\n" * 300, "binary data"),  # not UTF-16: ASCII in UTF-16 has a zero in every second byte
         ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7z archive"),
         ("a.json", b'{\n "data": [\n  {"text": "x"}\n ]\n}\n', "JSON objects of many lines"),
         ("a.json", b'{\n "text": "x"\n}\n{\n "text": "y"\n}\n', "JSON objects of many lines"),
@@ -205,6 +205,16 @@ def test_halves_of_characters_are_joined_by_the_line_as_printed(
     assert "CESU-8, with a character as two halves" in line
     subprocess.run(line[line.index("python3") :], shell=True, check=True)
     assert (tmp_path / "a.utf8.txt").read_text() == text
+
+
+@pytest.mark.parametrize("mark", [b"\xff\xfe", b"\xfe\xff"])
+@pytest.mark.parametrize("behind", [b"", b"\n", b"\xd0\x01", b"\0\xd8a\0", b"caf\xe9 \xcf\xf0\xe8\xe2\xe5\xf2"])
+def test_what_begins_with_a_mark_of_utf_16_is_called_that_however_little_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mark: bytes, behind: bytes
+) -> None:
+    (tmp_path / "a.txt").write_bytes(mark + behind)
+    assert room.main([str(tmp_path / "a.txt")]) == 2
+    assert "seems to be UTF-16 text with a byte order mark: iconv -f UTF-16 -t utf-8" in capsys.readouterr().err
 
 
 def test_utf_16_behind_utf_8_is_told_as_files_that_were_joined(

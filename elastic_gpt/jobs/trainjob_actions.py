@@ -1,4 +1,4 @@
-"""What can be done with a job that runs as Kubeflow's TrainJobs (trainjob.py): submit, status, wait, delete."""
+"""Actions on a job that runs as Kubeflow's TrainJobs (trainjob.py): submit, status, wait, delete."""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_gpt.jobs import manifest, polling, trainjob
-from elastic_gpt.jobs.actions import claim_in, covers, make
+from elastic_gpt.jobs.actions import covers, make, pod_claim
 from elastic_gpt.jobs.client import Cluster, ClusterError, NotFoundError
 from elastic_gpt.jobs.manifest import Tree
 from elastic_gpt.jobs.pods import Node, pod_node
@@ -15,17 +15,17 @@ from elastic_gpt.jobs.spec import JobSpec
 from elastic_gpt.jobs.words import count
 from elastic_gpt.settings import nearest
 
-PODS_OF = "jobset.sigs.k8s.io/jobset-name"  # JobSet's label; Kubeflow's controller names the JobSet as the TrainJob
+PODS_OF = "jobset.sigs.k8s.io/jobset-name"  # label of a JobSet's pods; the JobSet has the name of its TrainJob
 ASKED = "--as trainjob"
 
 
 @dataclass(frozen=True)
 class Step:
-    """A TrainJob at one moment."""
+    """The state of a TrainJob at one moment."""
 
     name: str
     phase: str
-    """Complete, Failed or Suspended, as its conditions say; else Running or Pending, as its pods do."""
+    """Complete, Failed or Suspended by its conditions, else Running or Pending by its pods."""
     reason: str
     pods: tuple[Node, ...]
 
@@ -43,10 +43,10 @@ class Step:
 
 
 def step_state(tree: Tree, pods: Sequence[Tree]) -> Step:
-    """Pure; `pods`: those of the TrainJob's JobSet."""
+    """The state of a TrainJob. `pods`: the pods of its JobSet. A pure function."""
     conditions = {one["type"]: one for one in tree.get("status", {}).get("conditions") or [] if one["status"] == "True"}
     nodes = tuple(sorted(map(pod_node, pods), key=lambda node: node.name))
-    # One that is suspended while it fails has both.
+    # A TrainJob that is suspended while it fails has both conditions.
     phase = next((name for name in ("Failed", "Complete", "Suspended") if name in conditions), "")
     if not phase:
         phase = "Running" if any(node.phase == "Running" for node in nodes) else "Pending"
@@ -55,7 +55,7 @@ def step_state(tree: Tree, pods: Sequence[Tree]) -> Step:
 
 
 def submit(cluster: Cluster, spec: JobSpec, parts: Sequence[str], *, dry_run: bool) -> int:
-    """Make what is not there yet of these parts; the controller does the rest."""
+    """Make the objects of these parts that do not exist yet."""
     trees = [tree for part in trainjob.PARTS if part in parts for tree in trainjob.PARTS[part](spec)]
     make(cluster, trees, spec.namespace, dry_run=dry_run, keep=_keep)
     if not dry_run:
@@ -75,7 +75,10 @@ def show(cluster: Cluster, name: str) -> int:
 
 
 def wait(cluster: Cluster, name: str, *, timeout: float | None) -> int:
-    """Until the job's TrainJobs are Complete, but for the one that waits for a person: 0; 1 once one has Failed."""
+    """Wait until all TrainJobs of the job are Complete, except the prompt, which waits for a person.
+
+    Returns 0 if they are, 1 if one has Failed, 124 if the time is over.
+    """
     tell = Told()
     prompt = trainjob.named(name, "generative-prompt")
     for steps in again(lambda: _steps(cluster, name), timeout):
@@ -89,7 +92,7 @@ def wait(cluster: Cluster, name: str, *, timeout: float | None) -> int:
 
 
 def delete(cluster: Cluster, name: str, *, volume: bool, timeout: float, wait: bool) -> int:
-    """Delete the job's TrainJobs, their runtimes and its text, and wait until no pod is left; the volume only if asked to."""
+    """Delete the job's TrainJobs, runtimes and text, and wait until no pod is left. `volume`: delete that as well."""
     names = [trainjob.named(name, step) for step in trainjob.STEPS]
     claim = next(filter(None, (_claim(cluster.find("TrainingRuntime", trainjob.runtime_of(one))) for one in names)), "")
     if volume and not claim and _steps(cluster, name):
@@ -113,7 +116,7 @@ def delete(cluster: Cluster, name: str, *, volume: bool, timeout: float, wait: b
 
 
 def _steps(cluster: Cluster, name: str) -> list[Step]:
-    """The job's TrainJobs, in order. Raises NotFoundError with the nearest name there is."""
+    """The job's TrainJobs, in order. Raises NotFoundError with the nearest name that exists."""
     named = [trainjob.named(name, step) for step in trainjob.STEPS]
     found = [step_state(tree, _pods(cluster, one)) for one in named if (tree := cluster.find("TrainJob", one))]
     if not found:
@@ -128,7 +131,7 @@ def _pods(cluster: Cluster, name: str) -> list[Tree]:
 
 
 def _keep(cluster: Cluster, tree: Tree, *, dry_run: bool) -> str:  # noqa: ARG001
-    """What to do with an object that is there already. Raises ClusterError if it is another, or has ended."""
+    """Handle an object that exists already. Raises ClusterError if it differs, or has ended."""
     kind, name = tree["kind"], tree["metadata"]["name"]
     if kind in ("Namespace", "PersistentVolumeClaim"):
         return "unchanged"  # shared by jobs, and perhaps the cluster administrator's
@@ -145,6 +148,6 @@ def _keep(cluster: Cluster, tree: Tree, *, dry_run: bool) -> str:  # noqa: ARG00
 
 
 def _claim(runtime: Tree | None) -> str:
-    """The PersistentVolumeClaim of a TrainingRuntime's pods; empty where there is none."""
+    """Name of the PersistentVolumeClaim of a TrainingRuntime's pods; "" if there is none."""
     jobs: list[Any] = runtime["spec"]["template"]["spec"]["replicatedJobs"] if runtime else []
-    return next(filter(None, (claim_in(job["template"]["spec"]["template"]["spec"]) for job in jobs)), "")
+    return next(filter(None, (pod_claim(job["template"]["spec"]["template"]["spec"]) for job in jobs)), "")

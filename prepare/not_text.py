@@ -1,6 +1,7 @@
-"""Files that are not text: what they seem to be, by their first bytes, and the command that makes text of them.
+"""Files that are not text: what they seem to be, by their first bytes, and a command that makes text of them.
 
-A command is a line for a shell that runs as it is printed, whatever bytes the name has, and never writes over a file.
+The command is a shell line that works as printed, whatever bytes the name has, and never overwrites
+a file.
 """
 
 import codecs
@@ -17,11 +18,11 @@ from prepare.tokens import DataError
 
 
 class NoText(DataError):
-    """What this is cannot be read. The message names what it seems to be, and a command."""
+    """A file that cannot be read as text. The message says what it seems to be, and which command helps."""
 
 
 class About:
-    """The file that is refused: its name for a person, where it lies, and how it is packed."""
+    """A file to refuse: its name for a person, its path or URL, and how it is packed."""
 
     def __init__(self, name: str, place: str, packing: str) -> None:
         self.name, self.place, self.packing = name, place, packing
@@ -30,7 +31,7 @@ class About:
         return NoText(f"{self.name} seems to be {what}: {cure}")
 
     def filter(self, command: str, ending: str = ".txt") -> str:
-        """A shell line that sends the file through `command`, from standard input to standard output."""
+        """A shell line that sends the file through `command`, which reads standard input and writes standard output."""
         if self.name == "standard input":
             return f"send it through {command}"
         return filtered(self.place, self.packing, command, ending)
@@ -53,7 +54,7 @@ def filtered(place: str, packing: str, command: str, ending: str = ".txt") -> st
 
 
 def _new_file(path: Path, ending: str) -> Path:
-    """A file beside `path` that is not there yet."""
+    """The path of a file beside `path` that does not exist yet."""
     stem = path.name.split(".")[0] or "text"
     while (new := path.with_name(stem + ending)).exists():
         stem += ".new"
@@ -61,7 +62,7 @@ def _new_file(path: Path, ending: str) -> Path:
 
 
 def quoted(path: str) -> str:
-    """`path` as a word for a shell, whatever bytes it has."""
+    """`path` as one word of a shell line, whatever bytes it has."""
     path = f"./{path}" if path.startswith("-") else path
     if path.isprintable():
         return shlex.quote(path)
@@ -70,7 +71,7 @@ def quoted(path: str) -> str:
 
 
 def _extracted(about: About, command: str, target: str) -> str:
-    """A shell line that makes a folder of an archive."""
+    """What to do with an archive: a shell line that unpacks it into a folder."""
     if "://" in about.place or about.name == "standard input":
         return f"unpack it ({command.split()[0]}) and name the folder"
     folder = quoted(str(Path(about.place).with_name(Path(about.place).name.split(".")[0] + ".files")))
@@ -80,7 +81,7 @@ def _extracted(about: About, command: str, target: str) -> str:
     return f"name the folder that this makes: mkdir -p {folder} && {unpack} {target} {folder}"
 
 
-# --- what begins like nothing else
+# --- formats with a signature
 
 _LEAVE_OUT = "leave it out (--format text reads it all the same)"
 _SIGNATURES: list[tuple[int, bytes, str, str]] = [
@@ -131,7 +132,10 @@ _SIGNATURES: list[tuple[int, bytes, str, str]] = [
 
 
 def refuse_binary(head: bytes, about: About, packed: str, ending: str) -> None:
-    """Raises NoText for what begins as text never does; `packed`, `ending` are the endings of its name (formats.suffixes)."""
+    """Raises NoText if `head` does not begin as text does.
+
+    `packed` and `ending` are the endings of its name, as formats.suffixes gives them.
+    """
     if about.packing and (again := packing_of(head)):
         raise about.refusal(
             f"packed twice ({again} within {about.packing})", about.filter(UNPACK[again], ending or ".txt")
@@ -139,7 +143,7 @@ def refuse_binary(head: bytes, about: About, packed: str, ending: str) -> None:
     for offset, magic, what, tool in _SIGNATURES:
         if head[offset : offset + len(magic)] == magic and (offset == 0 or is_binary(head)):
             raise about.refusal(what, _cure(tool, about))
-    if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"%PDF-"):  # readers of PDF look for it, too
+    if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"%PDF-"):  # PDF readers also skip what stands before it
         raise about.refusal("a PDF document", _cure("pdftotext", about))
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         raise about.refusal(*_zip(head, about))
@@ -207,7 +211,7 @@ def _zip(head: bytes, about: About) -> tuple[str, str]:
 
 def _is_tar(head: bytes) -> bool:
     try:
-        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")  # which checks its checksum
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")  # checks the checksum of the header
     except tarfile.HeaderError:
         return False
     return True
