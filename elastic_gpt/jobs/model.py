@@ -22,7 +22,7 @@ def using(job: Tree, make: Callable[[JobSpec], list[Tree]]) -> list[Tree]:
         image=main["image"],
         preset=preset,
         arguments=tuple(arguments),
-        volume=claim_of(job) or JobSpec.volume,
+        volume=job_claim(job) or JobSpec.volume,
         env_secret=next((one["secretRef"]["name"] for one in main.get("envFrom", []) if "secretRef" in one), ""),
         pull_secret=next((one["name"] for one in pod.get("imagePullSecrets", [])), ""),
     )

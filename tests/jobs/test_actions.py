@@ -696,7 +696,7 @@ def test_what_is_left_on_the_volume_needs_it(stub: StubCluster, job: Job, words:
     assert stub.get("PersistentVolumeClaim", "elastic-gpt")
     tree = stub.get("ElasticJob", "mine")
     assert tree
-    assert actions.claim_of(tree) == "elastic-gpt"
+    assert actions.job_claim(tree) == "elastic-gpt"
 
 
 def test_the_model_of_a_run_on_an_object_store_is_talked_to_and_served_from_there(stub: StubCluster, job: Job) -> None:
