@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import rotation, turn
-from .model import GPT
+from .model import GPT, Block
 
 
 def next_logits(model: GPT, memory: Tensor, tokens: list[int], places: list[int]) -> Tensor:
@@ -37,6 +37,7 @@ def next_logits(model: GPT, memory: Tensor, tokens: list[int], places: list[int]
     turned = rotation(at[:, None], head_dim) if config.positions == "rotary" else None
     grouped = memory.size(3) != config.n_head
     for block, layer in zip(model.h, memory, strict=True):
+        assert isinstance(block, Block)
         attention = block.attn
         projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)  # Bx(H+2G)D
         q = projected[:, :width].unflatten(1, (-1, 1, head_dim))  # BxHx1xD
