@@ -8,8 +8,8 @@ warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarn
 
 
 def __getattr__(name: str) -> Any:
-    """`Elastic` and `Step`, when they are asked for: most of this package runs without torch."""
-    if name in ("Elastic", "Step"):
+    """`Elastic` and its kin, when they are asked for: most of this package runs without torch."""
+    if name in ("Elastic", "Observer", "Step"):
         import importlib
 
         return getattr(importlib.import_module("elastic_gpt.run"), name)

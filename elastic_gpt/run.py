@@ -198,7 +198,7 @@ class Worlds(abc.ABC):
         self.snapshots: Snapshots | None = None
         self.reporter: Reporter | None = None
         self.observers: list[Observer] = []
-        """Of the user's own; they hear of each step on the first worker."""
+        """Of the user's own; they hear of steps and events on the first worker."""
 
     # --- what a subclass says
 
@@ -486,10 +486,12 @@ class Worlds(abc.ABC):
 
         The ledger gets the beginning of this life.
         """
+        plan, ledger = self.plan, self.ledger
+        ledger.listeners = []
         if not world.first:
             return [], None
-        plan, ledger = self.plan, self.ledger
         metrics = MetricsObserver(plan.run_dir / METRICS, restored.step, restored.reports, plan.snapshot_interval)
+        ledger.listeners = [observer.on_event for observer in self.observers]
         try:
             ledger.begin_life(nodes, world.size, restored.step, restored.source, metrics.dropped, run.name, stayed)
         except Unreachable:
@@ -576,7 +578,7 @@ class Elastic(Worlds):
         optimizer: of all of the model's parameters.
         data: `data[i]` is a tuple of tensors or numbers, `len(data)` how many there are; the same on every worker.
         identity: what makes this another run than one before, beside the sizes and the model's shapes: names and plain values.
-        observers: the user's own (elastic_gpt/reports.py); they hear of each step on the first worker.
+        observers: the user's own (`Observer`); they hear of steps and events on the first worker.
         plan: as `Plan` has it: steps, global_batch, micro_batch ...
 
     Raises:

@@ -21,7 +21,7 @@ from elastic_gpt import settings
 from elastic_gpt.checkpoint import CheckpointError, Checkpoints, checkpoints_place
 from elastic_gpt.contract import CHECKPOINTS, CONFIG, LEDGER, METRICS
 from elastic_gpt.ledger import Ledger, read_metrics
-from elastic_gpt.reports import StepReport
+from elastic_gpt.reports import Observer, StepReport
 from elastic_gpt.run import exits
 from elastic_gpt.rundir import settings_before
 from model_zoo.nanogpt.config import TrainConfig
@@ -35,7 +35,7 @@ examples:
   %(prog)s run --from 1000 --to 1200    from that checkpoint, 200 steps"""
 
 
-class Kept:
+class Kept(Observer):
     """An observer that keeps each step's sequences and loss."""
 
     def __init__(self) -> None:
@@ -43,10 +43,6 @@ class Kept:
 
     def on_step(self, report: StepReport) -> None:
         self.steps[report.step] = report.sequence_hash, report.loss
-
-    def on_evaluation(self, step: int, loss: float | None) -> None: ...
-    def on_message(self, text: str) -> None: ...
-    def close(self) -> None: ...
 
 
 @command
