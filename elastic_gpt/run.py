@@ -304,7 +304,9 @@ class Worlds(abc.ABC):
 
         # --- where it is taken up again
         snapshots = self.snapshots = self._open_snapshots(run, world)
-        checkpoints = Checkpoints(checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run)
+        checkpoints = Checkpoints(
+            checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run, ledger.path
+        )
         restored = restore(tensors, snapshots, checkpoints, run, world, plan.resume, held)
         if name := broken(tensors):
             raise NotFinite(f"{restored.source} is not finite ({name}): delete it, and an older state is taken")
