@@ -6,7 +6,7 @@ and nothing is rebuilt when the world changes. Each loss is divided by the token
 pass, so the sum over all ranks is the mean over all tokens, however unevenly the micro-batches are shared out.
 
 The buffer's tail carries what the ranks must agree on in the same step anyway: the loss of each micro-batch and the ids of
-its sequences, in slots of their own, and how many workers were asked to stop, and of these how many leave for good.
+its sequences, in slots of their own, what each took, and how many workers were asked to stop, and of these how many leave.
 """
 
 from collections.abc import Iterable
@@ -32,6 +32,8 @@ class StepSums:
     """Of the sequences that went into the gradient, in order: upper and lower `HALF` bits, (2, global batch) on the device."""
     stops: torch.Tensor
     """Workers that were asked to stop, and how many of them leave for good; (2,) on the device."""
+    seconds: torch.Tensor
+    """That each micro-batch took (pace.py), (micro-batches,) on the device."""
 
 
 class Gradients:
@@ -60,9 +62,9 @@ class Gradients:
         self.tokens = tokens
         size = sum(parameter.numel() for parameter in self.parameters)
         # The tail is part of the buffer so that one message carries both.
-        sizes = [size, micro_batches, 2 * global_batch, 2]
+        sizes = [size, micro_batches, 2 * global_batch, 2, micro_batches]
         self.buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=world.device)
-        self.gradient, self.losses, ids, self.stops = self.buffer.split(sizes)
+        self.gradient, self.losses, ids, self.stops, self.seconds = self.buffer.split(sizes)
         self.ids = ids.view(2, micro_batches, -1)
         self.total = torch.zeros_like(self.buffer, dtype=torch.float64) if exact else None
         self.scratch = torch.zeros_like(self.gradient, dtype=torch.float64) if exact else None
@@ -119,7 +121,7 @@ class Gradients:
             self.total[: len(self.gradient)].mul_(QUANTUM)
             self.buffer.copy_(self.total)
         # One slot per micro-batch, added up in the same order everywhere: the loss does not depend on the world either.
-        return StepSums(self.losses.sum(), self.ids.flatten(1).clone(), self.stops.clone())
+        return StepSums(self.losses.sum(), self.ids.flatten(1).clone(), self.stops.clone(), self.seconds.clone())
 
     def clip(self, limit: float) -> torch.Tensor:
         """Scale the gradient down to the norm `limit` (0: leave it); return its norm before, a scalar on the device."""

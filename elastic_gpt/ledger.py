@@ -334,6 +334,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt ledger") ->
             f"the ledger or the metrics in {run} are not as training writes them ({error!r}): restore the files"
         ) from error
     console.print(lives)
+    for event in Ledger(run).events():
+        if event["event"] == "slow":
+            times = event["seconds"] / event["others"]
+            print(
+                f"slow from step {event['step']}: {event['node']}, {times:.1f} times as long as the others a micro-batch"
+            )
     print(
         f"{total.steps:,} steps kept, {total.dropped:,} done again; {total.elapsed:,.1f} s elapsed,"
         f" {total.useful:,.1f} s of them in kept steps: goodput {total.goodput:.1%}"

@@ -52,6 +52,7 @@ from elastic_gpt.observers import (
     TensorBoardObserver,
 )
 from elastic_gpt.order import Order, micro_batch_seed
+from elastic_gpt.pace import Pace
 from elastic_gpt.reports import Observer, Reporter
 from elastic_gpt.rundir import open_together, settings_before
 from elastic_gpt.settings import SettingsError, flatten
@@ -126,11 +127,15 @@ class Step:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """The micro-batches of this worker's share, on the device; it may be empty."""
+        began = time.perf_counter()
         for index, ids, *tensors in self._batches.step(self.number):
             # Dropout: on any rank the same.
             torch.manual_seed(micro_batch_seed(self._worlds.plan.seed, self.number, index))
             self._now = index, ids
             yield tuple(tensors)
+            if not devices.works_on(self._world.device):  # else this is not how long it takes
+                self._worlds.gradients.seconds[index] = time.perf_counter() - began
+            began = time.perf_counter()
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """Add the gradient of a micro-batch.
@@ -197,6 +202,7 @@ class Worlds(abc.ABC):
         self.tensors = training_state(model, optimizer, scale.state if scale else None)
         self.snapshots: Snapshots | None = None
         self.reporter: Reporter | None = None
+        self.slow: set[str] = set()  # nodes
         self.observers: list[Observer] = []
         """Of the user's own; they hear of steps and events on the first worker."""
 
@@ -312,6 +318,7 @@ class Worlds(abc.ABC):
             raise NotFinite(f"{restored.source} is not finite ({name}): delete it, and an older state is taken")
         here = world.gather((world.node, lived_on, self.agent.started_because if self.agent else ""))
         nodes, stayed = sorted({node for node, *_ in here}), sorted({node for node, lives_on, _ in here if lives_on})
+        pace = Pace([node for node, *_ in here], plan.global_batch // plan.micro_batch, self.slow)
         observers, last_step = self._open_observers(run, nodes, stayed, world, restored)
         for node, _, cause in here if world.first else []:
             if cause:  # its agent ended the worker that was there before
@@ -388,6 +395,10 @@ class Worlds(abc.ABC):
                 )
                 if world.first and step == restored.step + 1:
                     ledger.recovered(last_step, joined, back)
+                for slow in pace.step([] if devices.works_on(world.device) else sums.seconds.tolist()):
+                    if world.first:
+                        ledger.write("slow", node=slow.node, step=step, seconds=slow.seconds, others=slow.others)
+                        reporter.say(f"WARNING: {slow}")
                 if reporter.skipped >= max_skipped:
                     what = f"loss or gradient not finite in {reporter.skipped} updates in a row, up to step {step}"
                     give_up(step, step - reporter.skipped, f"{what} (optimizer.max_skipped)")
