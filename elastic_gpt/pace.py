@@ -73,6 +73,6 @@ class Pace:
             if mine > BACK * others:
                 back.discard(node)
         found = [one for node, one in slow.items() if node not in self.named]
-        self.named -= back
-        self.named |= slow.keys()
+        self.named.difference_update(back)
+        self.named.update(slow)
         return found
