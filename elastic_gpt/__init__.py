@@ -8,8 +8,8 @@ warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarn
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `Elastic` and `Step` only when they are used, since most of this package runs without torch."""
-    if name in ("Elastic", "Step"):
+    """Imports `Elastic` and its kin only when they are used, since most of this package runs without torch."""
+    if name in ("Elastic", "Observer", "Step"):
         import importlib
 
         return getattr(importlib.import_module("elastic_gpt.run"), name)

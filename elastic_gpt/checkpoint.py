@@ -2,8 +2,9 @@
 
     RUN/checkpoints/step_00001000/model.safetensors       parameters, by their names in the model
                                   optimizer.safetensors   the optimizer's moments, by moment and parameter
-                                  MANIFEST.json           the run it belongs to, sizes and sha256 of both files; its rename
-                                                          (or PUT) into place is the commit
+                                  MANIFEST.json           the run it belongs to, sizes and sha256 of both files, of the
+                                                          manifest before it and of the ledger so far; its rename (or
+                                                          PUT) into place is the commit
 
 A folder without a manifest is not a checkpoint. Loading verifies each file; a damaged checkpoint is
 named and the one before it is taken. Tensors are safetensors and the rest is JSON, so nothing in it
@@ -57,14 +58,15 @@ class Checkpoints:
         place: a folder (RUN/checkpoints), or an fsspec URL (s3://bucket/run).
         keep: how many of the newest are kept.
         run: the run; checkpoints of another one are neither loaded nor deleted. None to read those of any run.
+        ledger: the run's ledger.jsonl, to which each manifest is chained.
     """
 
-    def __init__(self, place: Path | str, keep: int = 1, run: Run | None = None) -> None:
+    def __init__(self, place: Path | str, keep: int = 1, run: Run | None = None, ledger: Path | None = None) -> None:
         try:
             self.storage = open_storage(place)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        self.keep, self.run = keep, run
+        self.keep, self.run, self.ledger = keep, run, ledger
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[int] | None = None
         self.saved: int | None = None  # step of the newest checkpoint that this process knows to be whole
@@ -237,6 +239,7 @@ class Checkpoints:
             "life": self.run and self.run.name,
             "step": step,
             "before": before,
+            "ledger": self._ledger_up_to(None),
             "files": files,
             "reports": reports,
         }
@@ -251,16 +254,43 @@ class Checkpoints:
                 shutil.copyfile(path, place / name)
         (place / MANIFEST).write_text(self.storage.read_text(f"{self.name(step)}/{MANIFEST}"))
 
-    def check_chain(self) -> None:
-        """Raises CheckpointError if a checkpoint is not preceded by the one that it names."""
-        steps = self.steps()
+    def check_chain(self) -> list[str]:
+        """Check each checkpoint of the run's history: its files, the one before it, and the events of the ledger up to it.
+
+        Returns:
+            What cannot be checked, in lines: what was deleted, or written by a version that kept no chain.
+
+        Raises:
+            CheckpointError: for the first that is damaged or was exchanged.
+        """
+        steps, gaps = [step for step in self.steps() if not self._abandoned(step)], []
         for step in steps:
-            before = self._manifest(step).get("before")
-            if before and before["step"] in steps and before["sha256"] != self._digest(before["step"]):
+            self._verify(step)
+            manifest, name = self._manifest(step), self.name(step)
+            before, events = manifest.get("before"), manifest.get("ledger")
+            if before and before["step"] not in steps:
+                gaps.append(f"{name} followed {self.name(before['step'])}, which is no longer there")
+            elif before and before["sha256"] != self._digest(before["step"]):
                 raise CheckpointError(
-                    f"{self.storage}/{self.name(step)} followed another checkpoint of step {before['step']} than is there:"
+                    f"{self.storage}/{name} followed another checkpoint of step {before['step']} than is there:"
                     " one of the two was exchanged"
                 )
+            if events is None:
+                gaps.append(f"{name} does not say which events came before it: an older version wrote it")
+            elif events != self._ledger_up_to(events["bytes"]):
+                raise CheckpointError(
+                    f"{self.ledger} is not what it was when {self.storage}/{name} was saved: events before that were"
+                    " changed: restore it from a backup"
+                )
+        return gaps
+
+    def _ledger_up_to(self, end: int | None) -> dict[str, Any] | None:
+        """Length and digest of the ledger's beginning; None: of all its whole lines. It only grows."""
+        if self.ledger is None:
+            return None
+        content = self.ledger.read_bytes() if self.ledger.exists() else b""
+        content = content[: content.rfind(b"\n") + 1 if end is None else end]
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def _digest(self, step: int) -> str:
         return hashlib.sha256(self.storage.read_text(f"{self.name(step)}/{MANIFEST}").encode()).hexdigest()

@@ -45,7 +45,7 @@ TENSORBOARD = "tensorboard"
 
 Event = Literal[
     "created", "copied", "upgraded", "settings_changed", "joined", "left", "lost", "restored", "recovered", "interrupted",
-    "replaced", "saved", "save_failed", "evaluated", "skipped", "diverged", "stopped", "finished",
+    "replaced", "slow", "saved", "save_failed", "evaluated", "skipped", "diverged", "stopped", "finished",
 ]  # fmt: skip
 EVENTS: dict[Event, dict[str, object]] = {
     "created": {"run_id": str, "directory": dict},
@@ -59,6 +59,7 @@ EVENTS: dict[Event, dict[str, object]] = {
     "recovered": {"detection": float, "rendezvous": float, "restore": float, "first_step": float},
     "interrupted": {"node": str, "cause": str},
     "replaced": {"node": str, "cause": str},
+    "slow": {"node": str, "step": int, "seconds": float, "others": float},
     "saved": {"step": int, "checkpoint": str, "place": str},
     "save_failed": {"error": str},
     "evaluated": {"step": int, "loss": float | None},

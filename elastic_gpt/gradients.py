@@ -10,7 +10,8 @@ micro-batch goes on: a thread sends one piece after the other as soon as all gra
 the buffer, on every rank the same, whatever order gradients come in.
 
 What the ranks must agree on in the same step anyway travels behind the last piece: the loss of each micro-batch and the ids
-of its sequences, in slots of their own, and how many workers were asked to stop, and of these how many leave for good.
+of its sequences, in slots of their own, the time that each took, and how many workers were asked to stop, and of these how
+many leave for good.
 """
 
 import contextlib
@@ -47,6 +48,8 @@ class StepSums:
     """Ids of the sequences in the gradient, in order: upper and lower `HALF` bits, (2, global batch) on the device."""
     stops: torch.Tensor
     """How many workers were asked to stop, and how many of them leave for good; (2,) on the device."""
+    seconds: torch.Tensor
+    """The time that each micro-batch took (pace.py), (micro-batches,) on the device."""
 
 
 class Gradients:
@@ -79,9 +82,9 @@ class Gradients:
         self.traffic = traffic
         *starts, size = itertools.accumulate((parameter.numel() for parameter in self.parameters), initial=0)
         # What the ranks agree on is a tensor of its own: it is always exact, and sent last.
-        sizes = [micro_batches, 2 * global_batch, 2]
+        sizes = [micro_batches, 2 * global_batch, 2, micro_batches]
         self.agreed = torch.zeros(sum(sizes), dtype=torch.float32, device=world.device)
-        self.losses, ids, self.stops = self.agreed.split(sizes)
+        self.losses, ids, self.stops, self.seconds = self.agreed.split(sizes)
         self.ids = ids.view(2, micro_batches, -1)
         self.gradient = torch.zeros(size, dtype=torch.float32, device=world.device)
         for start, parameter in zip(starts, self.parameters, strict=True):
@@ -150,7 +153,7 @@ class Gradients:
         elif self.total is not None:
             self.gradient.copy_(self.total)
         # One slot per micro-batch, added up in the same order everywhere: the loss does not depend on the world either.
-        return StepSums(self.losses.sum(), self.ids.flatten(1).clone(), self.stops.clone())
+        return StepSums(self.losses.sum(), self.ids.flatten(1).clone(), self.stops.clone(), self.seconds.clone())
 
     # --- the sum over the ranks, piece by piece
 

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,18 @@ class Ledger:
 
     def __init__(self, run: Path) -> None:
         self.path = run / LEDGER
-        self._read_up_to = 0  # bytes of the file that `superseded` has read
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        """Are called with each event that this process writes, and with the goodbyes that `begin_life` finds."""
+        self._read_up_to = 0  # bytes, of what `superseded` has seen
 
     def write(self, event: Event, **facts: Any) -> None:
-        """Append one event, with the time in seconds since 1970. On a full disk the event is lost; training goes on."""
+        """Append one event, with the time in seconds since 1970. A full disk costs the event, not the training."""
+        line = _line(event, facts)
         try:
-            self.write_durably(event, **facts)
+            self._append(line)
         except OSError as error:
             print(f"warning: the ledger lacks {event} {strict_json(facts)}: {error}", file=sys.stderr, flush=True)
+        self._tell(line)
 
     def write_durably(self, event: Event, **facts: Any) -> None:
         """Append one event. It is on storage when this returns.
@@ -72,7 +76,16 @@ class Ledger:
         Raises:
             OSError: if it cannot be written.
         """
-        line = strict_json({"event": event, "time": round(time.time(), 3), **facts}) + "\n"
+        line = _line(event, facts)
+        self._append(line)
+        self._tell(line)
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+    def _append(self, event: Mapping[str, Any]) -> None:
+        line = strict_json(event) + "\n"
         with self.path.open("ab+", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
@@ -147,7 +160,10 @@ class Ledger:
         last = max((place for place, event in enumerate(events) if event["event"] == "joined"), default=None)
         if last is not None:
             paused = is_pause(events[last:], nodes)
-            said_goodbye = {event["node"] for event in events[last:] if event["event"] == "left"}
+            goodbyes = [event for event in events[last:] if event["event"] == "left"]
+            for event in goodbyes if stayed else []:  # they were written by those that have gone
+                self._tell(event)
+            said_goodbye = {event["node"] for event in goodbyes}
             for node in sorted(set() if paused else set(events[last]["nodes"]) - set(nodes) - said_goodbye):
                 self.write("lost", node=node, step=step)
         life = self.lives()
@@ -187,6 +203,10 @@ class Ledger:
         moments = [last_step, noticed[0] if noticed else last_step, joined, restored, time.time()]
         seconds = [round(max(0.0, after - before), 3) for before, after in itertools.pairwise(moments)]
         self.write("recovered", **dict(zip(PARTS, seconds, strict=True)))
+
+
+def _line(event: Event, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"event": event, "time": round(time.time(), 3), **facts}
 
 
 @dataclass(frozen=True)
@@ -316,6 +336,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt ledger") ->
             f"the ledger or the metrics in {run} are not as training writes them ({error!r}): restore the files"
         ) from error
     console.print(lives)
+    for event in Ledger(run).events():
+        if event["event"] == "slow":
+            times = event["seconds"] / event["others"]
+            print(
+                f"slow from step {event['step']}: {event['node']}, {times:.1f} times as long as the others a micro-batch"
+            )
     print(
         f"{total.steps:,} steps kept, {total.dropped:,} done again; {total.elapsed:,.1f} s elapsed,"
         f" {total.useful:,.1f} s of them in kept steps: goodput {total.goodput:.1%}"

@@ -7,11 +7,14 @@ tensorboard    the same numbers as curves
 """
 
 import contextlib
+import io
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from elastic_gpt import contract
 from elastic_gpt.ledger import Ledger, strict_json
 from elastic_gpt.mirror import Follower, mirror_of
-from elastic_gpt.reports import StepReport
+from elastic_gpt.reports import Observer, StepReport
+
+BLOCK = 1 << 16  # bytes of metrics.jsonl that are read together
 
 
-class ConsoleObserver:
+class ConsoleObserver(Observer):
     """Progress for a person: a bar on a terminal, elsewhere a line every `interval` steps."""
 
     def __init__(self, steps: int, start: int, interval: int) -> None:
@@ -83,7 +88,7 @@ class ConsoleObserver:
             self.bar.stop()
 
 
-class ProgressObserver:
+class ProgressObserver(Observer):
     """Tells programs how far training is, when a world begins and every `interval` steps: in its output, and in a file.
 
     Args:
@@ -118,12 +123,6 @@ class ProgressObserver:
             )
         )
 
-    def on_evaluation(self, step: int, loss: float | None) -> None:
-        pass
-
-    def on_message(self, text: str) -> None:
-        pass
-
     def close(self) -> None:
         if self.last and self.last.step != self.told[0]:  # the world ends between two lines
             self._report(self.last)
@@ -137,7 +136,7 @@ class ProgressObserver:
             aside.replace(self.file)
 
 
-class MetricsObserver:
+class MetricsObserver(Observer):
     """RUN/metrics.jsonl, with one line for each step of the kept history.
 
     Args:
@@ -147,16 +146,15 @@ class MetricsObserver:
     """
 
     def __init__(self, path: Path, step: int, reports: list[dict[str, Any]], lag: int = 1) -> None:
-        self.last_step = path.stat().st_mtime if path.exists() else None  # time of the last line
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = end = written = 0
-        for line in lines:
+        self.last_step = path.stat().st_mtime if path.exists() else None  # when the last line was written
+        self.file = path.open("ab+", buffering=0)
+        kept = end = self.dropped = 0
+        for start, line in _from_the_end(self.file):  # a long run's file is not read whole at each change of members
             number = _step(line)
-            if number is None or number > step:
+            if number is not None and number <= step:
+                kept, end = number, start + len(line)
                 break
-            kept, end, written = number, end + len(line), written + 1
-        self.dropped = len(lines) - written
-        self.file = path.open("ab", buffering=0)
+            self.dropped += 1
         self.file.truncate(end)
         self.follower = None
         if mirror := mirror_of(path):
@@ -174,12 +172,6 @@ class MetricsObserver:
 
     def on_step(self, report: StepReport) -> None:
         self._write(report.line())
-
-    def on_evaluation(self, step: int, loss: float | None) -> None:
-        pass  # evaluations are in the ledger
-
-    def on_message(self, text: str) -> None:
-        pass
 
     def close(self) -> None:
         if self.waiting:
@@ -209,7 +201,7 @@ class MetricsObserver:
             self.file.truncate(self.end)
 
 
-class LedgerObserver:
+class LedgerObserver(Observer):
     """Writes the updates that were skipped to RUN/ledger.jsonl."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -222,14 +214,8 @@ class LedgerObserver:
     def on_evaluation(self, step: int, loss: float | None) -> None:
         self.ledger.write("evaluated", step=step, loss=loss)
 
-    def on_message(self, text: str) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
-
-
-class TensorBoardObserver:
+class TensorBoardObserver(Observer):
     """RUN/tensorboard: the same numbers as curves."""
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -247,11 +233,23 @@ class TensorBoardObserver:
         if loss is not None:
             self.writer.add_scalar("validation/loss", loss, step)
 
-    def on_message(self, text: str) -> None:
-        pass
-
     def close(self) -> None:
         self.writer.close()
+
+
+def _from_the_end(file: io.RawIOBase) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, the last one first: where each begins, and its content. No more is read than is asked for."""
+    block = start = file.seek(0, os.SEEK_END)
+    rest = b""  # of a line that begins in an earlier block
+    while block:
+        size = min(BLOCK, block)
+        block = file.seek(block - size)
+        rest, *lines = (file.read(size) + rest).splitlines(keepends=True)
+        for line in reversed(lines):
+            start -= len(line)
+            yield start, line
+    if rest:
+        yield 0, rest
 
 
 def _step(line: bytes) -> int | None:

@@ -5,9 +5,9 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,13 +47,26 @@ class StepReport:
         return fields if self.skipped else {name: fields[name] for name in fields if name != "skipped"}
 
 
-class Observer(Protocol):
-    """Receives a report of each step."""
+class Observer:
+    """Hears of a run on the first worker of its world; a subclass has those methods that it wants.
 
-    def on_step(self, report: StepReport) -> None: ...
-    def on_evaluation(self, step: int, loss: float | None) -> None: ...
-    def on_message(self, text: str) -> None: ...
-    def close(self) -> None: ...
+    Where the worker that is first changes, the new one's observers go on; they begin with the `joined` of its world.
+    """
+
+    def on_step(self, report: StepReport) -> None:
+        """All ranks have done a step."""
+
+    def on_evaluation(self, step: int, loss: float | None) -> None:
+        """The validation loss; None: it is not finite."""
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """The ledger has got an event (`EVENTS` in contract.py): joined, lost, left, saved, skipped ..."""
+
+    def on_message(self, text: str) -> None:
+        """A line for a person."""
+
+    def close(self) -> None:
+        """The world has ended. In this process another one may begin, with another `joined`."""
 
 
 class Reporter:

@@ -52,6 +52,7 @@ from elastic_gpt.observers import (
     TensorBoardObserver,
 )
 from elastic_gpt.order import Order, micro_batch_seed
+from elastic_gpt.pace import Pace
 from elastic_gpt.reports import Observer, Reporter
 from elastic_gpt.rundir import open_together, settings_before
 from elastic_gpt.settings import SettingsError, Traffic, flatten, refuse_rounded
@@ -129,11 +130,15 @@ class Step:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """The micro-batches of this worker's share, on the device. There may be none."""
+        began = time.perf_counter()
         for index, ids, *tensors in self._batches.step(self.number):
             # Dropout is the same on any rank.
             torch.manual_seed(micro_batch_seed(self._worlds.plan.seed, self.number, index))
             self._now = index, ids
             yield tuple(tensors)
+            if not devices.works_on(self._world.device):  # else this is not how long it takes
+                self._worlds.gradients.seconds[index] = time.perf_counter() - began
+            began = time.perf_counter()
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """Add the gradient of a micro-batch.
@@ -202,8 +207,9 @@ class Worlds(abc.ABC):
         self.tensors = training_state(model, optimizer, scale.state if scale else None)
         self.snapshots: Snapshots | None = None
         self.reporter: Reporter | None = None
+        self.slow: set[str] = set()  # nodes
         self.observers: list[Observer] = []
-        """The user's own observers, which get each step's report on the first worker."""
+        """The user's own observers, which hear of steps and events on the first worker."""
 
     # --- what a subclass defines
 
@@ -312,12 +318,15 @@ class Worlds(abc.ABC):
 
         # --- restore the state
         snapshots = self.snapshots = self._open_snapshots(run, world)
-        checkpoints = Checkpoints(checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run)
+        checkpoints = Checkpoints(
+            checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run, ledger.path
+        )
         restored = restore(tensors, snapshots, checkpoints, run, world, plan.resume, held)
         if name := broken(tensors):
             raise NotFinite(f"{restored.source} is not finite ({name}): delete it, and an older state is taken")
         here = world.gather((world.node, lived_on, self.agent.started_because if self.agent else ""))
         nodes, stayed = sorted({node for node, *_ in here}), sorted({node for node, lives_on, _ in here if lives_on})
+        pace = Pace([node for node, *_ in here], plan.global_batch // plan.micro_batch, self.slow)
         observers, last_step = self._open_observers(run, nodes, stayed, world, restored)
         for node, _, cause in here if world.first else []:
             if cause:  # the agent ended the worker that was here before
@@ -394,6 +403,10 @@ class Worlds(abc.ABC):
                 )
                 if world.first and step == restored.step + 1:
                     ledger.recovered(last_step, joined, back)
+                for slow in pace.step([] if devices.works_on(world.device) else sums.seconds.tolist()):
+                    if world.first:
+                        ledger.write("slow", node=slow.node, step=step, seconds=slow.seconds, others=slow.others)
+                        reporter.say(f"WARNING: {slow}")
                 if reporter.skipped >= max_skipped:
                     what = f"loss or gradient not finite in {reporter.skipped} updates in a row, up to step {step}"
                     give_up(step, step - reporter.skipped, f"{what} (optimizer.max_skipped)")
@@ -495,10 +508,12 @@ class Worlds(abc.ABC):
         Returns the observers, and the time of the last step before, in seconds since 1970 (None: no
         step yet).
         """
+        plan, ledger = self.plan, self.ledger
+        ledger.listeners = []
         if not world.first:
             return [], None
-        plan, ledger = self.plan, self.ledger
         metrics = MetricsObserver(plan.run_dir / METRICS, restored.step, restored.reports, plan.snapshot_interval)
+        ledger.listeners = [observer.on_event for observer in self.observers]
         try:
             ledger.begin_life(nodes, world.size, restored.step, restored.source, metrics.dropped, run.name, stayed)
         except Unreachable:
@@ -585,7 +600,7 @@ class Elastic(Worlds):
         optimizer: an optimizer of all parameters of the model.
         data: `data[i]` is a tuple of tensors or numbers, `len(data)` their number; the same on every worker.
         identity: names and plain values that a run cannot change, beside the sizes and the model's shapes.
-        observers: the user's own (elastic_gpt/reports.py), which get each step's report on the first worker.
+        observers: the user's own (`Observer`), which hear of steps and events on the first worker.
         plan: the fields of `Plan`: steps, global_batch, micro_batch ...
 
     Raises:

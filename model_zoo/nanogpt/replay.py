@@ -1,12 +1,15 @@
 """Trains some steps of a run again, in one process, and checks that the result is the same.
 
     elastic-gpt replay RUN --from 1000 --to 1200
+    elastic-gpt replay RUN --verify
 
-It begins with the checkpoint of the first step and writes to a folder of its own; RUN is only read.
-It compares the sequences of each step, and its loss, which has to be equal in exact mode, and
-otherwise close, since float sums may be in another order. In exact mode, if there is a checkpoint
-of the last step, every parameter and moment has to be equal bit for bit. That is so on the same
-kind of device, and on CPUs with as many threads as the run's workers had (OMP_NUM_THREADS).
+First the chain is checked: each checkpoint's files, the checkpoint that it says was before it, and the ledger up to it. That is
+all that `--verify` does, and of any `Elastic` run.
+
+Training begins at the checkpoint of the first step, in a folder of its own; RUN is only read. Each step's sequences are
+compared, and its loss: equal in exact mode, else up to what the order of float sums may do. In exact mode, where there is a
+checkpoint of the last step, so is every parameter and moment, byte for byte. That holds on the same kind of device, and on
+CPUs with as many threads as the run's workers had (OMP_NUM_THREADS).
 """
 
 import shutil
@@ -21,8 +24,9 @@ import yaml
 from elastic_gpt import settings
 from elastic_gpt.checkpoint import CheckpointError, Checkpoints, checkpoints_place
 from elastic_gpt.contract import CHECKPOINTS, CONFIG, LEDGER, METRICS
+from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger, read_metrics
-from elastic_gpt.reports import StepReport
+from elastic_gpt.reports import Observer, StepReport
 from elastic_gpt.run import exits
 from elastic_gpt.rundir import settings_before
 from model_zoo.nanogpt.config import TrainConfig
@@ -33,10 +37,11 @@ LOSS_TOLERANCE = 0.05  # nats, without exact mode; the same as in the drill
 EXAMPLES = """\
 examples:
   %(prog)s run                          from the oldest checkpoint there is to the newest
-  %(prog)s run --from 1000 --to 1200    from that checkpoint, 200 steps"""
+  %(prog)s run --from 1000 --to 1200    from that checkpoint, 200 steps
+  %(prog)s run --verify                 only check that nothing was damaged or exchanged"""
 
 
-class Kept:
+class Kept(Observer):
     """An observer that keeps each step's sequences and loss."""
 
     def __init__(self) -> None:
@@ -44,10 +49,6 @@ class Kept:
 
     def on_step(self, report: StepReport) -> None:
         self.steps[report.step] = report.sequence_hash, report.loss
-
-    def on_evaluation(self, step: int, loss: float | None) -> None: ...
-    def on_message(self, text: str) -> None: ...
-    def close(self) -> None: ...
 
 
 @command
@@ -59,12 +60,21 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt replay") ->
         "--from", dest="first", type=whole(1), metavar="STEP", help="a checkpoint's (default: the oldest)"
     )
     parser.add_argument("--to", dest="last", type=whole(1), metavar="STEP", help="(default: the newest checkpoint's)")
+    parser.add_argument(
+        "--verify", action="store_true", help="check the chain of checkpoints and ledger, train nothing"
+    )
     args = parser.parse_args(argv)
     before = settings_before(args.run / CONFIG)
     if not before:
         raise ValueError(f"{args.run} is no run directory: name one that `elastic-gpt train` has written")
-    checkpoints = Checkpoints(checkpoints_place(args.run, before.get("checkpoint.dir")))
+    place = checkpoints_place(args.run, before.get("checkpoint.dir"))
+    checkpoints = Checkpoints(place, run=_history(Ledger(args.run)), ledger=args.run / LEDGER)
     steps = checkpoints.steps()
+    if args.verify:
+        for gap in checkpoints.check_chain():
+            print(f"not checked: {gap}")
+        print(f"in order: {len(steps)} checkpoints in {checkpoints.storage}, and the ledger up to the last of them")
+        return DONE
     first, last = args.first or min(steps, default=0), args.last or max(steps, default=0)
     if first not in steps:
         raise ValueError(f"there is no checkpoint of step {first}: {_those(steps)}")
@@ -88,6 +98,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt replay") ->
         f"the same: {last - first} steps from {first} to {last}, {compared}, {'bit for bit' if exact else 'up to float sums'}"
     )
     return DONE
+
+
+def _history(ledger: Ledger) -> Run | None:
+    """What tells checkpoints of ends that the run went back from; None where there is no ledger."""
+    names = {event["name"]: event["life"] for event in ledger.events() if event.get("name")}
+    known = ledger.identities()
+    return Run(known[-1]["run_id"], ledger.lives(), ledger.branches(), lives=names) if known else None
 
 
 def _those(steps: list[int]) -> str:

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,3 +165,16 @@ def test_what_came_after_the_last_good_step_of_a_life_that_diverged_is_abandoned
 
 def test_what_is_not_finite_is_null_in_json() -> None:
     assert strict_json({"a": [float("nan"), 1.5], "b": float("-inf")}) == '{"a": [null, 1.5], "b": null}'
+
+
+def test_who_listens_hears_who_joined_left_and_was_lost(tmp_path: Path) -> None:
+    heard: list[Any] = []
+    ledger = Ledger(tmp_path)
+    ledger.begin_life(["a", "b", "c"], 3, 0, "start", 0)
+    Ledger(tmp_path).write("left", node="b", step=4)  # by that node itself
+    ledger.listeners = [heard.append]
+    ledger.begin_life(["a", "d"], 2, 4, "worker of node a", 0, stayed=["a"])
+    assert [(event["event"], event.get("node") or event.get("nodes")) for event in heard] == [
+        ("left", "b"), ("lost", "c"), ("joined", ["a", "d"]), ("restored", None)
+    ]  # fmt: skip
+    assert heard == ledger.events()[2:]

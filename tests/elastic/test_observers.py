@@ -1,12 +1,16 @@
 """observers.py: metrics.jsonl has each step of the kept history once, and the console a line every interval."""
 
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from elastic_gpt import observers
 from elastic_gpt.contract import Progress
 from elastic_gpt.observers import ConsoleObserver, MetricsObserver, ProgressObserver
 from elastic_gpt.reports import StepReport
@@ -47,6 +51,30 @@ def test_what_a_killed_rank_0_did_not_write_comes_from_the_snapshot(tmp_path: Pa
     MetricsObserver(path, 0, []).on_step(report(1))
     MetricsObserver(path, 3, [asdict(report(step, loss=9.0)) for step in (1, 2, 3)]).close()
     assert steps(path) == [(1, 1.0), (2, 9.0), (3, 9.0)]
+
+
+@given(st.lists(st.integers(0, 40)), st.integers(0, 30), st.integers(0, 30), st.integers(1, 60))
+def test_what_is_kept_does_not_depend_on_how_much_is_read_at_once(
+    paddings: list[int], step: int, torn: int, block: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observers, "BLOCK", block)
+        path = Path(folder) / "metrics.jsonl"
+        lines = [json.dumps({"step": i + 1, "loss": "x" * padding}) + "\n" for i, padding in enumerate(paddings)]
+        unfinished = json.dumps({"step": len(lines) + 1})[: min(torn, 10)]
+        path.write_text("".join(lines) + unfinished)
+        metrics = MetricsObserver(path, step, [])
+        metrics.close()
+        assert path.read_text() == "".join(lines[:step])
+        assert metrics.dropped == max(0, len(lines) - step) + bool(unfinished)
+
+
+def test_the_beginning_of_a_long_run_is_not_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    long_ago = b"not even JSON\n" * observers.BLOCK
+    path.write_bytes(long_ago + b'{"step": 7}\n{"step": 8}\n')
+    MetricsObserver(path, 7, []).close()
+    assert path.read_bytes() == long_ago + b'{"step": 7}\n'
 
 
 def test_a_hole_in_the_history_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import torch
 from elastic_gpt.batches import Batches
 from elastic_gpt.gradients import Gradients, not_finite, update
 from elastic_gpt.order import Ids, Order, sequence_hash, share
-from elastic_gpt.reports import Reporter, StepReport
+from elastic_gpt.reports import Observer, Reporter, StepReport
 from elastic_gpt.world import World
 from tests.elastic.worlds import run_world
 
@@ -31,16 +31,12 @@ class Swapped(Order):
         return ids
 
 
-class Kept:
+class Kept(Observer):
     def __init__(self) -> None:
         self.reports: list[StepReport] = []
 
     def on_step(self, report: StepReport) -> None:
         self.reports.append(report)
-
-    def on_evaluation(self, step: int, loss: float) -> None: ...
-    def on_message(self, text: str) -> None: ...
-    def close(self) -> None: ...
 
 
 def hashes(world: World, order: Order, exact: bool, lost: int | None = None) -> list[str]:

@@ -1,26 +1,41 @@
 """run.py: a user's own model makes the same run whatever happens to its workers, and mistakes are one line."""
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from elastic_gpt import Elastic
+from elastic_gpt import Elastic, Observer
 from elastic_gpt.ledger import Ledger, read_metrics
+from elastic_gpt.reports import StepReport
 from elastic_gpt.testing import assert_elastic
 from tests.conftest import PATIENCE, environment
 
 linux = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="workers are forked, which needs Linux")
-OWN = Path(__file__).parents[2] / "examples/own_model.py"
+ROOT = Path(__file__).parents[2]
+OWN = ROOT / "examples/own_model.py"
 
 
 @linux
-def test_the_example_is_elastic(tmp_path: Path) -> None:
-    assert_elastic(OWN, lambda run: [run, "8"], tmp_path, sizes=(2,))
+def test_the_example_is_elastic_and_an_observer_hears_who_joined(tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    told = (ROOT / "docs/LIBRARY.md").read_text().split("```python\n")[2].split("```")[0]  # the page's own observer
+    own = OWN.read_text().replace("from elastic_gpt import Elastic", f"from elastic_gpt import Elastic\n{told}")
+    script.write_text(own.replace("exact=True)", "exact=True, observers=[Told()])"))
+    assert_elastic(script, lambda run: [run, "8"], tmp_path, sizes=(2,))
+    heard = [line for line in (tmp_path / "on-2.log").read_text().splitlines() if line.startswith("told after step ")]
+    told_events = [ast.literal_eval(line.split(": ", 1)[1]) for line in heard]
+    written = Ledger(tmp_path / "on-2").events()
+    # Somebody is killed only after a step of a life, which its observers have heard the beginning of.
+    assert [event for event in told_events if event["event"] == "joined"] == [
+        event for event in written if event["event"] == "joined"
+    ]
     events = Ledger(tmp_path / "on-2").events()
     joined = [event for event in events if event["event"] == "joined"]
     assert len(joined) > 3
@@ -71,6 +86,32 @@ def test_a_run_goes_on_where_it_was_and_another_one_is_refused(
     with pytest.raises(SystemExit, match="2"):
         train(Elastic(tmp_path, *model(), DATA, steps=9, seed=1, **sizes))
     assert "has seed 0, not 1: set it back" in capsys.readouterr().err
+
+
+class Kept(Observer):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.heard.append(str(report.step))
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        self.heard.append(event["event"])
+
+
+def test_an_observer_hears_of_checkpoints_and_skipped_updates_in_their_order(tmp_path: Path) -> None:
+    kept = Kept()
+    plan = {"steps": 3, "global_batch": 16, "micro_batch": 16, "checkpoint_interval": 1, "observers": [kept]}
+    run = Elastic(tmp_path, *model(), DATA, **plan)
+    for step in run:
+        for inputs, targets in step:
+            loss = ((run.model(inputs) - targets) ** 2).sum()
+            step.backward(loss * float("nan") if step.number == 1 else loss)
+        step.update()
+    assert [word for word in kept.heard if word != "saved"] == (
+        ["joined", "restored", "1", "skipped", "2", "3", "finished"]
+    )
+    assert kept.heard.count("saved") == len([one for one in Ledger(tmp_path).events() if one["event"] == "saved"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,35 @@ def test_a_checkpoint_that_was_exchanged_is_found(run: Path, tmp_path: Path) -> 
     assert "step_00000016 followed another checkpoint of step 8 than is there" in done.stderr
 
 
+def test_a_chain_in_order_is_one_line_and_what_is_missing_in_it_is_said(run: Path, tmp_path: Path) -> None:
+    assert elastic_gpt("replay", run, "--verify").stdout == (
+        f"in order: 3 checkpoints in {run}/checkpoints, and the ledger up to the last of them\n"
+    )
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints/step_00000008")
+    manifest = copy / "checkpoints/step_00000024/MANIFEST.json"
+    old = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({name: old[name] for name in old if name not in ("before", "ledger")}))
+    assert elastic_gpt("replay", copy, "--verify").stdout.splitlines()[:2] == [
+        "not checked: step_00000016 followed step_00000008, which is no longer there",
+        "not checked: step_00000024 does not say which events came before it: an older version wrote it",
+    ]
+
+
+def test_an_event_that_was_changed_and_a_file_that_was_damaged_are_found(run: Path, tmp_path: Path) -> None:
+    ledger = shutil.copytree(run, tmp_path / "run") / "ledger.jsonl"
+    written = ledger.read_text()
+    assert '"world_size": 1' in written
+    ledger.write_text(written.replace('"world_size": 1', '"world_size": 2'))
+    done = elastic_gpt("replay", ledger.parent, "--verify", code=2)
+    assert "ledger.jsonl is not what it was when " in done.stderr
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    ledger.write_text(written)
+    (ledger.parent / "checkpoints/step_00000016/model.safetensors").write_bytes(b"other")
+    done = elastic_gpt("replay", ledger.parent, "--verify", code=2)
+    assert "step_00000016 is damaged: model.safetensors is not what was written" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
