@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from kubernetes import client
 
-from elastic_gpt.jobs.trainjobs import PODS_OF
+from elastic_gpt.jobs.trainjob_actions import PODS_OF
 from tests.cluster.conftest import HERE, IMAGE, SHORT, TRAINING, Cluster, Job, Terminal
 from tests.cluster.trainjob_controller import Controller
 from tests.conftest import PATIENCE, assert_same_run, environment, events, until

@@ -14,7 +14,7 @@ from typing import Any
 from kubernetes import client, config
 
 from elastic_gpt.jobs.trainjob import GROUP, NODE
-from elastic_gpt.jobs.trainjobs import PODS_OF
+from elastic_gpt.jobs.trainjob_actions import PODS_OF
 from tests.cluster.control_plane import free_port
 
 Tree = dict[str, Any]

@@ -154,7 +154,7 @@ def test_repaired_text_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[
     files = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
     for name in ("gpt2", "char"):
         assert room.main([*files, "--errors", errors, "--tokenizer", name]) == 0
-        assert "note: 44 places were no UTF-8" in capsys.readouterr().out
+        assert "note: 44 places were not UTF-8" in capsys.readouterr().out
         meta = read_meta(tmp_path)
         assert [source.repaired for source in meta.inputs] == [40, 4]
         text = load_tokenizer(tmp_path).decode(open_split(tmp_path, "train"))

@@ -485,7 +485,10 @@ class Master(Machine):
         before = self.manager.get_rdzv_round()
         now = self.job.clock.now
         self.waiting_since = (self.waiting_since or now) if self.manager._waiting_nodes else None
-        turn, _, nodes = self.manager.get_comm_world(rank)
+        try:
+            turn, _, nodes = self.manager.get_comm_world(rank)
+        except StopIteration as error:  # what DLRover 0.6.1 does when it completes a rendezvous that nobody waits for
+            raise Violation("a world of no node") from error
         world = {one: meta.node_id for one, meta in nodes.items()}
         if turn != before and world:
             self.job.say(f"round {turn}: {list(world.values())}")
