@@ -395,7 +395,7 @@ class Pod:
             *_devices(f"{root}/dev", self.folder / "termination-log"),
             f"mount -t proc proc {root}/proc && mount --rbind /sys {root}/sys",
             f"mount --bind {self.folder}/hosts {root}/etc/hosts",
-            f"hostname {self.name[:60]}",
+            f"hostname {self.name[:63].rstrip('-.')}",
         ]
         for mount in container.get("volumeMounts", []):
             target, volume = f"{root}{os.path.realpath(mount['mountPath'])}", volumes[mount["name"]]
