@@ -428,8 +428,10 @@ class Node(Machine):
                 yield self.job.poll
             yield from self.say(self.lease.hold)
             address = yield from self.address(turn, first=next(iter(world)) == rank)
-            if address and turn == (yield from self.ask(lambda master: master.world(rank)[0])):
-                return list(world).index(rank), list(world.values()), address
+            if address:
+                last, members = yield from self.ask(lambda master: master.world(rank))
+                if turn == last and rank in members:
+                    return list(world).index(rank), list(world.values()), address
             self.job.say(f"{self} {'is late for its world' if address else 'has no word of rank 0'}")
 
     def address(self, turn: int, *, first: bool) -> Generator[float, None, str]:
