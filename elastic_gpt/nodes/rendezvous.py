@@ -252,8 +252,9 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         with manager._lock:
             there = {node.node_id for node in [*manager._waiting_nodes.values(), *manager._rdzv_nodes.values()]}
             for node, ask in leases.asks(manager._name).items():
+                # Also for one that is there: it may have told these to the master before, and come to this one.
+                manager.update_rdzv_params(ask.least, ask.most, ask.last_call, 1)
                 if node not in there:
-                    manager.update_rdzv_params(ask.least, ask.most, ask.last_call, 1)
                     manager.join_rendezvous(node, ask.rank, ask.workers)
 
     def set_value(store: Any, key: str, value: bytes) -> None:

@@ -115,6 +115,11 @@ def test_a_master_that_was_started_anew_knows_from_the_leases_who_waits_and_for_
     assert shown(anew + first + "waits(2); show(manager.get_comm_world(2)[0] > 1)") == ["True"]
 
 
+def test_a_node_that_told_the_range_to_the_master_before_has_this_one_learn_it_from_its_lease() -> None:
+    anew = "manager = ElasticTrainingRendezvousManager(); says(1, b''); "
+    assert shown(anew + "joins(0); waits(0, least=2); show(world()); show(manager.get_min_nodes())") == ["[]", "2"]
+
+
 def test_a_clock_that_is_set_neither_ends_the_patience_nor_lengthens_a_wait() -> None:
     forward = "manager._lastcall_time -= 3600; "
     assert shown("joins(0); " + forward + "show(world())") == ["[]"]
