@@ -236,6 +236,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
     found: list[float] = []  # when the first node asked for a world
     missing: dict[int, float] = {}  # since when those who wait have waited for a node
     seen: dict[Any, set[int]] = {}  # of each rendezvous the ranks of the nodes that have seen its last world
+    last: dict[Any, set[int]] = {}  # ids of the nodes of that world, even after somebody has asked for the next one
     known: dict[Any, set[int]] = {}  # who held a lease when that was formed: in it, or waited for in vain
     put = kv_store_service.KVStoreService.set
     remove = rdzv_manager.RendezvousManager.remove_alive_node
@@ -327,6 +328,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         completed = bool(check(manager))
         if completed:
             seen[manager].clear()
+            last[manager] = {node.node_id for node in manager._rdzv_nodes.values()}
             known[manager] = leases.held()
         return completed
 
@@ -338,7 +340,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         with manager._lock:
             world = {node.node_id for node in manager._rdzv_nodes.values()}
             back = leases.members() - world - known.get(manager, set()) if world else set()
-            return int(count(manager)) + leases.are_gone(world) + len(back)
+            return int(count(manager)) + leases.are_gone(last.get(manager, ())) + len(back)
 
     kv_store_service.KVStoreService.set = set_value
     rdzv_manager.RendezvousManager.remove_alive_node = remove_alive_node

@@ -138,6 +138,12 @@ def test_those_who_wait_for_one_that_has_gone_since_their_world_was_formed_come_
     assert shown(formed + "leases.gone(0); show(manager.num_nodes_waiting() > 0)") == ["[0, 1]", "0", "True"]
 
 
+def test_so_they_do_if_a_node_that_asked_for_the_next_world_has_gone_as_well() -> None:
+    formed = "waits(1); joins(1); waits(0); joins(0); show(world()); holds(0); holds(1); "
+    asked = "joins(2); manager.remove_alive_node(Node('worker', 2)); show(manager.num_nodes_waiting()); "
+    assert shown(formed + asked + "leases.gone(0); show(manager.num_nodes_waiting() > 0)") == ["[0, 1]", "0", "True"]
+
+
 def test_for_a_node_that_is_back_in_a_world_of_old_all_come() -> None:
     silent = f"joins(0); now[0] = {LEASE_SECONDS + 0.1}; waits(0); show(world()); holds(0); show(manager.num_nodes_waiting()); "
     assert shown(silent + "holds(1); show(manager.num_nodes_waiting())") == ["[0]", "0", "1"]
