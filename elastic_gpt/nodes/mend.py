@@ -155,7 +155,8 @@ def hold_a_lease() -> list[Lease]:
 def ask_again_when_rank_0_has_gone() -> None:
     """0.6.1: where rank 0's node dies before it has told its address, the others wait for that for six minutes, and fail.
 
-    And a node that was cut off meanwhile begins in a world that another one has followed, and takes the run from that.
+    And a node that was cut off meanwhile begins in a world that another one has followed, and takes the run from that; or
+    it is awaited in vain in the next world, into which the master has taken it for one that still waits.
     """
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent, MasterRendezvousHandler
 
@@ -167,8 +168,8 @@ def ask_again_when_rank_0_has_gone() -> None:
         return get_store(self, number, group)
 
     def is_last(handler: Any) -> bool:
-        number, *_ = handler._client.get_comm_world(handler._name, handler._node_rank)
-        return bool(number == handler.round)
+        number, _, world = handler._client.get_comm_world(handler._name, handler._node_rank)
+        return number == handler.round and handler._node_rank in world  # not in it: somebody has asked for the next one
 
     def address(self: Any, store: Any) -> Any:
         try:
@@ -184,7 +185,7 @@ def ask_again_when_rank_0_has_gone() -> None:
                 rendezvous(self, group)
                 if is_last(handler):
                     return
-                print("warning: another world was formed meanwhile: this node asks for the next", flush=True)
+                print("warning: another world is formed or asked for meanwhile: this node asks for it", flush=True)
             except NoAddress:
                 print(
                     f"warning: no word of rank 0 in {ADDRESS_SECONDS:.0f} s: this node asks for another world",

@@ -236,6 +236,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
     found: list[float] = []  # when the first node asked for a world
     missing: dict[int, float] = {}  # since when those who wait have waited for a node
     seen: dict[Any, set[int]] = {}  # of each rendezvous the ranks of the nodes that have seen its last world
+    last: dict[Any, set[int]] = {}  # ids of the nodes of that world, even after somebody has asked for the next one
     known: dict[Any, set[int]] = {}  # who held a lease when that was formed: in it, or waited for in vain
     put = kv_store_service.KVStoreService.set
     remove = rdzv_manager.RendezvousManager.remove_alive_node
@@ -252,8 +253,9 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         with manager._lock:
             there = {node.node_id for node in [*manager._waiting_nodes.values(), *manager._rdzv_nodes.values()]}
             for node, ask in leases.asks(manager._name).items():
+                # Also for one that is there: it may have told these to the master before, and come to this one.
+                manager.update_rdzv_params(ask.least, ask.most, ask.last_call, 1)
                 if node not in there:
-                    manager.update_rdzv_params(ask.least, ask.most, ask.last_call, 1)
                     manager.join_rendezvous(node, ask.rank, ask.workers)
 
     def set_value(store: Any, key: str, value: bytes) -> None:
@@ -326,6 +328,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         completed = bool(check(manager))
         if completed:
             seen[manager].clear()
+            last[manager] = {node.node_id for node in manager._rdzv_nodes.values()}
             known[manager] = leases.held()
         return completed
 
@@ -337,7 +340,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         with manager._lock:
             world = {node.node_id for node in manager._rdzv_nodes.values()}
             back = leases.members() - world - known.get(manager, set()) if world else set()
-            return int(count(manager)) + leases.are_gone(world) + len(back)
+            return int(count(manager)) + leases.are_gone(last.get(manager, ())) + len(back)
 
     kv_store_service.KVStoreService.set = set_value
     rdzv_manager.RendezvousManager.remove_alive_node = remove_alive_node

@@ -82,8 +82,8 @@ worlds, found = [], []
 class Client:  # of a master whose store has the address of the second world's rank 0
     def kv_store_multi_get(self, keys):
         return dict.fromkeys(keys, b"7") if len(worlds) > 1 else {}
-    def get_comm_world(self, name, rank):  # after the second one there was another at once
-        return {2: 3}.get(len(worlds), len(worlds)), 0, {}
+    def get_comm_world(self, name, rank):  # after the second one there was another at once; of the third one asked for the next
+        return {2: 3}.get(len(worlds), len(worlds)), 0, {} if len(worlds) == 3 else {rank: 1}
 def rendezvous(agent, group):
     worlds.append(group.spec.rdzv_handler._get_store(len(worlds) + 1, 0))
     found.append(agent._safe_get_master_addr_port(worlds[-1]))
@@ -99,7 +99,7 @@ agent = object.__new__(training.ElasticTrainingAgent)
 agent._rendezvous(group)
 print(found, len(worlds))
 """
-    assert fresh(code) == "[('7', 7), ('7', 7)] 3"
+    assert fresh(code) == "[('7', 7), ('7', 7), ('7', 7)] 4"
 
 
 def test_an_agent_says_what_the_simulated_one_says() -> None:

@@ -115,6 +115,11 @@ def test_a_master_that_was_started_anew_knows_from_the_leases_who_waits_and_for_
     assert shown(anew + first + "waits(2); show(manager.get_comm_world(2)[0] > 1)") == ["True"]
 
 
+def test_a_node_that_told_the_range_to_the_master_before_has_this_one_learn_it_from_its_lease() -> None:
+    anew = "manager = ElasticTrainingRendezvousManager(); says(1, b''); "
+    assert shown(anew + "joins(0); waits(0, least=2); show(world()); show(manager.get_min_nodes())") == ["[]", "2"]
+
+
 def test_a_clock_that_is_set_neither_ends_the_patience_nor_lengthens_a_wait() -> None:
     forward = "manager._lastcall_time -= 3600; "
     assert shown("joins(0); " + forward + "show(world())") == ["[]"]
@@ -131,6 +136,12 @@ def test_those_who_wait_for_one_that_has_gone_since_their_world_was_formed_come_
         "waits(1); joins(1); waits(0); joins(0); show(world()); holds(0); holds(1); show(manager.num_nodes_waiting()); "
     )
     assert shown(formed + "leases.gone(0); show(manager.num_nodes_waiting() > 0)") == ["[0, 1]", "0", "True"]
+
+
+def test_so_they_do_if_a_node_that_asked_for_the_next_world_has_gone_as_well() -> None:
+    formed = "waits(1); joins(1); waits(0); joins(0); show(world()); holds(0); holds(1); "
+    asked = "joins(2); manager.remove_alive_node(Node('worker', 2)); show(manager.num_nodes_waiting()); "
+    assert shown(formed + asked + "leases.gone(0); show(manager.num_nodes_waiting() > 0)") == ["[0, 1]", "0", "True"]
 
 
 def test_for_a_node_that_is_back_in_a_world_of_old_all_come() -> None:

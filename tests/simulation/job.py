@@ -140,10 +140,9 @@ class Group:
     def join(self, node: "Node", rank: int, world: list[int]) -> None:
         if world != self.world or self.there.get(rank, node) is not node:
             raise Violation(f"node {node.id} is rank {rank} of {world} in {self}, where {self.there.get(rank)} is")
-        if (
-            self.over
-        ):  # a store that nobody keeps any more: the worker waits until it is called, or for the time of a sum
-            self.job.clock.after(COLLECTIVE_SECONDS, node.give_up(self))
+        # A peer may never come, or nobody keep the store any more: the worker waits until it is called, or gives up.
+        self.job.clock.after(COLLECTIVE_SECONDS, lambda: None if self.begun else node.give_up(self)())
+        if self.over:
             return
         self.there[rank] = node
         if len(self.there) == len(self.world):
@@ -208,11 +207,8 @@ class Group:
         """A worker has gone. Silently: its machine vanished, and nobody closes its connections."""
         if self.over:
             return
-        if not self.begun:  # who waits in the store hears nothing of that
+        if not self.begun:  # who waits in the store hears nothing of that, and gives up later
             self.over = True
-            for other in self.there.values():
-                if other is not node:
-                    self.job.clock.after(COLLECTIVE_SECONDS, other.give_up(self))
         elif silently:
             self.job.clock.after(COLLECTIVE_SECONDS, self.break_up)
         else:
@@ -428,8 +424,10 @@ class Node(Machine):
                 yield self.job.poll
             yield from self.say(self.lease.hold)
             address = yield from self.address(turn, first=next(iter(world)) == rank)
-            if address and turn == (yield from self.ask(lambda master: master.world(rank)[0])):
-                return list(world).index(rank), list(world.values()), address
+            if address:
+                last, members = yield from self.ask(lambda master: master.world(rank))
+                if turn == last and rank in members:
+                    return list(world).index(rank), list(world.values()), address
             self.job.say(f"{self} {'is late for its world' if address else 'has no word of rank 0'}")
 
     def address(self, turn: int, *, first: bool) -> Generator[float, None, str]:
