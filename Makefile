@@ -18,18 +18,18 @@ demo: $(READY) ## the main job on this machine: prepare, train elastically with 
 	$(BIN)/python examples/demo.py
 
 # Two at a time: half of the time the tests wait. Files stay whole, for what their tests share is made once.
-test: $(READY) ## all tests that need no cluster (8 minutes)
+test: $(READY) ## all tests that need no cluster (9 minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY) ## a drill, two users at once, torchrun, Slurm and Compose: whole runs through kills and joins (6 minutes)
+test-slow: $(READY) ## a drill, two users at once, torchrun, Slurm and Compose: whole runs through kills and joins (21 minutes)
 	$(BIN)/python -m pytest -m slow
 
-test-cluster: $(READY) ## the job on a real Kubernetes control plane; needs root and apt (builds it once, 7 minutes; then 13)
+test-cluster: $(READY) ## the job on a real Kubernetes control plane; needs root and apt (builds it once, 7 minutes; then 18)
 	@tests/cluster/get-tools
 	@tests/cluster/build-control-plane || [ $$? = 3 ]
 	$(BIN)/python -m pytest -m cluster -rs tests/cluster
 
-test-image: $(READY) ## the image, built and run in containers as on Kubernetes; needs root and apt (4 minutes, then 1)
+test-image: $(READY) ## the image, built and run in containers as on Kubernetes; needs root and apt (7 minutes, then 2)
 	$(BIN)/python -m tests.image.build
 
 check: $(READY) ## formatting, lint, types, one-way imports

@@ -48,6 +48,7 @@ def test_a_node_that_was_held_up_for_less_than_half_the_steps_is_not_slow() -> N
         assert found(paces, [100.0, 1.0], WINDOW // 2 - 1) + found(paces, [1.0, 1.0], WINDOW // 2 + 1) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="workers are forked, which needs Linux")
 def test_the_slow_one_of_two_workers_is_named_in_ledger_and_log(tmp_path: Path) -> None:
     script = tmp_path / "own.py"

@@ -234,6 +234,7 @@ def test_ctrl_c_saves_stops_everything_and_the_same_command_goes_on(data: Path, 
     assert events(run, "restored")[1]["dropped"] == 0
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_launcher_leaves_no_process(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["train", "debug_cpu", *TINY, "--steps=100000", "--data.dir", str(data), "--run-dir", str(run)]
@@ -287,6 +288,7 @@ def test_a_run_directory_with_a_folder_for_a_file_ends_the_job_with_one_line(dat
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_damaged_run_ends_the_job_on_all_nodes_with_one_line(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["debug_cpu", *TINY, "--steps=20", "--data.dir", data, "--run-dir", run]
@@ -310,6 +312,7 @@ def test_nodes_with_different_settings_do_not_train_together(data: Path, tmp_pat
     assert any("different settings: optimizer.learning_rate=0.5 on" in line for line in lines), lines
 
 
+@pytest.mark.slow
 def test_nodes_that_leave_one_after_the_other_lose_nothing(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["train", "debug_cpu", *TINY, "--steps=100000", "--checkpoint.interval=100000"]

@@ -268,6 +268,7 @@ def test_a_million_spaces_do_not_kill_the_run(
     assert "panicked" not in error
 
 
+@pytest.mark.slow
 def test_document_without_a_space_is_whole_or_refused(
     text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

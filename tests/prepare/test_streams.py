@@ -120,6 +120,7 @@ def test_long_window_of_zstd_is_read(tmp_path: Path) -> None:
         zstd.decompress((tmp_path / "b.zst").read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", PACKED)
 def test_memory_stays_flat_however_well_it_is_packed(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a{ending}"

@@ -205,6 +205,7 @@ def test_too_large_a_vocabulary_for_its_type_is_found(prepared: Callable[..., Pa
     assert "is not JSON" in wrong(folder)[0]
 
 
+@pytest.mark.slow
 def test_foreign_files_may_begin_and_end_within_words(tmp_path: Path) -> None:
     ids = gpt2().encode(MIXED * 3).tolist()
     for start in range(40):
