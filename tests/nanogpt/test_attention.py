@@ -45,7 +45,7 @@ def masks(keys: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def same(ours: nn.Module, theirs: nn.Module, y: Tensor, z: Tensor, inputs: list[Tensor]) -> None:
+def assert_same(ours: nn.Module, theirs: nn.Module, y: Tensor, z: Tensor, inputs: list[Tensor]) -> None:
     """Outputs are equal, and so are the gradients of all parameters and inputs."""
     torch.testing.assert_close(y, z, **TIGHT)
     weight = torch.randn_like(y)
@@ -62,7 +62,7 @@ def test_self_attention_is_torchs_forward_and_backward(mask: str, bias: bool) ->
     ours, theirs = twins(bias=bias)
     x = torch.randn(B, T, E, requires_grad=True)
     arguments = masks(T)[mask]
-    same(ours, theirs, ours(x, **arguments), theirs(x, x, x, need_weights=False, **arguments)[0], [x])
+    assert_same(ours, theirs, ours(x, **arguments), theirs(x, x, x, need_weights=False, **arguments)[0], [x])
 
 
 @pytest.mark.parametrize("mask", masks(S))
@@ -71,7 +71,7 @@ def test_cross_attention_is_torchs_forward_and_backward(mask: str) -> None:
     x, memory = (torch.randn(B, n, E, requires_grad=True) for n in (T, S))
     arguments = masks(S)[mask]
     y, z = ours(x, memory, **arguments), theirs(x, memory, memory, need_weights=False, **arguments)[0]
-    same(ours, theirs, y, z, [x, memory])
+    assert_same(ours, theirs, y, z, [x, memory])
 
 
 @pytest.mark.parametrize("widths", [{}, {"kdim": 10, "vdim": 14}, {"kdim": 10}])
@@ -80,7 +80,7 @@ def test_query_key_and_value_of_three_sources_and_widths_are_torchs(widths: dict
     x = torch.randn(B, T, E, requires_grad=True)
     key = torch.randn(B, S, widths.get("kdim", E), requires_grad=True)
     value = torch.randn(B, S, widths.get("vdim", E), requires_grad=True)
-    same(ours, theirs, ours(x, key, value), theirs(x, key, value, need_weights=False)[0], [x, key, value])
+    assert_same(ours, theirs, ours(x, key, value), theirs(x, key, value, need_weights=False)[0], [x, key, value])
 
 
 @pytest.mark.parametrize("keys", [T, S])
@@ -96,7 +96,7 @@ def test_is_causal_alone_or_beside_a_mask_hides_the_future(keys: int, extra: str
     y = ours(x, memory, is_causal=True, **arguments)
     padding = arguments.get("key_padding_mask", torch.zeros(B, keys, dtype=torch.bool)).float() * -1e9
     z = theirs(x, memory, memory, need_weights=False, attn_mask=mask + future, key_padding_mask=padding)[0]
-    same(ours, theirs, y, z, [x] if memory is x else [x, memory])
+    assert_same(ours, theirs, y, z, [x] if memory is x else [x, memory])
 
 
 def test_attention_is_its_definition() -> None:
