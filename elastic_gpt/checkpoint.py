@@ -178,21 +178,27 @@ class Checkpoints:
                     return step
             except CheckpointError:
                 pass
-            self.storage.delete(f"{folder}/MANIFEST.json")
-        self.storage.delete_folder(folder)  # what is left of a save that was killed or damaged
+            self._delete_manifest(step)
+            self.storage.delete_folder(folder)
+        # The folder may be there: left by a save that was killed, or another node that leaves is saving this very state.
         try:
             self._write_files(folder, step, tensors, reports)
         except OSError:
-            self.storage.delete_folder(folder)  # the disk may be full
+            if step not in self.steps():
+                self.storage.delete_folder(folder)  # the disk may be full
             raise
         # Only those of the history that leads to this step: a damaged later one must not push out a good one.
         for old in sorted({past for past in steps if past < step} | {step})[: -self.keep] if push_out else []:
             try:
-                self.storage.delete(f"{self.name(old)}/MANIFEST.json")  # without its manifest it is no checkpoint
+                self._delete_manifest(old)  # without it, it is no checkpoint
                 self.storage.delete_folder(self.name(old))
             except OSError as error:  # that does not harm the new one
                 print(f"warning: {self.name(old)} could not be deleted: {error}", file=sys.stderr, flush=True)
         return step
+
+    def _delete_manifest(self, step: int) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another node that leaves was quicker
+            self.storage.delete(f"{self.name(step)}/{MANIFEST}")
 
     def _refuse_another_runs(self, steps: list[int]) -> None:
         """Raise CheckpointError for another run's checkpoints: two runs would load and delete each other's."""
@@ -231,7 +237,12 @@ class Checkpoints:
             files[f"{part}.safetensors"] = self.storage.write_file(f"{folder}/{part}.safetensors", write, _fingerprint)
         # A chain: each manifest names the one before it, which has the digests of its own files.
         earlier = max((past for past in self.steps() if past < step), default=None)
-        before = {"step": earlier, "sha256": self._digest(earlier)} if earlier is not None else None
+        before = None
+        if earlier is not None:
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # another node that leaves has saved this state, and deleted that one
+                before = {"step": earlier, "sha256": self._digest(earlier)}
         manifest = {
             "format_version": CHECKPOINT_FORMAT_VERSION,
             "writer": writer(),

@@ -64,6 +64,9 @@ from prepare.frontdoor import fail
 from prepare.tokens import DataError
 
 LAST_CALL_SECONDS = 0.15  # from the first signal: who is asked in the same moment hears it a little later
+LEAVE_SECONDS = (
+    1.0  # for the peers of a world that forms, from the signal to leave: who waits longer saves its state alone
+)
 NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
 HALVINGS = 16  # skipped updates in which a float16 run's loss scale may find its size
 
@@ -206,6 +209,9 @@ class Worlds(abc.ABC):
         )
         self.tensors = training_state(model, optimizer, scale.state if scale else None)
         self.snapshots: Snapshots | None = None
+        self.last: tuple[World, Checkpoints] | None = None
+        self.stored = -1  # step that the last world saved on storage at its end
+        self.left = False  # whether the ledger has been told that this node leaves
         self.reporter: Reporter | None = None
         self.slow: set[str] = set()  # nodes
         self.observers: list[Observer] = []
@@ -243,16 +249,17 @@ class Worlds(abc.ABC):
         while True:
             try:
                 if self.agent and not self.agent.next_world(self.held.step, lambda: self.signals.stop):
+                    self.part()
                     raise SystemExit(RESTART_ME)
-                called = self.agent.called if self.agent else lambda: False
-                code = yield from self.in_world(join(self.plan.device, self.plan.timeout_seconds, called))
+                code = yield from self.in_world(join(self.plan.device, self.plan.timeout_seconds, self.called_away))
             except PeerLost as error:
                 lost_at = self.held.step
                 if error.noticed_by:
                     self.ledger.write("interrupted", node=error.noticed_by, cause="lost a peer")
                 # On a GPU the update may have been queued before the sum failed, so its state is not known.
                 half = devices.works_on(place(self.plan.device))
-                if self.agent is None or half or isinstance(error, NotJoined) or not leave() or not self.keep():
+                alone = isinstance(error, NotJoined) and not self.signals.leave
+                if self.agent is None or half or alone or not leave() or not self.keep():
                     raise
                 print(
                     f"{error}; this worker keeps step {lost_at} and waits for a new world", file=sys.stderr, flush=True
@@ -260,8 +267,34 @@ class Worlds(abc.ABC):
             else:
                 if self.agent is None or code != RESTART_ME or self.signals.stop or not self.keep():
                     if code != DONE or self.held.step < self.plan.steps:
+                        self.part()
                         raise SystemExit(code)
                     return
+
+    def called_away(self) -> bool:
+        """Whether the members change again, or this node leaves, so that waiting for missing peers is useless."""
+        leaves = self.signals.leave and self.signals.waited > LEAVE_SECONDS
+        return self.agent is not None and (leaves or self.agent.called())
+
+    def part(self) -> None:
+        """Save this worker's state if its node leaves and storage is behind: all nodes may leave, and memory goes with them.
+
+        Where the nodes of a world are asked in one step, they have done this together. But one may be asked
+        between two worlds, or so late that the others are done; and each may be the last. So several may save the
+        same state at once, which the storage allows.
+        """
+        step = self.held.step
+        if not self.signals.leave or step < 0 or not self.last or broken(self.tensors):
+            return
+        world, checkpoints = self.last
+        if not world.first_of_node:
+            return
+        if self.stored < step and checkpoints.newest_step(newer_than=step - 1) is None:
+            reports = list(self.reporter.recent) if self.reporter else self.held.reports
+            checkpoints.save(step, self.tensors, reports)
+            _tell_saved(checkpoints, self.ledger, print, wait=True)
+        if not self.left:
+            self.ledger.write("left", node=world.node, step=step)
 
     def report_last(self, step: Step) -> None:
         """Report a step after which the caller left the loop."""
@@ -321,6 +354,7 @@ class Worlds(abc.ABC):
         checkpoints = Checkpoints(
             checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run, ledger.path
         )
+        self.last = world, checkpoints
         restored = restore(tensors, snapshots, checkpoints, run, world, plan.resume, held)
         if name := broken(tensors):
             raise NotFinite(f"{restored.source} is not finite ({name}): delete it, and an older state is taken")
@@ -429,7 +463,8 @@ class Worlds(abc.ABC):
             # All ranks leave the loop after the same step: at the end, or because a worker was asked to stop.
             reporter.drain()
             keep_finite(step)
-            world.gather(None)  # now all of them have done the last step
+            # Now all of them have done the last step, and those have heard it whose leaving was why the others were called.
+            leaving = sum(world.gather(signals.leave))
             reporter.all_did()
             finished = step >= plan.steps
             if finished and restored.step < step and self.evaluates:
@@ -462,7 +497,9 @@ class Worlds(abc.ABC):
                 return checkpoints.saved == step
 
             saved = world.first_does(settle)
-            if world.first_of_node and signals.leave and not finished:
+            self.stored = step if saved else -1
+            self.left = signals.leave
+            if world.first_of_node and self.left and not finished:
                 ledger.write("left", node=world.node, step=step)
             if world.first and not finished and leaving == world.size:
                 ledger.write("stopped", step=step)

@@ -8,6 +8,7 @@ OSError, so that training can go on and save again later.
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -72,20 +73,23 @@ class LocalStorage:
         return (self.folder / name).read_text()
 
     def write_text(self, name: str, text: str) -> None:
-        path = self.folder / name
-        aside = path.with_name(f"{path.name}.partial")
-        aside.write_text(text)
-        _flush(aside)
-        aside.rename(path)
-        _flush(path.parent)
+        self.write_file(name, lambda aside: aside.write_text(text), lambda _: None)
+        _flush((self.folder / name).parent)
         _flush(self.folder)
 
     def write_file(self, name: str, write: Callable[[Path], Any], check: Callable[[Path], Any]) -> Any:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-        _flush(path)
-        return check(path)
+        # A name of its own, since several nodes that leave together may save the same state.
+        aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            write(aside)
+            _flush(aside)
+            checked = check(aside)
+            aside.rename(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        return checked
 
     @contextlib.contextmanager
     def open_file(self, name: str) -> Iterator[Path]:

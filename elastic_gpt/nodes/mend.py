@@ -227,11 +227,12 @@ def leave_when_asked(lease: list[Lease]) -> None:
     def leave(signum: int, frame: types.FrameType | None) -> None:  # noqa: ARG001 - a handler has these
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)  # a second signal has no effect
-        for held in lease:
-            held.release()
+        # The workers first: the others are called for the lease, and all save the step in flight if one of them leaves.
         for worker in _children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGUSR1)
+        for held in lease:
+            held.release()
         raise Leaving
 
     multiprocessing._terminate_process_handler = leave

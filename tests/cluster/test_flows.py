@@ -165,7 +165,8 @@ def test_a_suspended_job_goes_on_where_it_was_when_resumed(make_job: Make, undis
     time.sleep(3)
     assert job.step() == steps
     # Of two nodes that are told a moment apart, the first may leave with the state saved while the second awaits company.
-    assert Ledger(job.run).events()[-1]["event"] in ("stopped", "left")
+    told = Ledger(job.run).events()
+    assert told[-1]["event"] in ("stopped", "left"), told[-8:]
     assert Checkpoints(job.run / "checkpoints").newest_step() == steps
     assert "Suspended" in job.command("status", job.spec.name)
     job.lose_master(job.kill)

@@ -77,6 +77,22 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(
     assert again.newest_step() == 30
 
 
+def test_nodes_that_save_one_state_at_once_leave_it_whole_at_any_moment(tmp_path: Path) -> None:
+    nodes = [Checkpoints(tmp_path, keep=1) for _ in range(3)]
+    for step in range(10, 200, 10):
+        for node in nodes:
+            node.save(step, state(step), [{"step": step}])
+        while any(node.pending and not node.pending.done() for node in nodes):
+            if step in (reader := Checkpoints(tmp_path)).steps():
+                assert reader.load(step, state(0))
+        assert [node.finished(wait=True) for node in nodes] == [step] * 3
+        assert Checkpoints(tmp_path).newest_step() == step
+        assert os.listdir(tmp_path) == [Checkpoints.name(step)]
+        assert sorted(os.listdir(tmp_path / Checkpoints.name(step))) == [
+            "MANIFEST.json", "model.safetensors", "optimizer.safetensors",
+        ]  # fmt: skip
+
+
 def test_without_the_rename_there_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoints = write(tmp_path, 10, 20)
     manifest = tmp_path / "step_00000020" / "MANIFEST.json"

@@ -2,8 +2,11 @@
 
 import ast
 import os
+import secrets
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_gpt import Elastic, Observer
+from elastic_gpt import Elastic, Observer, world
+from elastic_gpt.checkpoint import Checkpoints
+from elastic_gpt.contract import WORLDS
 from elastic_gpt.ledger import Ledger, read_metrics
+from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.reports import StepReport
 from elastic_gpt.testing import assert_elastic
-from tests.conftest import PATIENCE, environment
+from tests.conftest import PATIENCE, environment, until
 
 linux = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="workers are forked, which needs Linux")
 ROOT = Path(__file__).parents[2]
@@ -86,6 +92,37 @@ def test_a_run_goes_on_where_it_was_and_another_one_is_refused(
     with pytest.raises(SystemExit, match="2"):
         train(Elastic(tmp_path, *model(), DATA, steps=9, seed=1, **sizes))
     assert "has seed 0, not 1: set it back" in capsys.readouterr().err
+
+
+@linux
+def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"test-{secrets.token_hex(8)}"
+    for variable in ("DLROVER_MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(variable, "none")
+    monkeypatch.setenv(WORLDS, name)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(world, "die_with_parent", lambda _: None)  # the test's process is to outlive whoever started it
+    workers, heard = Workers(name), Kept()
+
+    def agent() -> None:
+        until(lambda: workers.waiting() == {0})
+        workers.give({0: {"RANK": "0", "WORLD_SIZE": "1"}})
+        until(lambda: "9" in heard.heard)
+        workers.call()  # as for a node that comes or goes: nobody has asked this one to leave
+        until(lambda: workers.waiting() == {0})
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=agent, daemon=True).start()
+    sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 10**9}
+    with pytest.raises(SystemExit):
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
+    step = len(read_metrics(tmp_path))
+    assert Checkpoints(tmp_path / "checkpoints").newest_step() == step
+    assert [(event["event"], event["step"]) for event in Ledger(tmp_path).events()[-3:]] == [
+        (event, step) for event in ("interrupted", "saved", "left")
+    ]
 
 
 class Kept(Observer):
