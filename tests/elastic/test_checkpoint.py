@@ -87,10 +87,10 @@ def test_nodes_that_save_one_state_at_once_leave_it_whole_at_any_moment(tmp_path
                 assert reader.load(step, state(0))
         assert [node.finished(wait=True) for node in nodes] == [step] * 3
         assert Checkpoints(tmp_path).newest_step() == step
-        assert os.listdir(tmp_path) == [Checkpoints.name(step)]
-        assert sorted(os.listdir(tmp_path / Checkpoints.name(step))) == [
-            "MANIFEST.json", "model.safetensors", "optimizer.safetensors",
-        ]  # fmt: skip
+        (folder,) = tmp_path.iterdir()
+        assert folder.name == Checkpoints.name(step)
+        files = sorted(path.name for path in folder.iterdir())
+        assert files == ["MANIFEST.json", "model.safetensors", "optimizer.safetensors"]
 
 
 def test_without_the_rename_there_is_no_checkpoint(tmp_path: Path) -> None:

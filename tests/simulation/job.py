@@ -285,9 +285,9 @@ class Node(Machine):
             self.start(self.go())
 
     def can_save(self) -> bool:
-        """Whether what it holds need not be lost: a node that is asked to leave saves it where all of its world live."""
-        whole = self.group and self.group.begun and all(node.alive for node in self.group.there.values())
-        return not self.leaves or bool(whole)
+        """Whether what it holds need not be lost: a node that leaves saves it, unless it waits for a machine that vanished."""
+        trains = self.group and self.group.begun
+        return not self.leaves or not trains or all(node.alive for node in self.group.there.values())
 
     def go(self) -> Process:
         if self.group and self.group.begun:
@@ -296,6 +296,9 @@ class Node(Machine):
         while self.group and self.group.begun and not self.group.over and self.clock.now < deadline:
             yield 0.1
         yield self.job.random.uniform(0.05, 0.5)
+        in_step = self.group and self.group.begun and not self.group.over
+        if not in_step and self.job.is_kept(self.held):
+            self.job.storage = max(self.job.storage, self.held)
         self.lease.end()
         self.kill()
         self.job.ended(self)
