@@ -299,7 +299,7 @@ def _tyro(kind: type[T], args: list[str], prog: str) -> T:
     """Parse with tyro. Its error is a box of several lines, whose first paragraph becomes our message."""
     box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
+        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box), _unwrapped():
             return tyro.cli(kind, args=args, prog=prog, config=(tyro.conf.FlagConversionOff,))
     except SystemExit as stop:
         # The box has a title, perhaps a rule, the message, a rule, and advice.
@@ -312,6 +312,19 @@ def _tyro(kind: type[T], args: list[str], prog: str) -> T:
         raise SettingsError(text) from None
     except ValueError as error:  # raised by the __post_init__ of a dataclass
         raise SettingsError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Have tyro break no line, which it would do within long paths and numbers, too."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _is_text(line: str) -> bool:
