@@ -1,12 +1,13 @@
 """config.py: presets work as they are; settings that cannot work together say what can."""
 
+import dataclasses
 import itertools
 
 import pytest
-import torch
 
 from elastic_gpt.settings import SettingsError, parse, preset_names
 from model_zoo.nanogpt.config import PRESETS, OptimizerConfig, TrainConfig
+from model_zoo.nanogpt.shape import GPTConfig
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -20,13 +21,21 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert optimizer.rate(5000, 100) == pytest.approx(0.1)
 
 
-def test_the_presets_have_the_sizes_they_are_named_for() -> None:
-    from model_zoo.nanogpt.model import GPT
-
-    config = parse(TrainConfig, ["gpt2_124m", "--model.vocab-size=50257"], presets=PRESETS, prog="x", environment={})
-    with torch.device("meta"):
-        assert GPT(config.model).parameter_count() == 124_439_808
-    assert config.tokens_per_step == 491_520
+@pytest.mark.parametrize(
+    ("preset", "layers", "width", "tokens_per_step"),
+    [
+        ("kubeflow_toy", 1, 128, 1_024),  # Kubeflow's example
+        ("shakespeare_char", 4, 128, 768),  # nanoGPT's README, on a CPU
+        ("gpt2_124m", 12, 768, 491_520),
+    ],
+)
+def test_the_presets_have_the_sizes_they_are_named_for(
+    preset: str, layers: int, width: int, tokens_per_step: int
+) -> None:
+    config = parse(TrainConfig, [preset], presets=PRESETS, prog="x", environment={})
+    assert (config.model.n_layer, config.model.n_embd, config.tokens_per_step) == (layers, width, tokens_per_step)
+    if preset == "gpt2_124m":
+        assert dataclasses.replace(config.model, vocab_size=50257) == GPTConfig()
 
 
 @pytest.mark.parametrize("name", preset_names(PRESETS))
@@ -44,7 +53,13 @@ def test_every_preset_is_accepted(name: str) -> None:
         ("--optimizer.learning-rate=-3", "must be above 0"),
         ("--optimizer.learning-rate -3", "must be above 0"),
         ("--optimizer.clip=-1", "must not be negative"),
+        ("--optimizer.beta2=1", "from 0 to below 1"),
+        ("--optimizer.decay-steps=0", "at least 1"),
+        ("--elastic.grace-seconds=-1", "must not be negative"),
+        ("--seed=9223372036854775808", "must fit 64 bits"),
+        (f"--steps={2**53 + 1}", "steps and global_batch are at most"),
         ("--dtype=float16 --elastic.exact", "not with dtype float16"),
+        ("--elastic.traffic=bfloat16 --elastic.exact", "leave one of the two out"),
     ],
 )
 def test_settings_that_cannot_work_together_say_what_can(flag: str, cure: str) -> None:

@@ -34,3 +34,11 @@ def test_all_misfits_are_named_at_once() -> None:
         fit(random_model().state_dict(), TINY, want)
     for word in ("n_layer is 3", "block_size is 32", "vocab_size is 200", "bias is false"):
         assert word in str(caught.value)
+
+
+def test_biases_that_are_wanted_and_were_not_there_change_nothing() -> None:
+    model = random_model(dataclasses.replace(TINY, bias=False, tied_head=False))
+    want = dataclasses.replace(model.config, bias=True, head_bias=True)
+    biased = GPT(want).eval()
+    biased.load_state_dict(fit(model.state_dict(), model.config, want))
+    torch.testing.assert_close(logits(biased), logits(model), rtol=0, atol=1e-5)

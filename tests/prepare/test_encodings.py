@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prepare import prepare as room
+from prepare.encodings import narrow_encoding, wide_encoding
 from tests.prepare.test_not_text import GERMAN
 
 
@@ -37,3 +39,13 @@ def test_what_begins_with_a_mark_of_utf_16_is_called_that_however_little_follows
     (tmp_path / "a.txt").write_bytes(mark + behind)
     assert room.main([str(tmp_path / "a.txt")]) == 2
     assert "seems to be UTF-16 text with a byte order mark: iconv -f UTF-16 -t utf-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "below"), [("<u2", 50_257), ("<i4", 50_257), ("<i8", 50_257), (">u2", 2_000)])
+def test_numbers_are_not_taken_for_text_in_utf_16_or_utf_32(kind: str, below: int) -> None:
+    assert wide_encoding(np.random.default_rng(0).integers(0, below, 4_000).astype(kind).tobytes()) == ""
+
+
+def test_bytes_that_windows_1252_lacks_make_it_latin_1_which_iconv_can_read() -> None:
+    for data, encoding in ((b"caf\xe9 \x96 au lait", "WINDOWS-1252"), (b"caf\xe9 \x81 au lait", "ISO-8859-1")):
+        assert narrow_encoding(data) == encoding

@@ -57,3 +57,25 @@ def test_what_is_left_out_is_told_in_one_line(tmp_path: Path, capsys: pytest.Cap
         rf"note: 3 records without text in 'a\.b' left out: 2 missing, 1 null \(first: {path}:5\)", notes[1]
     )
     assert read_meta(tmp_path / "out").inputs[0].documents == 30
+
+
+@pytest.mark.parametrize(
+    ("text", "separator", "ends"),
+    [
+        ("A line.\n", r"\n\n", r"whose lines end with \n)"),
+        ("A line.\r\n", r"\n\n", r"whose lines end with CRLF, \r\n: try '\r\n\r\n' or the like)"),
+        ("A line.\r", r"\n\n", r"whose lines end with CR, \r: try '\r\r' or the like)"),
+        ("No line. ", r"\n\n", "which has one line)"),
+        ("A line.\n", r"\n", None),
+    ],
+)
+def test_a_separator_that_divides_nothing_is_told_with_how_the_lines_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, separator: str, ends: str | None
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(text * 40, newline="")
+    flags = ["--tokenizer", "byte", "--separator", separator, "--output-dir", str(tmp_path / "out")]
+    assert room.main([str(path), *flags]) == 0
+    found = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    told = f"note: --separator '{separator}' does not occur in 1 file, each of which is one document (first: {path}, {ends}"
+    assert found == ([] if ends is None else [told])

@@ -1,4 +1,4 @@
-"""prepare.py and pipeline.py: the guide's command works. Every mistake ends with one line, an exit code and an untouched
+"""prepare.py: the guide's command works. Every mistake ends with one line, an exit code and an untouched
 folder. What survives a kill is in test_journal.py.
 """
 

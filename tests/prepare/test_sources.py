@@ -333,6 +333,19 @@ def test_a_named_file_that_may_not_be_read_is_an_error(name: str) -> None:
     assert as_nobody("tree/a.txt", name)[1] == [told]
 
 
+@pytest.mark.parametrize(
+    ("name", "behind", "note"),
+    [
+        ("a.txt.gz", b"", "{} is called .gz, but is not packed: it is read as it is"),
+        ("a.txt", b"\0 ok", "{} has NUL bytes: they are read as characters"),
+    ],
+)
+def test_what_is_read_though_it_is_odd_is_told(tmp_path: Path, name: str, behind: bytes, note: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"A line of text that is here.\n" * 30 + behind)
+    assert told(str(path)) == ([str(path)], [note.format(path)])
+
+
 # --- names and places
 
 
