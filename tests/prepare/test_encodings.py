@@ -41,9 +41,9 @@ def test_what_begins_with_a_mark_of_utf_16_is_called_that_however_little_follows
     assert "seems to be UTF-16 text with a byte order mark: iconv -f UTF-16 -t utf-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kind", "below"), [("<u2", 50_257), ("<i4", 50_257), ("<i8", 50_257), (">u2", 2_000)])
-def test_numbers_are_not_taken_for_text_in_utf_16_or_utf_32(kind: str, below: int) -> None:
-    assert wide_encoding(np.random.default_rng(0).integers(0, below, 4_000).astype(kind).tobytes()) == ""
+@pytest.mark.parametrize("kind", ["<u2", "<u4"])
+def test_token_ids_are_not_taken_for_text_in_utf_16_or_utf_32(kind: str) -> None:
+    assert wide_encoding(np.random.default_rng(0).integers(0, 50_257, 4_000).astype(kind).tobytes()) == ""
 
 
 def test_bytes_that_windows_1252_lacks_make_it_latin_1_which_iconv_can_read() -> None:
