@@ -62,5 +62,8 @@ class GPTConfig:
 
     @property
     def least_parameters(self) -> int:
-        """Number of parameters in the matrices, found without building the model."""
-        return self.n_embd * (self.vocab_size + self.block_size + 12 * self.n_layer * self.n_embd)
+        """Number of parameters in the matrices, found without building the model; a head that is not tied is not counted."""
+        positions = self.block_size if self.positions == "learned" else 0
+        keys_and_values = 2 * self.n_embd // self.n_head * (self.n_kv_head or self.n_head)
+        # A block has E queries, the output of attention, and a feed-forward half of at least 8 E.
+        return self.n_embd * (self.vocab_size + positions + self.n_layer * (10 * self.n_embd + keys_and_values))

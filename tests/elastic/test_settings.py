@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from elastic_gpt.settings import SettingsError, dump, parse, preset_names
+from elastic_gpt.settings import SettingsError, dump, parse
 from model_zoo.nanogpt.config import PRESETS, TrainConfig
 
 
@@ -116,29 +116,6 @@ def test_what_is_dumped_can_be_a_preset_again(presets: Path) -> None:
     assert parse(Settings, ["again"], presets=presets, prog="x", environment={}) == settled
 
 
-@pytest.mark.parametrize("name", preset_names(PRESETS))
-def test_every_preset_is_accepted(name: str) -> None:
-    config = parse(TrainConfig, [name], presets=PRESETS, prog="x", environment={})
-    assert config.global_batch == config.micro_batch * config.micro_batches
-
-
-@pytest.mark.parametrize(
-    ("flag", "cure"),
-    [
-        ("--micro-batch=5", "take 4"),
-        ("--steps=0", "at least 1"),
-        ("--checkpoint.keep=0", "at least 1"),
-        ("--optimizer.learning-rate=-3", "must be above 0"),
-        ("--optimizer.learning-rate -3", "must be above 0"),
-        ("--optimizer.clip=-1", "must not be negative"),
-        ("--dtype=float16 --elastic.exact", "not with dtype float16"),
-    ],
-)
-def test_settings_that_cannot_work_together_say_what_can(flag: str, cure: str) -> None:
-    with pytest.raises(SettingsError, match=cure):
-        parse(TrainConfig, ["debug_cpu", *flag.split()], presets=PRESETS, prog="x", environment={})
-
-
 @pytest.mark.parametrize(
     ("flags", "variables", "note"),
     [
@@ -152,24 +129,6 @@ def test_a_setting_that_another_one_overrides_is_told(
 ) -> None:
     settle(presets, *flags, **variables)
     assert capsys.readouterr().err == note
-
-
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        ("--steps=100 --optimizer.warmup-steps=100", "does not reach"),
-        ("--steps=100 --optimizer.decay-steps=10 --optimizer.warmup-steps=20", "falls to"),
-        ("--optimizer.min-learning-rate=1", "rises after the warm-up"),
-    ],
-)
-def test_a_learning_rate_that_cannot_take_its_course_is_told(flags: str, word: str) -> None:
-    settled = parse(TrainConfig, ["debug_cpu", *flags.split()], presets=PRESETS, prog="x", environment={})
-    assert [word in note for note in settled.notes()] == [True]
-
-
-@pytest.mark.parametrize("name", preset_names(PRESETS))
-def test_a_preset_as_it_is_needs_no_note(name: str) -> None:
-    assert parse(TrainConfig, [name], presets=PRESETS, prog="x", environment={}).notes() == []
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from elastic_gpt.checkpoint import Checkpoints
-from model_zoo.nanogpt.layouts import DoesNotFit, export_state, fit, import_state
+from model_zoo.nanogpt.layouts import export_state
 from model_zoo.nanogpt.loading import build, load, read_weights
 from model_zoo.nanogpt.model import GPT, GPTConfig
 from model_zoo.nanogpt.vocabulary import vocabulary_fingerprint
@@ -86,15 +86,6 @@ def test_old_bin_files_and_nanogpts_checkpoints_are_read_and_their_masks_left_ou
         loaded = load(place, CPU)
         assert torch.equal(logits(loaded.model), logits(erf))
         assert loaded.step == 5
-
-
-def test_names_and_shapes_survive_the_way_there_and_back() -> None:
-    state = random_model().state_dict()
-    for layout in ("huggingface", "nanogpt"):
-        back = import_state(export_state(state, TINY, layout), layout)
-        back.pop("lm_head.weight", None)
-        assert back.keys() == state.keys()
-        assert all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_a_file_that_holds_code_is_refused_and_nothing_in_it_is_run(tmp_path: Path) -> None:
@@ -178,23 +169,6 @@ def test_broken_folders_get_one_line(tmp_path: Path) -> None:
         load(folder, CPU)
     with pytest.raises(ValueError, match="no run directory"):
         load(tmp_path / "nowhere", CPU)
-
-
-def test_a_model_is_fitted_to_fewer_positions_and_more_ids_and_computes_the_same() -> None:
-    model = random_model(dataclasses.replace(TINY, bias=False))
-    want = dataclasses.replace(model.config, block_size=12, vocab_size=300)
-    wider = GPT(want).eval()
-    wider.load_state_dict(fit(model.state_dict(), model.config, want))
-    torch.testing.assert_close(logits(wider)[..., :256], logits(model), rtol=0, atol=1e-5)
-    assert torch.equal(wider.wte.weight[299], model.wte.weight.mean(0))
-
-
-def test_all_misfits_are_named_at_once() -> None:
-    want = dataclasses.replace(TINY, n_layer=3, block_size=32, vocab_size=200, bias=False)
-    with pytest.raises(DoesNotFit) as caught:
-        fit(random_model().state_dict(), TINY, want)
-    for word in ("n_layer is 3", "block_size is 32", "vocab_size is 200", "bias is false"):
-        assert word in str(caught.value)
 
 
 def test_a_digest_is_of_the_parameters_and_not_of_the_file(tmp_path: Path) -> None:

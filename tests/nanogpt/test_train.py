@@ -36,7 +36,7 @@ from elastic_gpt.snapshot import Snapshots
 from elastic_gpt.storage import Unreachable
 from elastic_gpt.world import PeerLost, World, join, leave
 from model_zoo.nanogpt import rundir, train
-from model_zoo.nanogpt.config import PRESETS, OptimizerConfig, TrainConfig
+from model_zoo.nanogpt.config import PRESETS, TrainConfig
 from model_zoo.nanogpt.startup import loss_function
 from prepare.data import read_meta
 from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, errors, events, metrics, until
@@ -481,26 +481,6 @@ def test_what_is_being_saved_when_a_peer_is_lost_is_saved_to_its_end(
     assert len(list((tmp_path / "shm" / "node").glob("*.json"))) == 1  # already there: the process ends now
     assert (tmp_path / "checkpoints" / "step_00000010" / "MANIFEST.json").exists()
     assert [event["step"] for event in events(tmp_path, "saved")] == [10]
-
-
-def test_the_learning_rate_warms_up_and_decays() -> None:
-    optimizer = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
-    rates = [optimizer.rate(step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert max(rates) == rates[10] == 1.0
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-    assert rates[55] == pytest.approx(0.55)
-    assert optimizer.rate(100, 100) == pytest.approx(0.1)
-    assert optimizer.rate(5000, 100) == pytest.approx(0.1)
-
-
-def test_the_presets_have_the_sizes_they_are_named_for() -> None:
-    from model_zoo.nanogpt.model import GPT
-
-    config = parse(TrainConfig, ["gpt2_124m", "--model.vocab-size=50257"], presets=PRESETS, prog="x", environment={})
-    with torch.device("meta"):
-        assert GPT(config.model).parameter_count() == 124_439_808
-    assert config.tokens_per_step == 491_520
 
 
 def bad_loss(at: set[int]) -> Any:

@@ -129,26 +129,6 @@ def test_iconv_line_makes_the_text_readable_as_printed(
     assert room.main([f"./{new}", *arguments]) == 0
 
 
-@pytest.mark.parametrize(
-    ("text", "encoding"), [("Привет, мир и все люди.\n", "cp1251"), ("これは日本語です。\n", "shift_jis")]
-)
-def test_other_encodings_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, encoding: str
-) -> None:
-    (tmp_path / "a.txt").write_bytes((text * 99).encode(encoding))
-    assert room.main([str(tmp_path / "a.txt")]) == 2
-    found = re.findall(r"iconv -f (\S+)", capsys.readouterr().err)
-    assert (text * 99).encode(encoding).decode(found[0]) == text * 99
-
-
-def test_damaged_utf8_is_not_taken_for_latin_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.txt").write_bytes(GERMAN.encode() + b"\xe4 and so on\n" + GERMAN.encode())
-    assert room.main([str(tmp_path / "a.txt")]) == 2
-    error = capsys.readouterr().err
-    assert "the rest seems to be" in error
-    assert "iconv" not in error
-
-
 def test_command_never_writes_over_a_file(tmp_path: Path) -> None:
     for name in ("a.txt", "a.new.txt"):
         (tmp_path / name).write_text("<html>")
@@ -181,45 +161,3 @@ def test_names_can_be_printed_and_quoted() -> None:
     assert quoted("-a") == "./-a"
     command = "printf %s " + quoted("c\udce9\n")
     assert subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout == b"c\xe9\n"
-
-
-def test_bytes_in_parquet_are_not_sent_through_iconv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({"text": ["Käse".encode("latin-1")] * 99}), tmp_path / "a.parquet")
-    assert room.main([str(tmp_path / "a.parquet"), "--output-dir", str(tmp_path / "out")]) == 2
-    assert "row 1 has 0xe4: write the column as strings, or say --errors replace or skip" in capsys.readouterr().err
-
-
-def test_halves_of_characters_are_joined_by_the_line_as_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = "hi \U0001f600, né\n" * 100
-    halves = text.encode("utf-16", "surrogatepass").decode("utf-16-le", "surrogatepass").removeprefix("\ufeff")
-    halves = "".join(map(chr, memoryview(halves.encode("utf-16-le")).cast("H")))
-    (tmp_path / "a.txt").write_bytes(halves.encode("utf-8", "surrogatepass"))
-    monkeypatch.chdir(tmp_path)
-    assert room.main(["a.txt"]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "CESU-8, with a character as two halves" in line
-    subprocess.run(line[line.index("python3") :], shell=True, check=True)
-    assert (tmp_path / "a.utf8.txt").read_text() == text
-
-
-@pytest.mark.parametrize("mark", [b"\xff\xfe", b"\xfe\xff"])
-@pytest.mark.parametrize("behind", [b"", b"\n", b"\xd0\x01", b"\0\xd8a\0", b"caf\xe9 \xcf\xf0\xe8\xe2\xe5\xf2"])
-def test_what_begins_with_a_mark_of_utf_16_is_called_that_however_little_follows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], mark: bytes, behind: bytes
-) -> None:
-    (tmp_path / "a.txt").write_bytes(mark + behind)
-    assert room.main([str(tmp_path / "a.txt")]) == 2
-    assert "seems to be UTF-16 text with a byte order mark: iconv -f UTF-16 -t utf-8" in capsys.readouterr().err
-
-
-def test_utf_16_behind_utf_8_is_told_as_files_that_were_joined(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "a.txt").write_bytes(b"a line\n" * 20_000 + "another\n".encode("utf-16"))
-    assert room.main([str(tmp_path / "a.txt")]) == 2
-    assert "byte 140,000 has 0xff, where UTF-16 text seems to begin: files were joined" in capsys.readouterr().err

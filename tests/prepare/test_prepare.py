@@ -1,35 +1,23 @@
-"""prepare.py and pipeline.py: the guide's command works. Every mistake ends with one line, an exit code and an untouched
+"""prepare.py: the guide's command works. Every mistake ends with one line, an exit code and an untouched
 folder. What survives a kill is in test_journal.py.
 """
 
-import gzip
-import io
-import json
 import re
 import resource
 import shlex
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prepare import pipeline
 from prepare import prepare as room
 from prepare.data import load_tokenizer, open_split, read_meta
-from prepare.encoder import Coder
-from prepare.plan import Settings
-from prepare.sources import sample_texts
 from prepare.tokenizer import gpt2
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "prepare" / "prepare.py"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- what works
@@ -84,81 +72,11 @@ def test_sample_needs_neither_file_nor_network(
     assert f"{meta.splits['val'].tokens:,}" in capsys.readouterr().out
 
 
-def test_second_run_is_equal_to_the_first(text: Path) -> None:
-    flags = [str(text), "--tokenizer", "bpe", "--vocab-size", "300"]
-    assert room.main(flags) == 0
-    first = contents(text.parent)
-    assert room.main(flags) == 0
-    assert contents(text.parent) == first
-
-
 def test_shorter_vocabulary_than_asked_for_is_said(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert room.main([str(text), "--tokenizer", "bpe", "--vocab-size", "9000"]) == 0
     learned = read_meta(text.parent).vocab_size
     assert 257 < learned < 9000
     assert f"so {learned} ids and not 9,000" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["char", "byte", "gpt2"])
-def test_memory_does_not_grow_with_the_text(tmp_path: Path, name: str) -> None:
-    """Memory as Python counts it; benchmarks/preparation.py measures the process."""
-    text = tmp_path / "a.txt"
-    text.write_text("Sixty-four characters that come again and again, to be counted.\n" * (8192 * 64))
-    tracemalloc.start()
-    try:
-        meta = pipeline.prepare(
-            [str(text)], tmp_path, Settings(tokenizer=name), engine_name="fast" if name == "gpt2" else "auto"
-        )
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert meta.inputs[0].bytes == 32 << 20
-    assert peak < (100 << 20 if name == "gpt2" else 40 << 20)
-
-
-@pytest.mark.parametrize("engine", ["fast", "tiktoken"])
-def test_workers_and_engine_do_not_change_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
-) -> None:
-    monkeypatch.setattr("prepare.encoder.CHUNK", 5000)
-    texts = sample_texts()
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 2))
-    (tmp_path / "b.txt").write_text("\n".join(texts))
-    flags = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt"), "--output_dir"]
-    assert room.main([*flags, str(tmp_path / "one"), "--engine", "tiktoken", "--workers", "1"]) == 0
-    assert room.main([*flags, str(tmp_path / "two"), "--engine", engine, "--workers", "2"]) == 0
-    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert all(one[name] == two[name] for name in one if name != "meta.json")
-    assert read_meta(tmp_path / "one").splits == read_meta(tmp_path / "two").splits
-
-
-def test_standard_input_is_read_like_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Stdin:
-        buffer = io.BytesIO(b"one|two " * 40)
-
-    monkeypatch.setattr(sys, "stdin", Stdin)
-    assert room.main(["-", "--separator", "|", "--output_dir", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "val.bin", "meta.json", "tokenizer"}
-    meta = read_meta(tmp_path)
-    assert (meta.inputs[0].name, meta.inputs[0].documents) == ("standard input", 41)
-    assert "choose where to write" in fails(capsys, "-")
-
-
-@pytest.mark.parametrize("errors", ["replace", "skip"])
-def test_repaired_text_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], errors: str) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait " * 40)
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "half a \\ud800 character"}\n{"text": "and \xff"}\n')
-    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
-    for name in ("gpt2", "char"):
-        assert room.main([*files, "--errors", errors, "--tokenizer", name]) == 0
-        assert "note: 44 places were not UTF-8" in capsys.readouterr().out
-        meta = read_meta(tmp_path)
-        assert [source.repaired for source in meta.inputs] == [40, 4]
-        text = load_tokenizer(tmp_path).decode(open_split(tmp_path, "train"))
-        assert text.startswith("caf\ufffd au lait caf" if errors == "replace" else "caf au lait caf")
 
 
 def test_preparing_text_loads_no_torch() -> None:
@@ -175,40 +93,6 @@ def fails(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     return error
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("missing.txt", None, "no such file"),
-        ("empty.txt", b"", "is empty"),
-        ("latin.txt", b"caf\xe9 " * 50, "is not UTF-8"),
-        ("zipped.bin", b"\x1f\x8b\x08\x00", "cannot be unpacked"),
-        ("half.gz", gzip.compress(b"text " * 99, mtime=0)[:-5], "cannot be unpacked"),
-        ("bad.jsonl", b'{"text": "caf\xe9"}', "line 1 has 0xe9"),
-        ("one.jsonl", b'{"body": "caf"}', "has no field 'text'"),
-        ("short.txt", b"Hi", "too little text"),
-        ("train.bin", b"text " * 50, "would be overwritten"),
-        ("blanks.txt", b" " * 1_000_000 + b"text", "blanks or newlines in a row"),
-    ],
-)
-def test_unusable_file_leaves_nothing_behind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes | None, message: str
-) -> None:
-    if data is not None:
-        (tmp_path / name).write_bytes(data)
-    before = contents(tmp_path)
-    error = fails(capsys, str(tmp_path / name))
-    assert message in error
-    assert name in error or message in ("too little text", "blanks or newlines in a row")
-    assert contents(tmp_path) == before
-    assert not (tmp_path / ".prepare").exists()
-
-
-@pytest.mark.parametrize("fraction", ["0.0001", "0.9999"])
-def test_side_without_tokens_is_refused(text: Path, capsys: pytest.CaptureFixture[str], fraction: str) -> None:
-    assert "too little text" in fails(capsys, str(text), "--val-fraction", fraction)
-    assert list(text.parent.iterdir()) == [text]
 
 
 def test_output_where_nothing_can_be_written_is_refused(
@@ -282,26 +166,6 @@ def test_document_without_a_space_is_whole_or_refused(
     text.write_text("YWJj" * 1_000_000)
     assert "bytes without an ASCII word followed by a space, nor a line of text, from 'YWJj" in fails(capsys, *flags)
     assert room.main([str(text), "--tokenizer", "char"]) == 0
-
-
-def test_engine_that_errs_leaves_nothing(
-    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Coder.__call__
-
-    def erring(coder: Coder, chunk, number=0):  # type: ignore[no-untyped-def]
-        if number == 8:
-            monkeypatch.setattr(
-                type(coder.engine), "__call__", lambda _, texts: [np.zeros(9, dtype=np.uint32)] * len(texts)
-            )
-        return real(coder, chunk, number)
-
-    monkeypatch.setattr("prepare.encoder.CHUNK", 5000)
-    monkeypatch.setattr("prepare.corpus.PIECE_BYTES", 2000)
-    monkeypatch.setattr(Coder, "__call__", erring)
-    text.write_text(text.read_text() * 60)
-    assert "fastokens does not give tiktoken's ids" in fails(capsys, str(text), "--engine", "fast", "--workers", "1")
-    assert list(text.parent.iterdir()) == [text]
 
 
 def test_write_that_the_system_refuses_is_one_line(text: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,22 +38,6 @@ def test_records_without_text_are_counted_by_reason_with_the_first(kind: str) ->
     assert found == ["one", "two"]
     assert tally.without == {"missing": 1, "null": 1, "not a string": 2, "empty": 1}
     assert (tally.first, tally.broken) == (2, 0)
-
-
-def test_what_is_left_out_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.dumps({"a": {"b": f"line {i} is here"}}) for i in range(30)]
-    lines[4:4] = ['{"a": {"b": null}}', '{"a": {}}', '{"a": 5}', "{broken"]
-    (tmp_path / "x.jsonl").write_text("\n".join(lines))
-    flags = ["--text-field", "a.b", "--errors", "skip", "--output-dir", str(tmp_path / "out")]
-    assert room.main([str(tmp_path / "x.jsonl"), *flags]) == 0
-    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    path = re.escape(str(tmp_path / "x.jsonl"))
-    assert len(notes) == 2
-    assert re.fullmatch(rf"note: 1 broken records left out \(first: {path}:8\)", notes[0])
-    assert re.fullmatch(
-        rf"note: 3 records without text in 'a\.b' left out: 2 missing, 1 null \(first: {path}:5\)", notes[1]
-    )
-    assert read_meta(tmp_path / "out").inputs[0].documents == 30
 
 
 DEEP = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"

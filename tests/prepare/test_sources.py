@@ -334,45 +334,16 @@ def test_a_named_file_that_may_not_be_read_is_an_error(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "note"),
+    ("name", "behind", "note"),
     [
-        ("a.jsonl", ["--separator", r"\n\n"], "--separator has no effect: the input is jsonl"),
-        ("a.txt", ["--text-field", "body"], "--text-field body has no effect: the input is text"),
-        ("a.txt", ["--sample-size", "5MB"], "--sample-size has no effect: it is for --tokenizer bpe, and this is byte"),
-        ("a.txt", ["--seed", "7"], "--seed 7 has no effect: val is the tail of the text"),
-        (
-            "a.txt",
-            ["--separator", r"\n\n\n"],
-            r"--separator '\n\n\n' does not occur in 1 file, each of which is one document (first: {}, "
-            r"whose lines end with \n)",
-        ),
-        (
-            "crlf.txt",
-            ["--separator", r"\n\n"],
-            r"--separator '\n\n' does not occur in 1 file, each of which is one document (first: {}, "
-            r"whose lines end with CRLF, \r\n: try '\r\n\r\n' or the like)",
-        ),
-        ("a.txt", ["--separator", r"\n"], ""),
-        ("a.txt.gz", [], "{} is called .gz, but is not packed: it is read as it is"),
-        ("nul.txt", [], "{} has NUL bytes: they are read as characters"),
+        ("a.txt.gz", b"", "{} is called .gz, but is not packed: it is read as it is"),
+        ("a.txt", b"\0 ok", "{} has NUL bytes: they are read as characters"),
     ],
 )
-def test_setting_without_effect_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: list[str], note: str
-) -> None:
-    data = b"A line of text that is here.\n" * 30
+def test_what_is_read_though_it_is_odd_is_told(tmp_path: Path, name: str, behind: bytes, note: str) -> None:
     path = tmp_path / name
-    path.write_bytes(
-        {
-            "a.jsonl": lines(*["some text"] * 9),
-            "crlf.txt": data.replace(b"\n", b"\r\n"),
-            "nul.txt": data + b"\0 ok",
-        }.get(name, data)
-    )
-    assert room.main([str(path), "--tokenizer", "byte", "--output-dir", str(tmp_path / "out"), *flags]) == 0
-    notes = [line.removeprefix("note: ") for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert len(notes) == bool(note)
-    assert not note or notes[0].startswith(note.format(path))
+    path.write_bytes(b"A line of text that is here.\n" * 30 + behind)
+    assert told(str(path)) == ([str(path)], [note.format(path)])
 
 
 # --- names and places
@@ -397,18 +368,6 @@ def test_locale_of_c_is_enough(tmp_path: Path, name: str) -> None:
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert (run.returncode, run.stderr.count(b"Traceback")) == (0, 0)
     assert b"is in order" in run.stdout
-
-
-@pytest.mark.parametrize("place", [".prepare/a.txt", "tokenizer/a.txt", "train.bin", "meta.json"])
-def test_input_in_the_outputs_place_is_refused_and_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
-) -> None:
-    path = tmp_path / place
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("some text that is long enough\n" * 20)
-    assert room.main([str(path), "--output-dir", str(tmp_path)]) == 2
-    assert path.exists()
-    assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]) == 1
 
 
 def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
