@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from elastic_gpt import claim, storeclaim
 from elastic_gpt.claim import InUse, process
 from elastic_gpt.contract import LEDGER
 from elastic_gpt.ledger import Ledger
@@ -13,6 +14,13 @@ from elastic_gpt.storeclaim import StoreClaim
 from tests.conftest import until
 from tests.elastic.test_claim import dead, elsewhere
 from tests.elastic.test_mirror import opened
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storeclaim, "RENEW_SECONDS", 0.02)
+    monkeypatch.setattr(storeclaim, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(claim, "LOOK_SECONDS", 0.02)
 
 
 def claimed(url: str, job: str, processes: list[dict[str, Any]] | None = None) -> tuple[StoreClaim, bool, Mirror]:

@@ -1,4 +1,7 @@
-"""A stand-in for the API server: keeps objects and answers the client's few calls. tests/cluster has a real one."""
+"""A stand-in for the API server, and a job on it: keeps objects and answers the client's few calls.
+
+tests/cluster has a real one.
+"""
 
 import copy
 import json

@@ -10,8 +10,6 @@ from elastic_gpt.jobs.spec import JobSpec, presets
 from elastic_gpt.jobs.status import job_range, job_state
 
 names = st.from_regex(r"[a-z]([-a-z0-9]{0,35}[a-z0-9])?", fullmatch=True)
-
-
 words = st.text("abc.-_XYZ019/", min_size=1, max_size=20)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from elastic_gpt.jobs import client, polling
+from elastic_gpt.jobs.polling import Told, again
 from tests.jobs.cluster import StubCluster, entry, progress, running
 
 Job = Callable[..., int]
@@ -63,3 +64,18 @@ def test_wait_outlives_a_server_that_is_away(
     monkeypatch.setattr(polling, "read", flaky)
     assert job("wait", "elastic-gpt") == 0
     assert capsys.readouterr().out.count("Trying on") == 1
+
+
+def test_a_server_that_never_answered_is_not_waited_for() -> None:
+    def look() -> None:
+        raise client.UnreachableError("the server does not answer.")
+
+    with pytest.raises(client.UnreachableError):
+        list(again(look, 0.0))
+
+
+def test_a_line_is_told_once_and_again_when_it_comes_back(capsys: Output) -> None:
+    tell = Told()
+    for lines in (["a waits"], ["a waits", "b waits"], ["b waits"], ["a waits"]):
+        tell(lines)
+    assert capsys.readouterr().out.splitlines() == ["a waits", "b waits", "a waits"]

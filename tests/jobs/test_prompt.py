@@ -1,6 +1,7 @@
 """prompt.py: a pod with the job's model comes for a person and goes with them."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,3 +44,33 @@ def test_prompt_shows_why_the_pod_ended(stub: StubCluster, job: Job, capsys: Out
     output = capsys.readouterr()
     assert "no checkpoint" in output.out
     assert "has ended before anything was asked" in output.err
+
+
+def test_what_an_earlier_talk_left_goes_before_the_next_one(
+    stub: StubCluster, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running(stub)
+    stub.pod("elastic-gpt-prompt", {}, "Succeeded")
+    monkeypatch.setattr(prompt, "attach", lambda *_: 0)
+    later(stub, lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Running"}))  # type: ignore[union-attr]
+    assert job("prompt", "elastic-gpt", "--timeout", PATIENCE) == 0
+    changes = [method for method, path in stub.requests if method != "GET" and "/pods" in path]
+    assert changes == ["DELETE", "POST", "DELETE"]
+
+
+def test_kubectl_connects_the_terminal_to_the_same_cluster_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        called.append(command)
+        return SimpleNamespace(returncode=5)
+
+    monkeypatch.setattr(prompt, "shutil", SimpleNamespace(which=lambda name: f"/bin/{name}"))
+    monkeypatch.setattr(prompt, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    cluster: Any = SimpleNamespace(namespace="theirs", kubectl_flags=("--context", "far"))
+    assert prompt.attach(cluster, "a-pod") == 5
+    flags = ["--namespace", "theirs", "--context", "far"]
+    assert called == [["/bin/kubectl", *flags, "attach", "a-pod", "--container=prompt", "-it"]]
