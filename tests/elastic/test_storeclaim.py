@@ -46,6 +46,7 @@ def test_a_second_job_is_refused_and_the_next_life_of_the_same_is_not(url: str) 
     again, continues, _ = claimed(url, "first", elsewhere())
     assert (before, continues) == (False, True)
     again.release()
+    assert again._look() is None  # so nobody waits until it expires
     assert claimed(url, "second")[1] is False
 
 

@@ -78,6 +78,7 @@ def test_a_worker_that_stands_still_is_named_and_its_successor_is_told(
     assert later(SILENT_SECONDS - 1) == {}
     assert later(2) == {0: f"no sign of life for {SILENT_SECONDS + 1:.0f} s, in step 0"}
     workers.forget()
+    assert workers.hung() == {}  # it has ended
     second = Agent(name, 0)
     assert second.next_world(-1, lambda: bool(workers.waiting() and workers.give({0: {}}))) or second.started_because
     assert second.started_because.startswith("no sign of life")
