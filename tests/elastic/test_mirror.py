@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,31 +13,15 @@ from typing import Any
 
 import pytest
 
-from elastic_gpt import claim, mirror, storeclaim
-from elastic_gpt.claim import InUse, process
+from elastic_gpt import mirror
 from elastic_gpt.contract import CONFIG, LEDGER, METRICS, TOKENIZER
 from elastic_gpt.identity import directory, same_directory
 from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.mirror import Follower, Mirror
 from elastic_gpt.observers import MetricsObserver
-from elastic_gpt.storeclaim import StoreClaim
-from tests.conftest import environment, until
+from tests.conftest import environment
 from tests.elastic.test_checkpoint import Killed
-from tests.elastic.test_claim import dead, elsewhere
 from tests.elastic.test_observers import report
-
-
-@pytest.fixture(params=["memory", "s3"])
-def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(mirror, "PART", 200)  # two or three lines
-    monkeypatch.setattr(mirror, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(storeclaim, "RENEW_SECONDS", 0.02)
-    monkeypatch.setattr(storeclaim, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(claim, "LOOK_SECONDS", 0.02)
-    if request.param == "s3":
-        request.getfixturevalue("s3_server")
-        return f"s3://bucket/{uuid.uuid4().hex}"
-    return f"memory://{uuid.uuid4().hex}"
 
 
 def opened(url: str, life: str = "") -> Mirror:
@@ -257,66 +240,10 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(url: str, monkeypatch:
                 second.reopen()
 
 
-# --- whose it is
-
-
 def test_a_url_is_one_directory_wherever_it_is_mirrored_and_another_url_is_a_copy(url: str) -> None:
     here, there, other = (directory(Mirror(one).folder) for one in (url, url, f"{url}-copy"))
     assert same_directory(here, there)
     assert not same_directory(here, other)
-
-
-def claimed(url: str, job: str, processes: list[dict[str, Any]] | None = None) -> tuple[StoreClaim, bool, Mirror]:
-    found = opened(url)
-    held = StoreClaim(found, f"life of {job} {uuid.uuid4().hex}", processes or [process()])
-    held.content["job"] = job
-    before = held.take("run")
-    found.begin_writing(held.life)
-    return held, before, found
-
-
-def test_a_second_job_is_refused_and_the_next_life_of_the_same_is_not(url: str) -> None:
-    first, before, _ = claimed(url, "first")
-    with pytest.raises(InUse, match=f"run directory {url} is in use"):
-        claimed(url, "second")
-    again, continues, _ = claimed(url, "first", elsewhere())
-    assert (before, continues) == (False, True)
-    again.release()
-    assert claimed(url, "second")[1] is False
-    first.ended.set()
-
-
-def test_the_claim_of_processes_that_died_here_expires_at_once(url: str) -> None:
-    claimed(url, "first", [dead()])[0].ended.set()
-    held, before, _ = claimed(url, "second")
-    assert before is False
-    held.release()
-
-
-def test_a_living_claim_of_another_machine_is_respected(url: str) -> None:
-    held, _, _ = claimed(url, "first", elsewhere())  # which renews it
-    with pytest.raises(InUse):
-        claimed(url, "second")
-    held.ended.set()
-
-
-def test_a_world_that_lost_the_claim_ends_and_writes_no_more(url: str) -> None:
-    held, _, first = claimed(url, "first")
-    ledger = Ledger(first.folder)
-    ledger.begin_life(["n"], 1, 0, "start", 0, held.life)
-    assert not ledger.superseded()
-    other, _, second = claimed(url, "first")
-    Ledger(second.folder).begin_life(["m"], 1, 0, "start", 0, other.life)
-    until(ledger.superseded)
-    ledger.write("interrupted", node="n", cause="too late")
-    first.push_lines(LEDGER)
-    assert not first.writes
-    assert [event["nodes"] for event in Ledger(opened(url).folder).events() if event["event"] == "joined"] == [
-        ["n"],
-        ["m"],
-    ]
-    held.ended.set()
-    other.ended.set()
 
 
 # --- the folder

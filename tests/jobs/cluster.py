@@ -1,9 +1,13 @@
-"""A stand-in for the API server: keeps objects and answers the client's few calls. tests/cluster has a real one."""
+"""A stand-in for the API server, and a job on it: keeps objects and answers the client's few calls.
+
+tests/cluster has a real one.
+"""
 
 import copy
 import json
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from elastic_gpt.contract import Progress
 from elastic_gpt.jobs.client import KINDS
+from elastic_gpt.jobs.manifest import manifests
+from elastic_gpt.jobs.spec import JobSpec
+from tests.conftest import until
 
 Tree = dict[str, Any]
 RESOURCES = {resource: kind for kind, (_, resource, _) in KINDS.items()}
@@ -212,3 +220,40 @@ def merge(tree: Tree, changes: Tree) -> None:
             tree.pop(key, None)
         else:
             tree[key] = value
+
+
+def entry(second: int, text: str) -> str:
+    return f"2026-11-21T10:00:{second:02d}.000000001Z {text}"
+
+
+def progress(second: int, workers: int, step: int = 0, **more: Any) -> str:
+    """A line of a log in which training tells how far it is; without a loss no step has been done yet."""
+    return entry(second, Progress(1_800_000_000.0 + second, step, 100, workers=workers, **more).to_line())
+
+
+def running(stub: StubCluster, nodes: int = 2, **changes: Any) -> dict[str, Any]:
+    """A job that trains on `nodes` nodes."""
+    for tree in manifests(JobSpec(nodes=nodes)):
+        stub.add(tree)
+    tree = stub.get("ElasticJob", "elastic-gpt")
+    assert tree
+    tree["status"] = {"phase": "Running"} | changes
+    for rank in range(nodes):
+        stub.worker("elastic-gpt", rank)
+    stub.master("elastic-gpt")
+    stub.logs["elastic-gpt-edljob-worker-0"] = [
+        progress(1, nodes),
+        progress(2, nodes, step=10, loss=2.5, tokens_per_second=1234.0),
+    ]
+    return tree
+
+
+def later(stub: StubCluster, action: Callable[[], Any]) -> None:
+    """Do `action` after the client has sent so many requests that it has looked at least once."""
+    before = len(stub.requests)
+
+    def wait() -> None:
+        until(lambda: len(stub.requests) > before + 14)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()

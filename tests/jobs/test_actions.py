@@ -1,6 +1,5 @@
 """actions.py: what each action does to a cluster, prints and refuses."""
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,51 +9,14 @@ from typing import Any
 import pytest
 
 from elastic_gpt.contract import Progress
-from elastic_gpt.jobs import actions, client, polling, prompt
+from elastic_gpt.jobs import actions, client
 from elastic_gpt.jobs.manifest import manifests
 from elastic_gpt.jobs.spec import JobSpec
-from tests.conftest import PATIENCE, until
-from tests.jobs.cluster import StubCluster
+from tests.conftest import PATIENCE
+from tests.jobs.cluster import StubCluster, entry, later, progress, running
 
 Job = Callable[..., int]
 Output = pytest.CaptureFixture[str]
-
-
-def entry(second: int, text: str) -> str:
-    return f"2026-11-21T10:00:{second:02d}.000000001Z {text}"
-
-
-def progress(second: int, workers: int, step: int = 0, **more: Any) -> str:
-    """A line of a log in which training tells how far it is; without a loss no step has been done yet."""
-    return entry(second, Progress(1_800_000_000.0 + second, step, 100, workers=workers, **more).to_line())
-
-
-def running(stub: StubCluster, nodes: int = 2, **changes: Any) -> dict[str, Any]:
-    """A job that trains on `nodes` nodes."""
-    for tree in manifests(JobSpec(nodes=nodes)):
-        stub.add(tree)
-    tree = stub.get("ElasticJob", "elastic-gpt")
-    assert tree
-    tree["status"] = {"phase": "Running"} | changes
-    for rank in range(nodes):
-        stub.worker("elastic-gpt", rank)
-    stub.master("elastic-gpt")
-    stub.logs["elastic-gpt-edljob-worker-0"] = [
-        progress(1, nodes),
-        progress(2, nodes, step=10, loss=2.5, tokens_per_second=1234.0),
-    ]
-    return tree
-
-
-def later(stub: StubCluster, action: Callable[[], Any]) -> None:
-    """Do `action` after the client has sent so many requests that it has looked at least once."""
-    before = len(stub.requests)
-
-    def wait() -> None:
-        until(lambda: len(stub.requests) > before + 14)
-        action()
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def test_submit_makes_everything_in_order(stub: StubCluster, job: Job, capsys: Output) -> None:
@@ -202,55 +164,12 @@ def test_wait_ends_with_the_run_though_the_operator_says_running(stub: StubClust
     assert job("watch", "elastic-gpt") == 0
 
 
-def test_progress_survives_tracebacks_and_pods_that_are_gone(stub: StubCluster, job: Job, capsys: Output) -> None:
-    tree = running(stub)
-
-    def shown() -> str:
-        assert job("status", "elastic-gpt") == 0
-        return capsys.readouterr().out
-
-    # Its worker's log goes on, with tracebacks.
-    stub.logs["elastic-gpt-edljob-worker-0"] += [entry(3, "Traceback (most recent call last):")] * 5000
-    assert "step 10/100" in shown()
-    # Its pod has ended and was replaced, by one that has not written a line.
-    stub.worker("elastic-gpt", 0, "Failed")
-    stub.pod("elastic-gpt-edljob-worker-7", stub.worker("elastic-gpt", 0, "Failed")["metadata"]["labels"])
-    assert "step 10/100" in shown()
-    # All pods are gone, as of a suspended job: the master has written it down.
-    stub.logs["elasticjob-elastic-gpt-dlrover-master-0"] = [
-        entry(2, "[INFO] a node of DLRover's"), progress(4, 2, step=20, loss=2.0), *[entry(5, "[INFO] more")] * 300
-    ]  # fmt: skip
-    for key in [key for key in stub.objects if key[0] == "Pod" and "worker" in key[2]]:
-        del stub.objects[key]
-    tree["spec"]["suspend"] = True
-    assert "step 20/100" in shown()
-    # And so has the one before it, which was lost.
-    stub.master("elastic-gpt", 0, "Failed")
-    stub.master("elastic-gpt", 1)
-    assert "step 20/100" in shown()
-
-
 @pytest.mark.parametrize("time", [0.0, 1e300, -1e300, float("nan")])
 def test_an_impossible_time_is_left_out(stub: StubCluster, job: Job, capsys: Output, time: float) -> None:
     running(stub)
     stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, Progress(time, 10, 100, 2.5).to_line())]
     assert job("status", "elastic-gpt") == 0
     assert "step 10/100 · loss 2.5000\n" in capsys.readouterr().out.replace(" \n", "\n")
-
-
-def test_logs_show_people_nothing_that_is_told_to_machines(stub: StubCluster, job: Job, capsys: Output) -> None:
-    running(stub)
-    stub.logs["elastic-gpt-edljob-worker-0"].append(entry(3, "step 10/100 · loss 2.5000"))
-    assert job("logs", "elastic-gpt") == 0
-    assert capsys.readouterr().out == "worker-0 | step 10/100 · loss 2.5000\n"
-
-
-def test_logs_are_those_of_replaced_pods_too(stub: StubCluster, job: Job, capsys: Output) -> None:
-    running(stub)
-    stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, "error: it broke")]
-    stub.pod("elastic-gpt-edljob-worker-7", stub.worker("elastic-gpt", 0, "Failed")["metadata"]["labels"])
-    assert job("logs", "elastic-gpt") == 0
-    assert "worker-0 | error: it broke" in capsys.readouterr().out
 
 
 def test_dry_runs_keep_nothing(stub: StubCluster, job: Job, capsys: Output) -> None:
@@ -277,13 +196,6 @@ def test_a_cluster_without_the_operator_is_told_how_to_get_it(stub: StubCluster,
         assert job(*words) == 2
         assert "knows no ElasticJobs: install DLRover's operator: kubectl apply -k" in capsys.readouterr().err
     assert stub.objects == {}
-
-
-def test_a_typo_in_a_jobs_name_gets_the_nearest(stub: StubCluster, job: Job, capsys: Output) -> None:
-    running(stub)
-    assert job("status", "elastic-gtp") == 2
-    assert "no job 'elastic-gtp' in namespace training: did you mean 'elastic-gpt'?" in capsys.readouterr().err
-    assert job("delete", "elastic-gtp") == 2
 
 
 def test_forbidden_is_one_line(stub: StubCluster, job: Job, capsys: Output) -> None:
@@ -488,54 +400,6 @@ def test_wait_ends_with_124_when_the_time_is_over(stub: StubCluster, job: Job) -
     assert job("wait", "elastic-gpt", "--timeout", 0.2) == 124
 
 
-def test_wait_outlives_a_server_that_is_away(
-    stub: StubCluster, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: Output
-) -> None:
-    tree = running(stub)
-    read, calls = polling.read, []
-
-    def flaky(*args: Any) -> Any:
-        calls.append(1)
-        if 1 < len(calls) < 4:  # the first call finds it: a server that never answered is not waited for
-            raise client.UnreachableError("the server does not answer.")
-        tree["status"] = {"phase": "Succeeded" if len(calls) > 1 else "Running"}
-        return read(*args)
-
-    monkeypatch.setattr(polling, "read", flaky)
-    assert job("wait", "elastic-gpt") == 0
-    assert capsys.readouterr().out.count("Trying on") == 1
-
-
-def test_logs_of_all_workers_in_the_order_of_time(stub: StubCluster, job: Job, capsys: Output) -> None:
-    running(stub)
-    stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, "one"), entry(3, "three")]
-    stub.logs["elastic-gpt-edljob-worker-1"] = [entry(2, "two")]
-    assert job("logs", "elastic-gpt") == 0
-    assert capsys.readouterr().out.splitlines() == ["worker-0 | one", "worker-1 | two", "worker-0 | three"]
-
-
-def test_followed_logs_take_in_a_pod_that_comes_later(
-    stub: StubCluster, job: Job, capsys: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("elastic_gpt.jobs.logs.AGAIN_SECONDS", 0.1)
-    tree = running(stub, nodes=1)
-    stub.logs["elastic-gpt-edljob-worker-0"] = [entry(1, "one")]
-
-    def come() -> None:
-        stub.logs["elastic-gpt-edljob-worker-0"].append(entry(2, "two"))
-        stub.logs["elastic-gpt-edljob-worker-1"] = [entry(3, "three")]
-        stub.worker("elastic-gpt", 1)
-        time.sleep(0.5)
-        for rank in range(2):
-            stub.worker("elastic-gpt", rank, "Succeeded")
-        tree["status"] = {"phase": "Succeeded"}
-
-    later(stub, come)
-    assert job("logs", "elastic-gpt", "-f") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(lines[:-1]) == ["worker-0 | one", "worker-0 | two", "worker-1 | three"]
-
-
 def test_delete_names_what_it_deletes_and_keeps_the_volume(stub: StubCluster, job: Job, capsys: Output) -> None:
     running(stub)
     assert job("delete", "elastic-gpt") == 0
@@ -554,28 +418,6 @@ def test_delete_with_the_volume_not_while_another_job_uses_it(stub: StubCluster,
     assert job("delete", "other") == 0
     assert job("delete", "elastic-gpt", "--volume") == 0
     assert not stub.get("PersistentVolumeClaim", "elastic-gpt")
-
-
-def test_prompt_makes_a_pod_with_the_jobs_image_volume_and_run(
-    stub: StubCluster, job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tree = running(stub)
-    container = tree["spec"]["replicaSpecs"]["worker"]["template"]["spec"]["containers"][0]
-    container["image"] = "registry.example.com/gpt:1"
-    seen: dict[str, Any] = {}
-
-    def terminal(_: Any, pod: str) -> int:
-        seen.update(stub.get("Pod", pod) or {})
-        return 7
-
-    monkeypatch.setattr(prompt, "attach", terminal)
-    later(stub, lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Running"}))  # type: ignore[union-attr]
-    assert job("prompt", "elastic-gpt", "--timeout", PATIENCE) == 7
-    [made] = seen["spec"]["containers"]
-    assert made["image"] == "registry.example.com/gpt:1"
-    assert made["args"] == ["elastic-gpt", "generate", "/workspace/elastic-gpt/run"]
-    assert (made["stdin"], made["tty"]) == (True, True)
-    assert not stub.get("Pod", "elastic-gpt-prompt")  # and it goes with the person
 
 
 def test_serve_makes_a_deployment_of_the_jobs_image_volume_and_run_and_waits_until_it_answers(
@@ -612,16 +454,6 @@ def test_serve_gives_up_after_its_time_and_says_what_it_waits_for(stub: StubClus
     running(stub)
     assert job("serve", "elastic-gpt", "--timeout", "0") == 124
     assert "elastic-gpt's server is not ready" in capsys.readouterr().err
-
-
-def test_prompt_shows_why_the_pod_ended(stub: StubCluster, job: Job, capsys: Output) -> None:
-    running(stub)
-    stub.logs["elastic-gpt-prompt"] = [entry(1, "error: no checkpoint in /workspace/elastic-gpt/run yet")]
-    later(stub, lambda: stub.get("Pod", "elastic-gpt-prompt").update(status={"phase": "Failed"}))  # type: ignore[union-attr]
-    assert job("prompt", "elastic-gpt", "--timeout", PATIENCE) == 2
-    output = capsys.readouterr()
-    assert "no checkpoint" in output.out
-    assert "has ended before anything was asked" in output.err
 
 
 URLS = ("--data.dir=s3://bucket/data", "--run-dir", "s3://bucket/run")

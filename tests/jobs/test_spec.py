@@ -4,48 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from elastic_gpt.jobs import commands
-from elastic_gpt.jobs.manifest import JOB_LABEL, PARTS, Tree, manifests
-from elastic_gpt.jobs.render import NOTES, _places, to_yaml
+from elastic_gpt.jobs.manifest import Tree, manifests
 from elastic_gpt.jobs.spec import JobSpec, presets, read_texts
-from elastic_gpt.jobs.status import job_range, job_state
 from elastic_gpt.settings import SettingsError
-
-names = st.from_regex(r"[a-z]([-a-z0-9]{0,35}[a-z0-9])?", fullmatch=True)
-words = st.text("abc.-_XYZ019/", min_size=1, max_size=20)
-
-
-@st.composite
-def specs(draw: Any) -> JobSpec:
-    least, nodes, most = sorted(draw(st.lists(st.integers(1, 1000), min_size=3, max_size=3)))
-    gpus = draw(st.integers(0, 16))
-    width = 64 * draw(st.integers(1, 64))
-    return JobSpec(
-        name=draw(names),
-        namespace=draw(names),
-        image=draw(st.sampled_from(["", "registry.example.com/gpt:1"])),
-        pull_secret=draw(st.sampled_from(["", "registry"])),
-        preset=draw(st.sampled_from(["", *(path.stem for path in presets().glob("*.yaml"))])),
-        arguments=(f"--model.n-layer={draw(st.integers(1, 100))}", "--model.n-embd", str(width)),
-        nodes=nodes,
-        min_nodes=least,
-        max_nodes=most,
-        gpus=gpus,
-        cpus=draw(st.integers(0, 128)),
-        network_check=gpus > 0 and draw(st.booleans()),
-        spot=draw(st.booleans()),
-        node_selector=tuple(draw(st.dictionaries(names, words, max_size=2)).items()),
-        env=tuple(draw(st.dictionaries(names, st.text(max_size=20), max_size=2)).items()),
-        volume=draw(names),
-        access_mode=draw(st.sampled_from(["ReadWriteMany", "ReadWriteOnce"])),
-        data_of=draw(st.sampled_from(["", "other"])),
-        tokenizer="gpt2",
-    )
-
 
 VALUES: dict[str, list[str]] = {
     "--gpus": ["0", "1", "8"], "--cpus": ["0", "16"], "--nodes": ["1", "2", "4"], "--min-nodes": ["1", "2"],
@@ -121,52 +86,6 @@ def worker_takes(tree: Tree) -> None:
     train, *flags = seen["command"]
     assert train == "train"
     parse(TrainConfig, flags, presets=PRESETS, prog="elastic-gpt train", environment={})
-
-
-@settings(max_examples=40)
-@given(specs())
-def test_every_job_has_its_names_its_range_and_its_memory(spec: JobSpec) -> None:
-    trees = manifests(spec, tuple(PARTS))
-    assert {tree["metadata"].get("namespace", spec.namespace) for tree in trees} == {spec.namespace}
-    keys = [(tree["kind"], tree["metadata"]["name"]) for tree in trees]
-    assert len(keys) == len(set(keys))
-    [job] = [tree for tree in trees if tree["kind"] == "ElasticJob"]
-    assert job_range(job) == (spec.min_nodes, spec.max_nodes)
-    assert job_state(job, []).wanted == spec.nodes
-    assert job["metadata"]["labels"] == {JOB_LABEL: spec.name}
-    pod = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]
-    [shm] = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "snapshots"]
-    assert 2 * 12 * spec.parameters <= int(shm["sizeLimit"].removesuffix("Gi")) * 2**30
-    assert spec.shm_gib < spec.memory_gib
-    assert all(len(name) <= 63 for _, name in keys)
-    assert ("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]) == (spec.gpus > 0)
-
-
-@settings(max_examples=40)
-@example(JobSpec(env=(("A", "\x85\U000579e4`"), ("B", "a\u2028\n b"))))
-@given(specs())
-def test_a_job_is_the_same_each_time_and_yaml_says_what_the_dicts_say(spec: JobSpec) -> None:
-    trees = manifests(spec, tuple(PARTS))
-    assert manifests(spec, tuple(PARTS)) == trees  # nothing is shared between the calls that one could have changed
-    assert list(yaml.safe_load_all(to_yaml(trees, "a heading"))) == trees
-
-
-def test_every_note_stands_somewhere() -> None:
-    uploading = JobSpec(spot=True, network_check=True, upload=(("a.txt", "text"),))
-    found: dict[str, set[str]] = {}
-    others = [tree for known, _ in commands.FORMS.values() for part in known.values() for tree in part(JobSpec())]
-    for tree in [*manifests(uploading, tuple(PARTS)), *others]:
-        node = yaml.compose(yaml.safe_dump(tree), Loader=yaml.SafeLoader)
-        found.setdefault(tree["kind"], set()).update(path for path, _, _ in _places(node, ""))
-    missing = [(kind, path) for kind, notes in NOTES.items() for path in notes if path not in found[kind]]
-    assert missing == []
-
-
-@pytest.mark.parametrize(
-    "lines", [to_yaml(manifests(JobSpec(spot=True, network_check=True), tuple(PARTS))).splitlines()]
-)
-def test_lines_are_short_enough_to_read(lines: list[str]) -> None:
-    assert [line for line in lines if len(line) > 128] == []
 
 
 @pytest.mark.parametrize(
@@ -245,21 +164,3 @@ def test_two_texts_of_one_name_are_refused(tmp_path: Path) -> None:
         (tmp_path / folder / "data.txt").write_text(folder)
     with pytest.raises(SettingsError, match=r"another text is called data\.txt"):
         read_texts([str(tmp_path / "a" / "data.txt"), str(tmp_path / "b" / "data.txt")])
-
-
-def test_a_text_of_ones_own_is_what_prepare_reads() -> None:
-    spec = JobSpec(name="mine", upload=(("data.txt", "text"),), tokenizer="char")
-    trees = {tree["kind"]: tree for tree in manifests(spec)}
-    assert trees["ConfigMap"]["data"] == {"data.txt": "text"}
-    pod = trees["Job"]["spec"]["template"]["spec"]
-    assert pod["containers"][0]["args"] == [
-        "elastic-gpt", "prepare", "/text/data.txt", "--output-dir=/workspace/mine/data", "--tokenizer=char",
-    ]  # fmt: skip
-    assert {"name": "text", "configMap": {"name": trees["ConfigMap"]["metadata"]["name"]}} in pod["volumes"]
-
-
-def test_a_job_on_anothers_data_prepares_none() -> None:
-    trees = manifests(JobSpec(name="big", data_of="mine"))
-    assert "Job" not in {tree["kind"] for tree in trees}
-    args = trees[-1]["spec"]["replicaSpecs"]["worker"]["template"]["spec"]["containers"][0]["args"]
-    assert {"--data.dir=/workspace/mine/data", "--run-dir=/workspace/big/run"} <= set(args)

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -84,14 +83,6 @@ def test_an_agent_that_is_asked_to_leave_while_it_starts_its_workers_leaves() ->
         [sys.executable, "-c", WINDOW], capture_output=True, text=True, timeout=PATIENCE, env=environment(), check=False
     )
     assert done.stdout.splitlines()[-1:] == ["it leaves"], done.stderr
-
-
-def test_nobody_gets_the_masters_port_while_there_is_no_master() -> None:
-    with LocalJob(["train"], least=1, most=1) as job, socket.socket() as other:
-        job.kill_master()
-        with pytest.raises(OSError, match="in use"):
-            other.bind(("127.0.0.1", job.port))
-        job.start_master()
 
 
 def test_a_node_that_is_asked_to_leave_does_not_wait_for_a_master_that_has_gone(data: Path, tmp_path: Path) -> None:
