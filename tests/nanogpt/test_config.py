@@ -57,7 +57,7 @@ def test_every_preset_is_accepted(name: str) -> None:
         ("--optimizer.decay-steps=0", "at least 1"),
         ("--elastic.grace-seconds=-1", "must not be negative"),
         ("--seed=9223372036854775808", "must fit 64 bits"),
-        (f"--steps={2**53 + 1}", "steps and global_batch are at most"),
+        (f"--steps={2**53 + 1}", "steps and global_batch are at most 9,007,199,254,740,992: take less"),
         ("--dtype=float16 --elastic.exact", "not with dtype float16"),
         ("--elastic.traffic=bfloat16 --elastic.exact", "leave one of the two out"),
     ],
