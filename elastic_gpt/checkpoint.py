@@ -81,6 +81,10 @@ class Checkpoints:
         """Steps of the committed checkpoints, oldest first."""
         return sorted(int(name[5:]) for name in self.storage.manifests())
 
+    def files(self, step: int) -> dict[str, int]:
+        """What is there of the checkpoint of `step`, whole or not: bytes by the names of its files."""
+        return self.storage.sizes(self.name(step))
+
     def newest_step(self, newer_than: int = -1) -> int | None:
         """Step of the newest whole checkpoint after step `newer_than`, or None. Damaged ones are named on standard error.
 
@@ -171,22 +175,18 @@ class Checkpoints:
     ) -> int:
         folder, steps = self.name(step), self.steps()
         self._refuse_another_runs(steps)
-        if step in steps:  # the step was lost and done again
-            try:
-                self._verify(step)
-                if not self._abandoned(step):
-                    return step
-            except CheckpointError:
-                pass
-            self._delete_manifest(step)
-            self.storage.delete_folder(folder)
-        # The folder may be there: left by a save that was killed, or another node that leaves is saving this very state.
+        if step in steps and self._is_good(step):  # the step was lost and done again
+            return step
+        # Nothing is deleted first: what is there is replaced, and another node that leaves may be saving this very state.
         try:
             self._write_files(folder, step, tensors, reports)
         except OSError:
             if step not in self.steps():
                 self.storage.delete_folder(folder)  # the disk may be full
+            elif self._is_good(step):  # another node was quicker, and has tidied up
+                return step
             raise
+        self.storage.sweep(folder)
         # Only those of the history that leads to this step: a damaged later one must not push out a good one.
         for old in sorted({past for past in steps if past < step} | {step})[: -self.keep] if push_out else []:
             try:
@@ -195,6 +195,13 @@ class Checkpoints:
             except OSError as error:  # that does not harm the new one
                 print(f"warning: {self.name(old)} could not be deleted: {error}", file=sys.stderr, flush=True)
         return step
+
+    def _is_good(self, step: int) -> bool:
+        """Whether the checkpoint of a step that is there is whole, and of the run's history."""
+        with contextlib.suppress(CheckpointError):
+            self._verify(step)
+            return not self._abandoned(step)
+        return False
 
     def _delete_manifest(self, step: int) -> None:
         with contextlib.suppress(FileNotFoundError):  # another node that leaves was quicker
@@ -243,6 +250,11 @@ class Checkpoints:
                 FileNotFoundError
             ):  # another node that leaves has saved this state, and deleted that one
                 before = {"step": earlier, "sha256": self._digest(earlier)}
+        there = self.files(step)
+        if missing := next((name for name, file in files.items() if there.get(name) != file["bytes"]), None):
+            raise OSError(f"{self.storage}/{folder}/{missing} was deleted by another process while it was saved")
+        if (self._manifest_if_whole(step) or {}).get("files") == files and not self._abandoned(step):
+            return  # another node has saved it meanwhile, and what came after may be chained to that
         manifest = {
             "format_version": CHECKPOINT_FORMAT_VERSION,
             "writer": writer(),

@@ -45,7 +45,12 @@ def is_pause(life: Sequence[dict[str, Any]], nodes: Sequence[str]) -> bool:
         nodes: names of the nodes in the life after it.
     """
     said = {event["event"] for event in life}
-    return bool(said & ASKED) or ("left" in said and not set(life[0]["nodes"]) & set(nodes))
+    return bool(said & ASKED) or bool(goodbyes(life) and not set(life[0]["nodes"]) & set(nodes))
+
+
+def goodbyes(life: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of those nodes of a life that left it in good order; one of the life before may be late."""
+    return [event for event in life if event["event"] == "left" and event["node"] in life[0]["nodes"]]
 
 
 class Ledger:
@@ -160,10 +165,10 @@ class Ledger:
         last = max((place for place, event in enumerate(events) if event["event"] == "joined"), default=None)
         if last is not None:
             paused = is_pause(events[last:], nodes)
-            goodbyes = [event for event in events[last:] if event["event"] == "left"]
-            for event in goodbyes if stayed else []:  # they were written by those that have gone
+            left = goodbyes(events[last:])
+            for event in left if stayed else []:  # they were written by those that have gone
                 self._tell(event)
-            said_goodbye = {event["node"] for event in goodbyes}
+            said_goodbye = {event["node"] for event in left}
             for node in sorted(set() if paused else set(events[last]["nodes"]) - set(nodes) - said_goodbye):
                 self.write("lost", node=node, step=step)
         life = self.lives()

@@ -65,8 +65,10 @@ from prepare.tokens import DataError
 
 LAST_CALL_SECONDS = 0.15  # from the first signal: who is asked in the same moment hears it a little later
 LEAVE_SECONDS = (
-    1.0  # for the peers of a world that forms, from the signal to leave: who waits longer saves its state alone
+    1.0  # from the signal to leave: who waits longer for the peers of a world that forms saves its state alone
 )
+TURN_SECONDS = 0.5  # between two nodes that would save the same state; between two looks at whether another one does
+STALLED_SECONDS = 3.0  # without a change of its files, after which a save by another node has probably ended
 NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
 HALVINGS = 16  # skipped updates in which a float16 run's loss scale may find its size
 
@@ -209,7 +211,7 @@ class Worlds(abc.ABC):
         )
         self.tensors = training_state(model, optimizer, scale.state if scale else None)
         self.snapshots: Snapshots | None = None
-        self.last: tuple[World, Checkpoints] | None = None
+        self.last: tuple[World, Checkpoints] | None = None  # the last one in which this worker has done a step
         self.stored = -1  # step that the last world saved on storage at its end
         self.left = False  # whether the ledger has been told that this node leaves
         self.reporter: Reporter | None = None
@@ -247,17 +249,19 @@ class Worlds(abc.ABC):
     def __iter__(self) -> Iterator[Step]:
         """The steps that are left, in one world after the other. Returns only if the run is finished; else the process ends."""
         while True:
+            world = None
             try:
                 if self.agent and not self.agent.next_world(self.held.step, lambda: self.signals.stop):
                     self.part()
                     raise SystemExit(RESTART_ME)
-                code = yield from self.in_world(join(self.plan.device, self.plan.timeout_seconds, self.called_away))
+                world = join(self.plan.device, self.plan.timeout_seconds, self.called_away)
+                code = yield from self.in_world(world)
             except PeerLost as error:
                 lost_at = self.held.step
                 if error.noticed_by:
                     self.ledger.write("interrupted", node=error.noticed_by, cause="lost a peer")
                 # On a GPU the update may have been queued before the sum failed, so its state is not known.
-                half = devices.works_on(place(self.plan.device))
+                half = world is not None and devices.works_on(world.device)
                 alone = isinstance(error, NotJoined) and not self.signals.leave
                 if self.agent is None or half or alone or not leave() or not self.keep():
                     raise
@@ -272,29 +276,57 @@ class Worlds(abc.ABC):
                     return
 
     def called_away(self) -> bool:
-        """Whether the members change again, or this node leaves, so that waiting for missing peers is useless."""
-        leaves = self.signals.leave and self.signals.waited > LEAVE_SECONDS
+        """Whether the members change again, or this node leaves with a state to save: then it waits no longer for peers."""
+        leaves = self.signals.leave and self.signals.waited > LEAVE_SECONDS and self.held.step >= 0
         return self.agent is not None and (leaves or self.agent.called())
 
     def part(self) -> None:
-        """Save this worker's state if its node leaves and storage is behind: all nodes may leave, and memory goes with them.
+        """Save this worker's state if its node leaves and nobody has it: all nodes may leave, and memory goes with them.
 
-        Where the nodes of a world are asked in one step, they have done this together. But one may be asked
-        between two worlds, or so late that the others are done; and each may be the last. So several may save the
-        same state at once, which the storage allows.
+        Where the nodes of a world are asked in one step, they have saved it together. But one may be asked
+        between two worlds, or so late that the others are done; and each may be the last.
         """
         step = self.held.step
-        if not self.signals.leave or step < 0 or not self.last or broken(self.tensors):
+        if not self.signals.leave or self.stored == step or step < 0 or not self.last or broken(self.tensors):
             return
         world, checkpoints = self.last
         if not world.first_of_node:
             return
-        if self.stored < step and checkpoints.newest_step(newer_than=step - 1) is None:
-            reports = list(self.reporter.recent) if self.reporter else self.held.reports
-            checkpoints.save(step, self.tensors, reports)
-            _tell_saved(checkpoints, self.ledger, print, wait=True)
-        if not self.left:
-            self.ledger.write("left", node=world.node, step=step)
+        try:
+            _tell_saved(checkpoints, self.ledger, print, wait=True)  # this worker's own, which may be of this step
+            if self._others_went_on(world, checkpoints):
+                print(f"step {step} is not saved by this node, which leaves: the others have gone on from it")
+                return
+            if checkpoints.saved != step and checkpoints.newest_step(newer_than=step - 1) is None:
+                reports = list(self.reporter.recent) if self.reporter else self.held.reports
+                checkpoints.save(step, self.tensors, reports)
+                _tell_saved(checkpoints, self.ledger, print, wait=True)
+            if not self.left:
+                self.ledger.write("left", node=world.node, step=step)
+        except (OSError, CheckpointError) as error:
+            print(f"warning: this node leaves, and step {step} is not saved: {error}", file=sys.stderr, flush=True)
+
+    def _others_went_on(self, world: World, checkpoints: Checkpoints) -> bool:
+        """Wait for this node's turn to save, or until another one has saved this step. Whether a later life has begun.
+
+        Rank 0 of the last world is the first. The others look whether it does that, so that not all write the
+        same state at once into storage that they share.
+        """
+        step, run = self.held.step, checkpoints.run
+        turn = min(self.plan.grace_seconds / 3 + world.rank * TURN_SECONDS, self.plan.grace_seconds / 2)
+        files = checkpoints.files(step)
+        while True:
+            if mirror := mirror_of(self.plan.run_dir):
+                mirror.reopen()  # as a reader: another worker may be its writer now
+            if run and self.ledger.lives() > run.life + 1:
+                return True
+            if checkpoints.saved == step or not world.rank or step in checkpoints.steps():
+                return False
+            if (now := checkpoints.files(step)) != files:  # another one is writing it
+                files, turn = now, max(turn, self.signals.waited + STALLED_SECONDS)
+            if self.signals.waited > turn:
+                return False
+            time.sleep(TURN_SECONDS)
 
     def report_last(self, step: Step) -> None:
         """Report a step after which the caller left the loop."""
@@ -354,7 +386,6 @@ class Worlds(abc.ABC):
         checkpoints = Checkpoints(
             checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run, ledger.path
         )
-        self.last = world, checkpoints
         restored = restore(tensors, snapshots, checkpoints, run, world, plan.resume, held)
         if name := broken(tensors):
             raise NotFinite(f"{restored.source} is not finite ({name}): delete it, and an older state is taken")
@@ -421,6 +452,7 @@ class Worlds(abc.ABC):
                     raise this.lost
                 if this.did is None:
                     raise RuntimeError("step.update() was not called: it ends each step")
+                self.last = world, checkpoints  # all ranks have come so far, so the ledger knows this life
                 rate, sums, norm = this.did
                 reporter.all_did()  # all ranks have come to this step, so they have done the ones before
                 step += 1

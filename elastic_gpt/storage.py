@@ -22,6 +22,8 @@ from elastic_gpt.contract import MANIFEST
 SCHEME = re.compile(r"[a-z][a-z0-9+.:-]+")
 FOLDER = re.compile(r"step_\d+")  # our folders; others may be beside them (lost+found, a user's copy)
 
+PARTIAL = ".partial"  # how the name of a file ends that is being written
+
 
 class Unreachable(OSError):
     """The storage does not answer, so it is not known what it has. That is neither damage nor absence."""
@@ -43,6 +45,12 @@ class Storage(Protocol):
 
     def open_file(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """A context with a local path that has the content of `name`."""
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of the files in a folder by their names; none if there is no such folder."""
+
+    def sweep(self, name: str) -> None:
+        """Delete what killed writers have left in a folder."""
 
     def delete(self, name: str) -> None: ...
 
@@ -81,7 +89,7 @@ class LocalStorage:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own, since several nodes that leave together may save the same state.
-        aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
         try:
             write(aside)
             _flush(aside)
@@ -94,6 +102,17 @@ class LocalStorage:
     @contextlib.contextmanager
     def open_file(self, name: str) -> Iterator[Path]:
         yield self.folder / name
+
+    def sizes(self, name: str) -> dict[str, int]:
+        found = {}
+        for file in self._list(name):
+            with contextlib.suppress(FileNotFoundError):
+                found[file] = (self.folder / name / file).stat().st_size
+        return found
+
+    def sweep(self, name: str) -> None:
+        for partial in (self.folder / name).glob(f"*{PARTIAL}"):
+            partial.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
         (self.folder / name).unlink()
@@ -147,6 +166,17 @@ class RemoteStorage:
             with as_os_error(f"read {self.url}/{name}"):
                 self.files.get_file(f"{self.root}/{name}", str(path))
             yield path
+
+    def sizes(self, name: str) -> dict[str, int]:
+        with as_os_error(f"list {self.url}/{name}"):
+            try:
+                found = self.files.ls(f"{self.root}/{name}", detail=True)
+            except FileNotFoundError:
+                return {}
+        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found}
+
+    def sweep(self, name: str) -> None:
+        """An object is whole or absent, so nothing is left."""
 
     def delete(self, name: str) -> None:
         with as_os_error(f"delete {self.url}/{name}"):

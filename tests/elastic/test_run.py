@@ -1,12 +1,14 @@
 """run.py: a user's own model makes the same run whatever happens to its workers, and mistakes are one line."""
 
 import ast
+import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_gpt import Elastic, Observer, world
-from elastic_gpt.checkpoint import Checkpoints
+from elastic_gpt import Elastic, Observer, checkpoint, run, world
+from elastic_gpt.checkpoint import Checkpoints, save_tensors
 from elastic_gpt.contract import WORLDS
+from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.reports import StepReport
 from elastic_gpt.testing import assert_elastic
+from elastic_gpt.world import PeerLost, World
 from tests.conftest import PATIENCE, environment, until
 
 linux = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="workers are forked, which needs Linux")
@@ -85,8 +89,11 @@ def test_a_run_goes_on_where_it_was_and_another_one_is_refused(
 
 
 @linux
+@pytest.mark.parametrize(
+    "lost", [False, True], ids=["in order", "after a world that lost a peer before its first step"]
+)
 def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
 ) -> None:
     name = f"test-{secrets.token_hex(8)}"
     for variable in ("DLROVER_MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
@@ -102,17 +109,88 @@ def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
         until(lambda: "9" in heard.heard)
         workers.call()  # as for a node that comes or goes: nobody has asked this one to leave
         until(lambda: workers.waiting() == {0})
+        if lost:
+            monkeypatch.setattr(run, "restore", loses_a_peer)
+            workers.give({0: {"RANK": "0", "WORLD_SIZE": "1"}})
+            until(lambda: bool(losses) and workers.waiting() == {0})
         os.kill(os.getpid(), signal.SIGUSR1)
+
+    losses: list[PeerLost] = []
+
+    def loses_a_peer(*_: object) -> None:
+        losses.append(PeerLost("a peer has gone"))
+        raise losses[-1]
 
     threading.Thread(target=agent, daemon=True).start()
     sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 10**9}
     with pytest.raises(SystemExit):
         train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
-    step = len(read_metrics(tmp_path))
+    assert bool(losses) == lost
+    step, ledger = len(read_metrics(tmp_path)), Ledger(tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").newest_step() == step
-    assert [(event["event"], event["step"]) for event in Ledger(tmp_path).events()[-3:]] == [
-        (event, step) for event in ("interrupted", "saved", "left")
-    ]
+    manifest = json.loads((tmp_path / "checkpoints" / Checkpoints.name(step) / "MANIFEST.json").read_text())
+    assert manifest["life"] in [event["name"] for event in ledger.events() if event["event"] == "joined"]
+    assert [(event["event"], event["step"]) for event in ledger.events()[-2:]] == [("saved", step), ("left", step)]
+
+
+def test_a_save_that_takes_longer_than_the_grace_is_still_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        save_tensors(*args)
+
+    class Stops(Observer):
+        def on_step(self, report: StepReport) -> None:
+            if report.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    sizes = {"global_batch": 16, "micro_batch": 4, "grace_seconds": 0.1}
+    with pytest.raises(SystemExit) as end:
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[Stops()], **sizes))
+    assert end.value.code == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path / "checkpoints").newest_step() == len(read_metrics(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("rank", "others", "told"),
+    [
+        (0, "gone", ["saved", "left"]),
+        (1, "gone", ["saved", "left"]),
+        (1, "saving", ["left"]),
+        (1, "training on", []),
+    ],
+)
+def test_of_nodes_that_leave_with_one_state_one_saves_it(
+    tmp_path: Path, rank: int, others: str, told: list[str]
+) -> None:
+    run = Elastic(tmp_path, *model(), DATA, steps=10, global_batch=16, micro_batch=4, grace_seconds=3.0)
+    for life in range(2 if others == "training on" else 1):
+        run.ledger.begin_life(["a", "b"], 2, 0, "start", 0, f"life {life}")
+    known, place = Run("run", 0, [], name="life 0"), tmp_path / "checkpoints"
+    run.last = World(rank, 2, 0, "ab"[rank], torch.device("cpu"), True), Checkpoints(place, run=known)
+    run.held.step = 5
+    run.signals._asked(signal.SIGUSR1, None)
+    before, first = len(run.ledger.events()), Checkpoints(place, run=known)
+
+    def save() -> None:
+        """As rank 0 does: its files grow until long after the other's turn has come."""
+        for size in range(6):
+            (place / "step_00000005").mkdir(parents=True, exist_ok=True)
+            (place / "step_00000005" / "model.safetensors.0.partial").write_bytes(bytes(size))
+            time.sleep(0.5)
+        first.save(5, run.tensors, [])
+        assert first.finished(wait=True) == 5
+
+    writer = threading.Thread(target=save)
+    if others == "saving":
+        writer.start()
+    run.part()
+    assert [event["event"] for event in run.ledger.events()[before:]] == told
+    assert Checkpoints(place, run=known).newest_step() == (5 if told else None)
+    if others == "saving":
+        writer.join()
 
 
 class Kept(Observer):
