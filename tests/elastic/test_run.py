@@ -146,6 +146,7 @@ def test_a_save_that_takes_longer_than_the_grace_is_still_finished(
                 os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    monkeypatch.setattr(os, "_exit", sys.exit)  # how an unforeseen error would end the process of all tests
     sizes = {"global_batch": 16, "micro_batch": 4, "grace_seconds": 0.1}
     with pytest.raises(SystemExit) as end:
         train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[Stops()], **sizes))
