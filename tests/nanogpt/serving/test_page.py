@@ -124,6 +124,33 @@ def test_a_mistake_is_told_and_the_page_goes_on(browser: Any, served: Served) ->
     assert page["problem"].get_property("hidden")
 
 
+CUT = """
+const whole = window.fetch;
+window.fetch = async (...request) => {
+  const answer = await whole(...request);
+  if (!request[0].endsWith("completions")) return answer;
+  const text = await answer.text();
+  return new Response(text.slice(0, text.indexOf("data: [DONE]")), answer);
+};
+"""
+
+
+def test_an_answer_whose_connection_ends_early_is_not_taken_for_a_whole_one(browser: Any, served: Served) -> None:
+    page = Page(browser, served.url)
+    until(lambda: page.text("facts"))
+    browser.execute_script(CUT)
+    page.set("tokens", "2")
+    page.set("temperature", "0")
+    page["prompt"].send_keys("a", Keys.CONTROL, Keys.ENTER)
+    until(lambda: "ended before the answer did" in page.text("problem"))
+    assert page.text("text") == "abc"
+    browser.execute_script(
+        "window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))"
+    )  # as without a server
+    page["send"].click()
+    until(lambda: page.text("problem") == "The server does not answer (Failed to fetch).")
+
+
 def test_a_phone_in_the_dark_shows_all_of_it_without_a_sideways_scroll(browser: Any, served: Served) -> None:
     device = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)

@@ -31,13 +31,16 @@ async function look() {
   return model.id;
 }
 
+/** What went wrong, in words: of a request that nobody answers, the browser only says that it has failed. */
+const words = (error) => (error instanceof TypeError ? `The server does not answer (${error.message}).` : error.message);
+
 /** The events of a stream, each parsed, up to [DONE]. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("The connection ended before the answer did: there may be more to it.");
     held += value;
     const whole = held.split("\n\n");
     held = whole.pop();
@@ -87,7 +90,7 @@ async function generate() {
       $("speed").value = `${tokens.toLocaleString()} tokens${speed}`;
     }
   } catch (error) {
-    if (error.name !== "AbortError") tell(error.message);
+    if (error.name !== "AbortError") tell(words(error));
   } finally {
     if (running === mine) {
       running = null;
@@ -106,7 +109,7 @@ $("form").addEventListener("submit", (event) => {
   generate();
 });
 $("stop").addEventListener("click", stop);
-$("token").addEventListener("change", () => look().then(() => tell(""), (error) => tell(error.message)));
+$("token").addEventListener("change", () => look().then(() => tell(""), (error) => tell(words(error))));
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -114,4 +117,4 @@ document.addEventListener("keydown", (event) => {
     $("form").requestSubmit();
   }
 });
-look().catch((error) => tell(error.message));
+look().catch((error) => tell(words(error)));
