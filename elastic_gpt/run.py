@@ -727,6 +727,7 @@ class Elastic(Worlds):
             "format_version": RUN_FORMAT_VERSION,
             "writer": writer(),
             "traffic": self.plan.traffic,
+            "checkpoint": {"dir": self.plan.checkpoint_dir},
             "identity": self.identity,
         }
         path = self.plan.run_dir / CONFIG
@@ -742,8 +743,12 @@ class Elastic(Worlds):
                         " set it back, or take another run directory"
                     )
             run, _ = take()
-            if not path.exists():
-                LocalStorage(self.plan.run_dir).write_text(path.name, yaml.safe_dump(now, sort_keys=False))
+            if (
+                not before or before.get("checkpoint.dir") != self.plan.checkpoint_dir
+            ):  # this may change between two lives
+                kept = yaml.safe_load(path.read_text(encoding="utf-8")) if before else {}
+                told = now | kept | {"checkpoint": now["checkpoint"]}
+                LocalStorage(self.plan.run_dir).write_text(path.name, yaml.safe_dump(told, sort_keys=False))
             return run
 
         return open_together(self.plan.run_dir, mine, world, make)

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.reports import StepReport
 from elastic_gpt.testing import assert_elastic
 from elastic_gpt.world import PeerLost, World
-from tests.conftest import PATIENCE, environment, until
+from tests.conftest import PATIENCE, elastic_gpt, environment, until
 
 linux = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="workers are forked, which needs Linux")
 ROOT = Path(__file__).parents[2]
@@ -192,6 +193,15 @@ def test_of_nodes_that_leave_with_one_state_one_saves_it(
     assert Checkpoints(place, run=known).newest_step() == (5 if told else None)
     if others == "saving":
         writer.join()
+
+
+def test_replay_verifies_the_checkpoints_of_a_run_wherever_they_are(tmp_path: Path) -> None:
+    run, sizes = tmp_path / "run", {"global_batch": 16, "micro_batch": 4}
+    train(Elastic(run, *model(), DATA, steps=5, **sizes))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(run / "checkpoints", elsewhere)
+    train(Elastic(run, *model(), DATA, steps=7, checkpoint_dir=str(elsewhere), **sizes))
+    assert f"in order: 2 checkpoints in {elsewhere}," in elastic_gpt("replay", run, "--verify").stdout
 
 
 class Kept(Observer):
