@@ -148,7 +148,10 @@ def _parser(prog: str) -> Parser:
     # --- the cluster
     doctor = action("doctor")
     doctor.add_argument(
-        "--volume", default=JobSpec().volume, metavar="NAME", help="the claim to look for (default: %(default)s)"
+        "--volume",
+        default=JobSpec().volume,
+        metavar="NAME",
+        help="the claim to look for; '' for a job whose data and run directory are URLs (default: %(default)s)",
     )
     return parser
 

@@ -147,6 +147,9 @@ def _rights(cluster: Cluster, _: str) -> Iterator[Finding]:
 
 
 def _volume(cluster: Cluster, volume: str) -> Iterator[Finding]:
+    if not volume:
+        yield Finding("volume", True, "none is needed where data and run directory are URLs")
+        return
     claim = cluster.find("PersistentVolumeClaim", volume)
     classes = {one["metadata"]["name"]: one for one in cluster.select("StorageClass")}
     if claim:

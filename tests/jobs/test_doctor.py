@@ -132,6 +132,15 @@ def test_a_volume_that_is_there_is_judged_by_its_phase(
     assert found(capsys.readouterr().out, "volume").startswith(mark)
 
 
+def test_a_job_whose_data_and_run_are_urls_lacks_no_storage(stub: StubCluster, job: Job, capsys: Output) -> None:
+    healthy(stub)
+    stub.objects = {key: one for key, one in stub.objects.items() if one["kind"] != "StorageClass"}
+    assert job("doctor") == 1
+    assert found(capsys.readouterr().out, "storage").startswith("MISSING")
+    assert job("doctor", "--volume", "") == 0
+    assert found(capsys.readouterr().out, "volume").startswith("ok")
+
+
 def test_images_are_told_of_as_far_as_pods_have_tried(stub: StubCluster, job: Job, capsys: Output) -> None:
     healthy(stub)
     assert job("submit", "--pull-secret", "registry") == 0
