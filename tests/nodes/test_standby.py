@@ -17,7 +17,7 @@ import pytest
 
 from elastic_gpt.nodes import standby
 from tests.conftest import PATIENCE, until
-from tests.elastic.test_world import alive
+from tests.elastic.test_processes import alive
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the standby needs Linux")
 
