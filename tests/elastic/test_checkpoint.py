@@ -94,6 +94,23 @@ def test_nodes_that_save_one_state_at_once_leave_it_whole_at_any_moment(tmp_path
         assert files == ["MANIFEST.json", "model.safetensors", "optimizer.safetensors"]
 
 
+def test_a_checkpoint_whose_file_was_deleted_while_it_was_saved_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, real, files = write(tmp_path, 10, keep=1), checkpoint.save_tensors, []
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if files:  # as another node does whose disk is full
+            (path.parent / "model.safetensors").unlink()
+        files.append(path)
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", save)
+    checkpoints.save(20, state(20), [])
+    assert "model.safetensors was deleted by another process" in str(checkpoints.finished(wait=True))
+    assert Checkpoints(tmp_path).newest_step() == 10
+
+
 def test_without_the_rename_there_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoints = write(tmp_path, 10, 20)
     manifest = tmp_path / "step_00000020" / "MANIFEST.json"

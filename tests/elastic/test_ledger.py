@@ -163,6 +163,18 @@ def test_what_came_after_the_last_good_step_of_a_life_that_diverged_is_abandoned
     assert run.valid(1, 13)
 
 
+def test_a_late_goodbye_of_a_node_of_the_life_before_hides_no_outage(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin_life(["a", "b"], 2, 0, "start", 0)
+    ledger.begin_life(["b"], 1, 4, "worker of node b", 0)
+    ledger.write("left", node="a", step=4)  # it has saved alone, and the others went on meanwhile
+    ledger.begin_life(["c"], 1, 4, "checkpoint", 0)  # b was killed
+    now = time.time()
+    ledger.recovered(now - 60, now, now)
+    assert [event["node"] for event in ledger.events() if event["event"] == "lost"] == ["a", "b"]
+    assert ledger.events()[-1]["event"] == "recovered"
+
+
 def test_what_is_not_finite_is_null_in_json() -> None:
     assert strict_json({"a": [float("nan"), 1.5], "b": float("-inf")}) == '{"a": [null, 1.5], "b": null}'
 

@@ -22,6 +22,7 @@ from elastic_gpt.checkpoint import Checkpoints, save_tensors
 from elastic_gpt.contract import WORLDS
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger, read_metrics
+from elastic_gpt.mirror import Mirror, mirror_of
 from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.reports import StepReport
 from elastic_gpt.testing import assert_elastic
@@ -193,6 +194,26 @@ def test_of_nodes_that_leave_with_one_state_one_saves_it(
     assert Checkpoints(place, run=known).newest_step() == (5 if told else None)
     if others == "saving":
         writer.join()
+
+
+def test_who_leaves_after_its_life_is_no_longer_the_writer_of_a_run_directory_on_a_store(url: str) -> None:
+    run = Elastic(url, *model(), DATA, steps=10, global_batch=16, micro_batch=4)
+    mine = mirror_of(run.plan.run_dir)
+    assert mine
+    mine.begin_writing("life 0")
+    run.ledger.begin_life(["a", "b"], 2, 0, "start", 0, "life 0")
+    run.last = World(0, 2, 0, "a", torch.device("cpu"), True), Checkpoints(f"{url}/checkpoints")
+    run.held.step = 5
+    run.signals._asked(signal.SIGUSR1, None)
+    other = Mirror(url)  # the others have gone on, and another worker is the writer
+    other.reopen()
+    other.begin_writing("life 1")
+    Ledger(other.folder).begin_life(["b"], 1, 5, "worker of node b", 0, "life 1")
+    run.part()
+    assert not mine.writes
+    other.reopen()
+    names = [event["name"] for event in Ledger(other.folder).events() if event["event"] == "joined"]
+    assert names == ["life 0", "life 1"]
 
 
 def test_replay_verifies_the_checkpoints_of_a_run_wherever_they_are(tmp_path: Path) -> None:
