@@ -246,9 +246,7 @@ class Checkpoints:
         earlier = max((past for past in self.steps() if past < step), default=None)
         before = None
         if earlier is not None:
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # another node that leaves has saved this state, and deleted that one
+            with contextlib.suppress(FileNotFoundError):  # another node has saved this state, and deleted that one
                 before = {"step": earlier, "sha256": self._digest(earlier)}
         there = self.files(step)
         if missing := next((name for name, file in files.items() if there.get(name) != file["bytes"]), None):

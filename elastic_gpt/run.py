@@ -64,9 +64,7 @@ from prepare.frontdoor import fail
 from prepare.tokens import DataError
 
 LAST_CALL_SECONDS = 0.15  # from the first signal: who is asked in the same moment hears it a little later
-LEAVE_SECONDS = (
-    1.0  # from the signal to leave: who waits longer for the peers of a world that forms saves its state alone
-)
+LEAVE_SECONDS = 1.0  # from the signal to leave, for the peers of a world that forms; then this worker saves alone
 TURN_SECONDS = 0.5  # between two nodes that would save the same state; between two looks at whether another one does
 STALLED_SECONDS = 3.0  # without a change of its files, after which a save by another node has probably ended
 NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
@@ -743,9 +741,8 @@ class Elastic(Worlds):
                         " set it back, or take another run directory"
                     )
             run, _ = take()
-            if (
-                not before or before.get("checkpoint.dir") != self.plan.checkpoint_dir
-            ):  # this may change between two lives
+            # The place of the checkpoints may change between two lives.
+            if not before or before.get("checkpoint.dir") != self.plan.checkpoint_dir:
                 kept = yaml.safe_load(path.read_text(encoding="utf-8")) if before else {}
                 told = now | kept | {"checkpoint": now["checkpoint"]}
                 LocalStorage(self.plan.run_dir).write_text(path.name, yaml.safe_dump(told, sort_keys=False))

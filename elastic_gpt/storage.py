@@ -21,7 +21,6 @@ from elastic_gpt.contract import MANIFEST
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.:-]+")
 FOLDER = re.compile(r"step_\d+")  # our folders; others may be beside them (lost+found, a user's copy)
-
 PARTIAL = ".partial"  # how the name of a file ends that is being written
 
 

@@ -39,7 +39,9 @@ def test_what_the_client_takes_the_pods_take(flags: list[str], more: list[str], 
     taken = accepted(flags, more, arguments)
     if taken is None:
         return
-    for tree in manifests(taken):
+    made = list(manifests(taken))
+    assert "ElasticJob" in [tree["kind"] for tree in made]
+    for tree in made:
         if tree["kind"] == "Job":
             prepare_takes(tree)
         if tree["kind"] == "ElasticJob":
