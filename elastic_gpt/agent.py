@@ -37,7 +37,7 @@ class Agent:
     def __init__(self, name: str, local_rank: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps messages apart
         self._socket.connect(f"\0{name}")
-        self._called = False
+        self._called, self._calls = False, threading.Lock()
         self._step, self._steps = -1, 0  # step whose gradient is computed; steps so far in this world
         self._began: float | None = None
         self._usual = 0.0  # seconds of the longest step so far
@@ -54,9 +54,10 @@ class Agent:
 
     def called(self) -> bool:
         """Whether the members change, so that this worker should finish the current step and wait for a world."""
-        while not self._called and (message := self._read(0.0)):
-            self._called = "come" in message
-        return self._called
+        with self._calls:  # a thread that waits in a collective asks as well
+            while not self._called and (message := self._read(0.0)):
+                self._called = "come" in message
+            return self._called
 
     def next_world(self, step: int, ended: Callable[[], bool]) -> bool:
         """Wait for a world and put its place for this worker into the environment.

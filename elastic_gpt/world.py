@@ -5,6 +5,7 @@ join another one. Those that live on do so in the same process, with another ran
 """
 
 import datetime
+import functools
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,9 @@ TOUCH_SECONDS = 0.5  # between two signs of life of a rank that others wait for
 MEET_TIMEOUT = datetime.timedelta(seconds=1)  # for one try to reach the store of a new group
 LOOK_SECONDS = 0.005  # between two looks whether the others are there
 LEAVE_SECONDS = 5.0  # in which a group with a dead member has to be torn down
+CLOSE_SECONDS = 0.2  # for the connections of a group that was left to close
+STILL_SECONDS = datetime.timedelta(seconds=0.3)  # of a collective, between two looks whether its peers are still there
+PROBE = 1 << 20  # tag of messages that nobody sends
 
 
 class PeerLost(RuntimeError):
@@ -54,6 +58,8 @@ class World:
     device: torch.device
     elastic: bool
     """Whether an agent started this worker and will restart it."""
+    called: Callable[[], bool] = field(default=lambda: False, compare=False)
+    """Tells whether the members change. Asked in a collective that stands still, in any thread."""
 
     @property
     def first(self) -> bool:
@@ -67,16 +73,19 @@ class World:
     def sum(self, values: torch.Tensor) -> None:
         """Replace `values` by its sum over all ranks."""
         if self.size > 1:
-            self._collective(lambda: dist.all_reduce(values))
+            self._collective(lambda: dist.all_reduce(values, async_op=True))
 
     def exchange(self, rows: torch.Tensor) -> torch.Tensor:
         """Give the n-th of `rows` (size, ...) to rank n; return the rows that the ranks gave this one, in order of rank."""
         came = torch.empty_like(rows)
-        self._collective(lambda: dist.all_to_all_single(came, rows))
+        self._collective(lambda: dist.all_to_all_single(came, rows, async_op=True))
         return came
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every rank, in order of rank, on every rank. It has to be small and picklable."""
+        """The `value` of every rank, in order of rank, on every rank. It has to be small and picklable.
+
+        So small that the kernel takes it at once, and it comes whole or not at all (see _wait).
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -90,7 +99,7 @@ class World:
         for together in _parcels(tensors):
             # NCCL moves no CPU tensors, and AdamW may keep its step count on the CPU.
             flat = torch.cat([tensor.reshape(-1).to(self.device) for tensor in together])
-            self._collective(lambda flat=flat: dist.broadcast(flat, source))
+            self._collective(functools.partial(dist.broadcast, flat, source, async_op=True))
             if self.rank != source:
                 parts = flat.split([tensor.numel() for tensor in together])
                 for tensor, part in zip(together, parts, strict=True):
@@ -117,17 +126,41 @@ class World:
             raise error
         return result
 
-    def _collective(self, run: Any) -> None:
+    def _collective(self, begin: Callable[[], dist.Work | None]) -> None:
+        """Do a collective. `begin` returns what is to be waited for; None: it has waited itself."""
         try:
-            run()
+            if work := begin():
+                self._wait(work)
             return
         except (RuntimeError, ValueError) as error:  # gloo and NCCL have no narrower type for a lost peer
             why = str(error)
             # The frames of its traceback refer to the group, whose connections would stay open, and other peers wait for them.
+            work = None
             traceback.clear_frames(error.__traceback__)
         lost = PeerLost(f"rank {self.rank} of {self.size} lost a peer: {why}")
         lost.noticed_by = self.node if self.first_of_node else None
         raise lost
+
+    def _wait(self, work: dist.Work) -> None:
+        """Wait for a collective. One that cannot end any more is given up, which may take gloo's timeout in the background.
+
+        If a peer dies in the middle of a message, gloo closes the connection, but does not tell whoever waits for the rest. It
+        refuses only what begins later, so a message that nobody sends is asked for.
+        """
+        if devices.backend(self.device) != "gloo":
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(STILL_SECONDS)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+            # Else peers may just be slow; and gloo remembers what was asked for until the group is left.
+            if self.called():
+                for peer in set(range(self.size)) - {self.rank}:
+                    dist.irecv(torch.empty(1), peer, tag=PROBE)  # raises if the connection is closed
 
 
 def _parcels(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -153,7 +186,7 @@ def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = la
     Args:
         device: kind of device to compute on.
         timeout_seconds: how long a collective waits for a silent peer before it gives up.
-        called: tells whether the members change again, so that waiting for missing peers is useless.
+        called: tells whether the members change again, so that waiting for missing or lost peers is useless.
 
     Raises:
         NotJoined: if a peer does not come.
@@ -177,7 +210,7 @@ def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = la
             if isinstance(error, PeerLost):
                 raise
             raise NotJoined(f"rank {rank} of {size} could not join its peers: {error}") from error
-    return World(rank, size, local_rank, node, where, elastic)
+    return World(rank, size, local_rank, node, where, elastic, called)
 
 
 def _meet(rank: int, size: int, seconds: float, called: Callable[[], bool]) -> dist.Store:
@@ -227,8 +260,12 @@ def leave() -> bool:
         return True
     leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
     leaving.start()
-    leaving.join(LEAVE_SECONDS)
-    return not leaving.is_alive()
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while dist.is_initialized() and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    # Longer only where a collective was given up: gloo's threads have to end first. The group is of no use to anybody then.
+    leaving.join(CLOSE_SECONDS)
+    return not dist.is_initialized()
 
 
 class Signals:

@@ -1,15 +1,20 @@
 """agent.py: a worker that waits gets a world, and one that trains can be called out of its world."""
 
+import contextlib
 import os
 import secrets
+import threading
 import time
+import types
+from typing import Any
 
 import pytest
 
+from elastic_gpt import agent as agent_module
 from elastic_gpt.agent import Agent
 from elastic_gpt.contract import WORLDS
 from elastic_gpt.nodes.workers import Workers
-from tests.conftest import until
+from tests.conftest import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="sockets without files need Linux")
 
@@ -48,6 +53,28 @@ def test_a_worker_waits_for_its_place_in_a_world(name: str, monkeypatch: pytest.
     workers.give({1: {}})
     assert agent.next_world(6, never)
     assert not agent.called()
+
+
+def test_two_threads_may_ask_whether_their_worker_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that have both seen one message come would both read it, and one of them wait for another."""
+    workers, agent, both = Workers(name), Agent(name, 0), threading.Barrier(2)
+
+    def look(*args: Any) -> Any:
+        if (found := select(*args))[0]:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)
+        return found
+
+    select = agent_module.select.select
+    monkeypatch.setattr(agent_module, "select", types.SimpleNamespace(select=look))
+    until(lambda: workers._connections)
+    workers.call()
+    asking = [threading.Thread(target=until, args=(agent.called,), daemon=True) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join(PATIENCE / 8)
+    assert not any(thread.is_alive() for thread in asking)
 
 
 def test_a_worker_that_is_asked_to_end_waits_no_longer(name: str) -> None:

@@ -15,8 +15,8 @@ import torch
 
 from elastic_gpt import world
 from elastic_gpt.nodes.mend import CRASHES, Crashes
-from elastic_gpt.world import PeerLost, Signals, World
-from tests.conftest import PATIENCE, TINY, environment
+from elastic_gpt.world import PeerLost, Signals, World, leave
+from tests.conftest import PATIENCE, TINY, environment, until
 from tests.elastic.worlds import run_world
 
 
@@ -59,6 +59,79 @@ def test_the_ranks_keep_in_touch_while_one_works_and_its_error_reaches_all() -> 
 
 def test_sums_gathers_and_broadcasts_reach_every_rank() -> None:
     assert run_world(3, collectives) == [([3.0], [0, 1, 2], [1.0, 1.0])] * 3
+
+
+def dies_in_a_message(world: World) -> tuple[bool, str, bool, float]:
+    """Rank 0 is killed as soon as the beginning of what it sends has come. Returns what rank 1 has seen."""
+    sender, _ = world.gather(os.getpid())
+    broadcast, came = torch.distributed.broadcast, list[torch.Tensor]()
+
+    def watched(flat: torch.Tensor, source: int, async_op: bool) -> torch.distributed.Work | None:
+        came.append(flat)
+        return broadcast(flat, source, async_op=async_op)
+
+    def kill() -> None:
+        until(lambda: came)
+        while not came[0][0]:
+            pass
+        os.kill(sender, signal.SIGKILL)
+
+    torch.distributed.broadcast = watched  # in a process of its own
+    if world.rank == 1:
+        threading.Thread(target=kill, daemon=True).start()
+    object.__setattr__(world, "called", lambda: True)
+    lost = ""
+    try:
+        world.broadcast([torch.full((16 << 20,), float(world.rank == 0))], source=0)
+    except PeerLost as error:
+        lost = str(error)
+    left = leave()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.TCPStore("127.0.0.1", port, 1, True), rank=0, world_size=1
+    )
+    alone = torch.ones(1)
+    torch.distributed.all_reduce(alone)
+    return bool(came[0][-1]), lost, left, float(alone)
+
+
+def test_a_peer_that_dies_in_the_middle_of_a_message_is_lost_and_its_world_can_be_left() -> None:
+    """gloo alone waits for the rest of the message until the collective's time is over, and tells that then."""
+    for _ in range(10):
+        [(whole, lost, left, alone)] = run_world(2, dies_in_a_message, dies={0})
+        if not whole:  # else the machine was busy when the sender was to be killed
+            break
+    assert "rank 1 of 2 lost a peer" in lost
+    assert "losed by peer" in lost or "reset" in lost
+    assert (left, alone) == (True, 1.0)
+
+
+def meets_a_slow_peer(world: World) -> list[float]:
+    """Two ranks wait for the third in a collective, and look again and again whether it is there."""
+    looks = threading.Semaphore(0)
+    object.__setattr__(world, "called", lambda: looks.release() or True)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if world.rank == 2:
+        until(lambda: store.add("looks", 0) == 2)
+    else:
+        threading.Thread(
+            target=lambda: [looks.acquire() for _ in range(3)] and store.add("looks", 1), daemon=True
+        ).start()
+    found = []
+    for number in range(3):
+        values = torch.full((1 << 18,), float(world.rank + number))
+        world.sum(values)
+        found.append(float(values.mean()))
+        rows = torch.arange(3.0)[:, None].repeat(1, 1 << 10)
+        assert world.exchange(rows).eq(world.rank).all()
+    return found
+
+
+def test_a_slow_peer_is_waited_for_when_the_members_change() -> None:
+    assert run_world(3, meets_a_slow_peer) == [[3.0, 6.0, 9.0]] * 3
 
 
 def test_a_world_that_cannot_be_formed_is_told_and_has_an_exit_code_of_its_own(data: Path, tmp_path: Path) -> None:
