@@ -173,15 +173,15 @@ def find_preset(name: str, presets: Path) -> Path:
     raise SettingsError(f"no preset '{name}'{nearest(name.removesuffix('.yaml'), preset_names(presets))}")
 
 
-def dump(settings: Any) -> str:
-    """A settings dataclass as YAML, in the form of a preset."""
+def tree(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as the plain values that YAML knows, in the form of a preset."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return str(value) if isinstance(value, Path) else value
 
-    return yaml.safe_dump(plain(dataclasses.asdict(settings)), sort_keys=False)
+    return {key: plain(value) for key, value in dataclasses.asdict(settings).items()}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -49,7 +49,7 @@ def open_run(config: TrainConfig, meta: Meta, world: World) -> tuple[Run, Claim 
 
 def _resolved(config: TrainConfig, meta: Meta) -> dict[str, Any]:
     about = {"format_version": RUN_FORMAT_VERSION, "writer": writer()}
-    return about | yaml.safe_load(settings.dump(places.given(config))) | {"data_fingerprint": fingerprint(meta)}
+    return about | settings.tree(places.given(config)) | {"data_fingerprint": fingerprint(meta)}
 
 
 def _make(config: TrainConfig, meta: Meta, take: Callable[[], tuple[Run, Ledger]]) -> Run:
@@ -63,7 +63,7 @@ def _make(config: TrainConfig, meta: Meta, take: Callable[[], tuple[Run, Ledger]
         )
     resolved[FINGERPRINT] = fingerprint_of_start(config, before)
     # Settings that an older version did not know have their defaults; it always started from random weights.
-    defaults = settings.flatten(yaml.safe_load(settings.dump(TrainConfig()))) | {FINGERPRINT: None}
+    defaults = settings.flatten(settings.tree(TrainConfig())) | {FINGERPRINT: None}
     before = defaults | before if before else {}
     changed = {}
     for name, value in settings.flatten(resolved).items() if before else []:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
-from elastic_gpt.settings import SettingsError, dump, parse
+from elastic_gpt.settings import SettingsError, parse, tree
 from model_zoo.nanogpt.config import PRESETS, TrainConfig
 
 
@@ -112,7 +113,7 @@ def test_a_preset_that_is_not_yaml_is_named_as_such(presets: Path) -> None:
 
 def test_what_is_dumped_can_be_a_preset_again(presets: Path) -> None:
     settled = settle(presets, "--run", "elsewhere", "--limit=3")
-    (presets / "again.yaml").write_text(dump(settled))
+    (presets / "again.yaml").write_text(yaml.safe_dump(tree(settled)))
     assert parse(Settings, ["again"], presets=presets, prog="x", environment={}) == settled
 
 
