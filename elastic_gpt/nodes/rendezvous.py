@@ -300,7 +300,8 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         now = time.monotonic()
         if not found:
             found.append(now)
-        if restarted and now < (leases.since or found[0]) + RECONNECT_SECONDS:
+        everybody = 0 < manager.get_max_nodes() <= len(leases.held())  # as many as a world may have
+        if restarted and not everybody and now < (leases.since or found[0]) + RECONNECT_SECONDS:
             return False
         lost = leases.lost()
         for rank, node in list(manager._waiting_nodes.items()):

@@ -161,6 +161,15 @@ def test_a_master_that_was_started_anew_gives_the_nodes_time_to_find_it() -> Non
     assert shown("leases.since = time.monotonic() - RECONNECT_SECONDS; " + anew) == ["[0]"]  # they have found it
 
 
+def test_a_master_that_was_started_anew_waits_no_longer_once_as_many_as_a_world_may_have_are_there() -> None:
+    anew = "wait_for_members(leases, restarted=True); leases.since = time.monotonic() + 1000; "
+    come = "[waits(node) for node in (0, 1, 2)]; joins(0); show(world()); waits(3); show(world())"
+    assert shown("manager = ElasticTrainingRendezvousManager(); " + anew + come) == ["[]", "[0, 1, 2, 3]"]
+    # Node 1 is there, and in a world.
+    trains = "[waits(node) for node in (0, 2, 3)]; joins(0); show(world()); waits(1); show(world())"
+    assert shown("manager = ElasticTrainingRendezvousManager(); " + anew + trains) == ["[]", "[0, 1, 2, 3]"]
+
+
 def test_other_keys_of_the_store_are_kept() -> None:
     assert shown("store.set('a', b'1'); show(store.get('a')); show(store.get(KEY + '1'))") == ["b'1'", "b''"]
 
