@@ -15,9 +15,11 @@ from elastic_gpt.world import World
 from model_zoo.nanogpt.config import TrainConfig
 from model_zoo.nanogpt.model import GPT
 
-NARROW = 256  # width up to which models gain nothing from bfloat16 and are not measured
+NARROW = 128  # models that are less wide gain little from bfloat16 and are not measured
 GAIN = 1.3  # bfloat16 is used if it is at least so many times as fast
-TOKENS, ROUNDS = 256, 3  # of the measurement: a second for most models
+# Of the measurement, which takes a second for most models. With fewer tokens than a step has, what is done once a step
+# (the gradient of a large vocabulary, say) would outweigh what bfloat16 gains.
+TOKENS, ROUNDS, SECONDS = 1024, 3, 3.0
 
 
 def dtype(config: TrainConfig, world: World) -> torch.dtype:
@@ -57,12 +59,16 @@ def _with_dtype(config: TrainConfig) -> TrainConfig:
 
 def measured_gain(config: TrainConfig) -> float:
     """How many times as fast a layer of the model and its head are in bfloat16, forward and backward."""
-    length = min(config.model.block_size, TOKENS)
+    length = min(config.model.block_size, 256)
     with torch.random.fork_rng(devices=[]):
         model = GPT(dataclasses.replace(config.model, n_layer=1, block_size=length, dropout=0.0))
-        tokens = torch.randint(config.model.vocab_size, (max(1, TOKENS // length), length))
+        sequences = min(config.global_batch, max(1, TOKENS // length))
+        tokens = torch.randint(config.model.vocab_size, (sequences, length))
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    for _ in range(ROUNDS):
+    end = time.perf_counter() + SECONDS
+    for number in range(ROUNDS):
+        if number and time.perf_counter() > end:
+            break
         for kind in best:
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from model_zoo.nanogpt.attention import KeyValueCache, MultiheadAttention
+from model_zoo.nanogpt.attention import SHORT, KeyValueCache, MultiheadAttention
 
 B, T, S, E, H = 3, 5, 7, 24, 4
 TIGHT: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
@@ -179,3 +180,22 @@ def test_rotary_positions_are_refused_in_cross_attention() -> None:
 def test_heads_that_do_not_fit_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiheadAttention(8, 4, **options)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(8, torch.float32), (SHORT + 1, torch.bfloat16)])
+def test_short_attention_on_a_cpu_is_float32_whatever_the_products_are(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types: list[torch.dtype] = []
+    original = F.scaled_dot_product_attention
+
+    def spied(q: Tensor, *rest: Any, **more: Any) -> Tensor:
+        types.append(q.dtype)
+        return original(q, *rest, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spied)
+    attention = MultiheadAttention(16, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attention(torch.randn(1, tokens, 16), is_causal=True)
+    assert types == [dtype]
+    assert output.dtype == torch.bfloat16

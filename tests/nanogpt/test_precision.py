@@ -53,7 +53,7 @@ def test_what_the_user_says_exact_mode_and_narrow_models_need_no_measurement(
     exact = TrainConfig(elastic=ElasticConfig(exact=True))
     assert settled(tmp_path, monkeypatch, None, elastic=exact.elastic) == "auto"
     assert precision.dtype(exact, WORLD) == torch.float32
-    narrow = dataclasses.replace(WIDE, n_embd=128)
+    narrow = dataclasses.replace(WIDE, n_embd=64)
     assert settled(tmp_path, monkeypatch, None, model=narrow) == "float32"
 
 
