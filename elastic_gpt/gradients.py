@@ -26,7 +26,7 @@ import torch
 
 from elastic_gpt.order import share
 from elastic_gpt.settings import Traffic
-from elastic_gpt.world import World
+from elastic_gpt.world import PeerLost, World
 
 # In exact mode a gradient is counted in whole multiples of this. Sums of such multiples held in float64 are exact while they
 # stay below 2**53 of them, that is |gradient| < 512; so the order of summation, hence the world, cannot change them.
@@ -80,25 +80,30 @@ class Gradients:
         self.world = world
         self.tokens = tokens
         self.traffic = traffic
+        self.exact = exact
         *starts, size = itertools.accumulate((parameter.numel() for parameter in self.parameters), initial=0)
-        # What the ranks agree on is a tensor of its own: it is always exact, and sent last.
-        sizes = [micro_batches, 2 * global_batch, 2, micro_batches]
-        self.agreed = torch.zeros(sum(sizes), dtype=torch.float32, device=world.device)
-        self.losses, ids, self.stops, self.seconds = self.agreed.split(sizes)
-        self.ids = ids.view(2, micro_batches, -1)
-        self.gradient = torch.zeros(size, dtype=torch.float32, device=world.device)
-        for start, parameter in zip(starts, self.parameters, strict=True):
-            parameter.grad = self.gradient[start : start + parameter.numel()].view_as(parameter)
         # A backward pass comes to the last parameters first. The last piece is at the beginning, and may be shorter.
         borders = [*range(size, 0, -PIECE), 0]
         self.pieces = [slice(start, end) for end, start in itertools.pairwise(borders)]
-        self.total = torch.zeros_like(self.gradient, dtype=torch.float64) if exact else None
-        self.scratch = torch.empty(min(size, PIECE), dtype=torch.float64, device=world.device) if exact else None
+        # What the ranks agree on is a tensor of its own: it is always exact, and sent last.
+        self._agreed_sizes = [micro_batches, 2 * global_batch, 2, micro_batches]
         self._starts = [*starts, size]
         self._missing = len(self.parameters)  # all gradients of parameters from this one on are there
         self._came: set[int] = set()  # others, which came out of order
         self._sender = Sender()
         self._sent = 0  # pieces
+        self._allocate()
+
+    def _allocate(self) -> None:
+        device, size = self.world.device, self._starts[-1]
+        self.agreed = torch.zeros(sum(self._agreed_sizes), dtype=torch.float32, device=device)
+        self.losses, ids, self.stops, self.seconds = self.agreed.split(self._agreed_sizes)
+        self.ids = ids.view(2, len(self.losses), -1)
+        self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
+        for start, parameter in zip(self._starts[:-1], self.parameters, strict=True):
+            parameter.grad = self.gradient[start : start + parameter.numel()].view_as(parameter)
+        self.total = torch.zeros_like(self.gradient, dtype=torch.float64) if self.exact else None
+        self.scratch = torch.empty(min(size, PIECE), dtype=torch.float64, device=device) if self.exact else None
 
     def zero(self) -> None:
         """Begin a step."""
@@ -149,7 +154,12 @@ class Gradients:
             self._send_from(0)
             # Slots that one rank fills and the others leave zero are exact in any order as they are.
             self._sender.send(functools.partial(self.world.sum, self.agreed))
-            self._sender.wait()
+            try:
+                self._sender.wait()
+            except PeerLost as lost:
+                if lost.given_up:  # what comes late is written where nobody looks any more
+                    self._allocate()
+                raise
         elif self.total is not None:
             self.gradient.copy_(self.total)
         # One slot per micro-batch, added up in the same order everywhere: the loss does not depend on the world either.

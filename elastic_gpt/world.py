@@ -40,6 +40,8 @@ class PeerLost(RuntimeError):
 
     noticed_by: str | None = None
     """Name of the node whose first worker noticed it."""
+    given_up: bool = False
+    """Whether gloo still waits for the rest of a message, and may write into what was to be summed when it comes."""
 
 
 class NotJoined(PeerLost):
@@ -128,17 +130,19 @@ class World:
 
     def _collective(self, begin: Callable[[], dist.Work | None]) -> None:
         """Do a collective. `begin` returns what is to be waited for; None: it has waited itself."""
+        work = None
         try:
             if work := begin():
                 self._wait(work)
             return
         except (RuntimeError, ValueError) as error:  # gloo and NCCL have no narrower type for a lost peer
-            why = str(error)
+            why, given_up = str(error), work is not None and not work.is_completed()
             # The frames of its traceback refer to the group, whose connections would stay open, and other peers wait for them.
             work = None
             traceback.clear_frames(error.__traceback__)
         lost = PeerLost(f"rank {self.rank} of {self.size} lost a peer: {why}")
         lost.noticed_by = self.node if self.first_of_node else None
+        lost.given_up = given_up
         raise lost
 
     def _wait(self, work: dist.Work) -> None:
