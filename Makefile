@@ -58,7 +58,7 @@ clean: ## what make demo and make test left behind, but for the data and runs of
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	|| { echo "error: Python 3.11 or 3.12 is needed, this is $$($(PYTHON) -V): make PYTHON=python3.11 ..."; exit 1; }
-	@echo "setting up $(VENV), once: about 0.5 GB to download (1.3 GB on disk) with torch for CPUs, 3 GB (6 GB) with CUDA"
+	@echo "setting up $(VENV), once: about 0.5 GB to download (1.5 GB on disk) with torch for CPUs, 3 GB (6 GB) with CUDA"
 	@[ -n "$(PIP_EXTRA_INDEX)" ] || command -v nvidia-smi >/dev/null \
 	|| echo "there is no GPU here: PyPI's torch has CUDA, torch for CPUs comes with PIP_EXTRA_INDEX=$(CPU_INDEX)"
 	$(PYTHON) -m venv $(VENV)

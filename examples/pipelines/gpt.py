@@ -144,7 +144,8 @@ def gpt_vertex(
     flags: list = [],  # noqa: B006
 ) -> None:
     model = gpt(text=text, tokenizer=tokenizer, preset=preset, flags=flags).output
-    deploy(name=name, image=IMAGE, project=project, region=region, model=model)
+    task = deploy(name=name, image=IMAGE, project=project, region=region, model=model)
+    task.set_caching_options(False)  # what it made may be gone
 
 
 PIPELINES = {"gpt": gpt, "gpt_trainjobs": gpt_trainjobs, "gpt_vertex": gpt_vertex}
