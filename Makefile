@@ -21,7 +21,7 @@ demo: $(READY) ## the main job on this machine: prepare, train elastically with 
 test: $(READY) ## all tests that need no cluster (9 minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY) ## a drill, two users at once, torchrun, Slurm and Compose: whole runs through kills and joins (21 minutes)
+test-slow: $(READY) ## a drill, two users at once, torchrun, Slurm and Compose: whole runs through kills and joins (25 minutes)
 	$(BIN)/python -m pytest -m slow
 
 test-cluster: $(READY) ## the job on a real Kubernetes control plane; needs root and apt (builds it once, 7 minutes; then 18)

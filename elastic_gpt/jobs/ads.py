@@ -69,7 +69,7 @@ def check(spec: JobSpec, where: str, bucket: str, unknown: tuple[str, ...], moun
     if names:
         url = f"{bucket}/{PurePosixPath(names[0]).name}"
         raise SettingsError(f"--text {names[0]}: {where} takes no file from here; name a URL, as {url}")
-    for flag in ("data.dir", "run_dir"):
+    for flag in ("data.dir", "run_dir", "checkpoint.dir"):
         place = spec.given(flag)
         if place and "://" not in place and not (mounted and place.startswith(mounted)):
             url = f"{bucket}/{PurePosixPath(place).name}"

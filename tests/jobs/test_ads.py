@@ -21,7 +21,7 @@ from elastic_gpt.jobs import ads
 from elastic_gpt.jobs.spec import JobSpec
 from elastic_gpt.settings import SettingsError
 from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, events, python_with, until
-from tests.examples.schemas import assert_first_line_renders
+from tests.examples.schemas import assert_first_line_renders, lacking
 from tests.examples.test_torchrun import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -65,7 +65,7 @@ def errors(tree: Tree) -> list[str]:
         if node is not None:
             found += [f"{path}.{name} is not read" for name in set(node) - known]
             found += [f"{path}.{name} is missing" for name in needed - set(node)]
-    return found
+    return found + lacking(tree, ("spec.runtime.spec.env.name", "spec.runtime.spec.env.value"))
 
 
 def example() -> Tree:
@@ -79,13 +79,16 @@ def test_the_example_is_what_the_command_in_its_first_line_renders() -> None:
 
 def test_ads_reads_every_field_and_a_misspelt_or_missing_one_is_caught() -> None:
     assert errors(example()) == []
-    for path, (_, needed) in READ.items():
+    for path, needed in [
+        *((path, needed) for path, (_, needed) in READ.items()),
+        ("spec.runtime.spec.env.0", {"name", "value"}),
+    ]:
         for name in needed:
             for change in ("missing", "misspelt"):
                 broken = copy.deepcopy(example())
-                node = broken
+                node: Any = broken
                 for step in filter(None, path.split(".")):
-                    node = node[step]
+                    node = node[int(step) if step.isdigit() else step]
                 value = node.pop(name)
                 if change == "misspelt":
                     node[f"{name}x"] = value
@@ -105,6 +108,7 @@ def test_text_that_is_here_does_not_travel_to_oci(spec: JobSpec) -> None:
     [
         (JobSpec(volume="mine", spot=True), "--volume, --spot: no effect on OCI; leave them out"),
         (JobSpec(memory=99), "--memory: no effect on OCI beside GPUs"),
+        (JobSpec(arguments=("--checkpoint.dir=/c",)), r"--checkpoint.dir /c: a folder of one machine"),
         (JobSpec(gpus=3), "--gpus 3: shapes with A10s on OCI have 1, 2 or 4"),
         (JobSpec(arguments=("--data.dir", "data")), r"--data.dir data: a folder of one machine.*@<namespace>/data"),
     ],
