@@ -70,6 +70,7 @@ def test_a_pipeline_compiles_and_its_steps_wait_for_what_they_need(python: Path,
     ]
     executors = tree["deploymentSpec"]["executors"].values()
     assert {executor["container"]["image"] for executor in executors} == {"registry/mine:1"}
+    assert not any("pip install" in word for executor in executors for word in executor["container"]["command"])
     artifacts = {
         kind["artifactType"]["schemaTitle"]
         for component in tree["components"].values()
