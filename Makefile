@@ -21,7 +21,7 @@ demo: $(READY) ## the main job on this machine: prepare, train elastically with 
 test: $(READY) ## all tests that need no cluster (9 minutes)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY) ## a drill, two users at once, torchrun, Slurm and Compose: whole runs through kills and joins (21 minutes)
+test-slow: $(READY) ## a drill, two users at once, torchrun, Slurm and Compose: whole runs through kills and joins (25 minutes)
 	$(BIN)/python -m pytest -m slow
 
 test-cluster: $(READY) ## the job on a real Kubernetes control plane; needs root and apt (builds it once, 7 minutes; then 18)
@@ -58,7 +58,7 @@ clean: ## what make demo and make test left behind, but for the data and runs of
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	|| { echo "error: Python 3.11 or 3.12 is needed, this is $$($(PYTHON) -V): make PYTHON=python3.11 ..."; exit 1; }
-	@echo "setting up $(VENV), once: about 0.5 GB to download (1.3 GB on disk) with torch for CPUs, 3 GB (6 GB) with CUDA"
+	@echo "setting up $(VENV), once: about 0.5 GB to download (1.5 GB on disk) with torch for CPUs, 3 GB (6 GB) with CUDA"
 	@[ -n "$(PIP_EXTRA_INDEX)" ] || command -v nvidia-smi >/dev/null \
 	|| echo "there is no GPU here: PyPI's torch has CUDA, torch for CPUs comes with PIP_EXTRA_INDEX=$(CPU_INDEX)"
 	$(PYTHON) -m venv $(VENV)

@@ -48,17 +48,35 @@ def local_copy(url: str, cache: Path, most_bytes: int) -> Path:
     except FileNotFoundError as error:
         raise DataError(f"no {META} in {url}: prepare the data first, and copy its folder there") from error
     folder = cache / hashlib.sha256(text).hexdigest()[:16]
-    cache.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_suffix(".lock").open("ab")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_suffix(".lock").open("ab")
+    except OSError as error:
+        raise DataError(f"{cache} cannot be written ({error.strerror}): name another --data.cache FOLDER") from error
     _held.append(lock)
     while True:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        if folder.exists():
+        if _whole(folder, text, url):
             os.utime(lock.name)
             return folder
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers of this machine wait here
-        if not folder.exists():
+        if not _whole(folder, text, url):
+            shutil.rmtree(folder, ignore_errors=True)
             _copy(files, root, url, text, folder, most_bytes)
+
+
+def _whole(folder: Path, text: bytes, url: str) -> bool:
+    """Whether all files are there with their sizes; a crash of the machine, or a person, may have taken some of a copy."""
+    try:
+        if (folder / META).read_bytes() != text:
+            return False
+        meta = read_meta(folder)
+        assert meta
+        return all(
+            (folder / name).stat().st_size == size or not size for name, (size, _) in _expected(meta, url).items()
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _copy(files: Any, root: str, url: str, text: bytes, folder: Path, most_bytes: int) -> None:

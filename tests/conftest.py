@@ -92,6 +92,16 @@ def s3_server() -> Iterator[str]:
     running.stop()
 
 
+def python_with(folder: Path, package: str) -> Path:
+    """The Python of an environment of its own in `folder` that has `package`, whose pins and ours exclude each other."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", package]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no {package} in an environment of its own: {done.stderr.strip().splitlines()[-1]}")
+    return folder / "bin" / "python"
+
+
 def trained_bpe(chunks: list[str], vocab_size: int) -> BytePairs:
     """A BPE of at most `vocab_size` ids learned from all of `chunks`."""
     return BytePairs.learn(iter(chunks), Learning(size=sum(map(len, chunks)), vocab_size=vocab_size))

@@ -15,16 +15,18 @@ from elastic_gpt.settings import SettingsError
 
 HOME = "/home/datascience"  # where the block storage of each node is mounted
 BUCKET = "oci://<bucket>@<namespace>"
+SHAPES = {0: "VM.Standard.E4.Flex", 1: "VM.GPU.A10.1", 2: "VM.GPU.A10.2", 4: "BM.GPU.A10.4"}  # by GPUs
+# Fields of JobSpec that only DLRover or Kubernetes can heed.
+KUBERNETES = (
+    *("namespace", "pull_secret", "oom_restarts", "network_check", "node_selector", "env_secret"),
+    *("volume", "volume_size", "access_mode", "storage_class"),
+)
 REPOSITORY = "https://<host>/<you>/elastic-gpt.git"
 
 
 def job(spec: JobSpec) -> list[Tree]:
-    """Raises SettingsError for text that is here, which does not travel to OCI, and for what OCI has not."""
-    check_texts(spec, "OCI", BUCKET)
-    if spec.network_check or spec.spot or spec.node_selector or spec.env_secret:
-        raise SettingsError(
-            "--network-check, --spot, --node-selector, --env-secret: these are Kubernetes'; leave them out for OCI"
-        )
+    """Raises SettingsError for text and places that are here, which do not travel to OCI, and for what OCI has not."""
+    check(spec, "OCI", BUCKET, (*KUBERNETES, "spot"))
     runtime = {
         "apiVersion": "v1",
         "kind": "python",
@@ -54,12 +56,27 @@ def environment(spec: JobSpec) -> dict[str, str]:
     } | dict(spec.env)
 
 
-def check_texts(spec: JobSpec, where: str, bucket: str) -> None:
-    """Raises SettingsError for a text that nodes without a volume of ours do not see."""
+def check(spec: JobSpec, where: str, bucket: str, unknown: tuple[str, ...], mounted: str = "") -> None:
+    """Raises SettingsError for what nodes without a volume of ours do not see, and for options `unknown` there.
+
+    Args:
+        mounted: beginning of the paths that the machines of `where` mount themselves.
+    """
+    spec.refuse(unknown, f"on {where}")
+    if spec.gpus:
+        spec.refuse(("cpus", "memory"), f"on {where} beside GPUs, whose machines have a size of their own")
     names = [name for name, _ in spec.upload] + [path for path in spec.texts if "://" not in path]
     if names:
         url = f"{bucket}/{PurePosixPath(names[0]).name}"
         raise SettingsError(f"--text {names[0]}: {where} takes no file from here; name a URL, as {url}")
+    for flag in ("data.dir", "run_dir", "checkpoint.dir"):
+        place = spec.given(flag)
+        if place and "://" not in place and not (mounted and place.startswith(mounted)):
+            url = f"{bucket}/{PurePosixPath(place).name}"
+            raise SettingsError(
+                f"--{flag.replace('_', '-')} {place}: a folder of one machine, which the others do not see and which is"
+                f" gone with it; name a URL, as {url}"
+            )
 
 
 def in_bucket(words: tuple[str, ...], bucket: str) -> list[str]:
@@ -68,6 +85,8 @@ def in_bucket(words: tuple[str, ...], bucket: str) -> list[str]:
 
 
 def _infrastructure(spec: JobSpec) -> Tree:
+    if spec.gpus not in SHAPES:
+        raise SettingsError(f"--gpus {spec.gpus}: shapes with A10s on OCI have 1, 2 or 4")
     return {
         "kind": "infrastructure",
         "type": "dataScienceJob",
@@ -78,7 +97,7 @@ def _infrastructure(spec: JobSpec) -> Tree:
             "subnetId": "<ocid of the subnet>",
             "displayName": spec.name,
             "logGroupId": "<ocid of the log group>",
-            "shapeName": f"VM.GPU.A10.{spec.gpus}" if spec.gpus else "VM.Standard.E4.Flex",
+            "shapeName": SHAPES[spec.gpus],
             **({} if spec.gpus else {"shapeConfigDetails": {"ocpus": spec.used_cpus, "memoryInGBs": spec.memory_gib}}),
             "blockStorageSize": 50,
         },

@@ -5,7 +5,7 @@ import importlib.resources
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -145,6 +145,12 @@ class JobSpec:
             raise SettingsError(
                 f"--memory {self.memory}: the snapshots alone take {self.shm_gib} GiB; take {self.memory_gib_needed}"
             )
+
+    def refuse(self, names: tuple[str, ...], where: str) -> None:
+        """Raises SettingsError if one of these fields was given: it has no effect `where` the job goes."""
+        defaults = {field.name: field.default for field in fields(self)}
+        if given := [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]:
+            raise SettingsError(f"{', '.join(given)}: no effect {where}; leave {'them' if given[1:] else 'it'} out")
 
     @property
     def used_preset(self) -> str:

@@ -29,7 +29,11 @@ def load_corpus(spec: JobSpec) -> list[Tree]:
 
 
 def train_gpt(spec: JobSpec) -> list[Tree]:
-    """The training under torchrun, on spec.min_nodes to spec.nodes nodes, as pods are lost and replaced."""
+    """The training under torchrun, on spec.min_nodes to spec.nodes nodes, as pods are lost and replaced.
+
+    Raises SettingsError for what only DLRover can do.
+    """
+    spec.refuse(("network_check", "oom_restarts"), "without DLRover")
     [job] = manifest.elasticjob(spec)
     pod = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]
     words = pod["containers"][0]["args"]

@@ -21,11 +21,7 @@ CPU_MACHINES = {cpus: f"e2-standard-{cpus}" for cpus in (2, 4, 8, 16, 32)}  # 4 
 
 def job(spec: JobSpec) -> list[Tree]:
     """Raises SettingsError for what Vertex AI has not: text that is here, a node selector, other machines."""
-    ads.check_texts(spec, "Vertex AI", BUCKET)
-    if spec.network_check or spec.node_selector or spec.env_secret:
-        raise SettingsError(
-            "--network-check, --node-selector, --env-secret: these are Kubernetes'; leave them out for Vertex AI"
-        )
+    ads.check(spec, "Vertex AI", BUCKET, ads.KUBERNETES, mounted="/gcs/")
     pool = {
         "machineSpec": _machine(spec),
         "containerSpec": {

@@ -1,13 +1,14 @@
 """Kubeflow Pipelines: text -> tokens -> model -> numbers and an export, as one pipeline; and two others from the same commands.
 
     pip install kfp                                    # in an environment of its own: it wants an older kubernetes and protobuf
-    IMAGE=registry.example.com/elastic-gpt:0.1.0 python examples/pipelines/gpt.py gpt gpt.yaml
+    IMAGE=registry.example.com/elastic-gpt-kfp:0.1.0 python examples/pipelines/gpt.py gpt gpt.yaml
 
 - `gpt` prepares, trains, evaluates and exports, each in a pod of its own; tokens, run and export are artifacts.
 - `gpt_trainjobs` makes Kubeflow Trainer's three TrainJobs (examples/kubeflow/), one after the other, and waits for each.
-- `gpt_vertex` is `gpt` and then an endpoint of Vertex AI that answers with the model; IMAGE is of examples/vertex/Dockerfile.
+- `gpt_vertex` is `gpt` and then an endpoint of Vertex AI that answers with the model; IMAGE is then made from the one of
+  examples/vertex/Dockerfile.
 
-Each step is a function whose source travels alone: it imports what it needs.
+Each step is a function whose source travels alone: it imports what it needs. IMAGE is of examples/pipelines/Dockerfile.
 """
 
 import os
@@ -15,10 +16,10 @@ import sys
 
 from kfp import compiler, dsl
 
-IMAGE = os.environ.get("IMAGE", "registry.example.com/elastic-gpt:0.1.0")
+IMAGE = os.environ.get("IMAGE", "registry.example.com/elastic-gpt-kfp:0.1.0")
 
 
-@dsl.component(base_image=IMAGE)
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
 def prepare(text: str, tokenizer: str, data: dsl.Output[dsl.Dataset]) -> None:
     """Text (a URL that fsspec knows, or nothing for the sample) to tokens."""
     import json
@@ -30,7 +31,7 @@ def prepare(text: str, tokenizer: str, data: dsl.Output[dsl.Dataset]) -> None:
     data.metadata.update(json.loads((pathlib.Path(data.path) / "meta.json").read_text()))
 
 
-@dsl.component(base_image=IMAGE)
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
 def train(preset: str, flags: list, data: dsl.Input[dsl.Dataset], run: dsl.Output[dsl.Model]) -> None:
     """The run directory: configuration, checkpoints, metrics, ledger and tokenizer."""
     import subprocess
@@ -39,7 +40,7 @@ def train(preset: str, flags: list, data: dsl.Input[dsl.Dataset], run: dsl.Outpu
     subprocess.run(["elastic-gpt", "train", *words], check=True)
 
 
-@dsl.component(base_image=IMAGE)
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
 def evaluate(run: dsl.Input[dsl.Model], data: dsl.Input[dsl.Dataset], metrics: dsl.Output[dsl.Metrics]) -> None:
     """Loss, perplexity and bits per byte on the text that was held out."""
     import json
@@ -52,7 +53,7 @@ def evaluate(run: dsl.Input[dsl.Model], data: dsl.Input[dsl.Dataset], metrics: d
             metrics.log_metric(name, value)
 
 
-@dsl.component(base_image=IMAGE)
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
 def export(run: dsl.Input[dsl.Model], model: dsl.Output[dsl.Model]) -> None:
     """The model and its tokenizer for Hugging Face's transformers, and for `elastic-gpt serve`."""
     import subprocess
@@ -61,7 +62,7 @@ def export(run: dsl.Input[dsl.Model], model: dsl.Output[dsl.Model]) -> None:
     model.metadata["framework"] = "transformers"
 
 
-@dsl.component(base_image=IMAGE, packages_to_install=["google-cloud-aiplatform"])
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
 def deploy(name: str, image: str, project: str, region: str, model: dsl.Input[dsl.Model]) -> None:
     """The exported model in Vertex AI's registry, and on an endpoint of its own."""
     import subprocess
@@ -79,7 +80,7 @@ def deploy(name: str, image: str, project: str, region: str, model: dsl.Input[ds
     subprocess.run([sys.executable, "/opt/elastic-gpt/vertex/send.py"], check=True, text=True, input=requests)
 
 
-@dsl.component(base_image=IMAGE)
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
 def trainjob(step: str, options: list) -> None:
     """Makes a TrainingRuntime and its TrainJob and waits. Raises RuntimeError if the TrainJob fails.
 
@@ -144,7 +145,8 @@ def gpt_vertex(
     flags: list = [],  # noqa: B006
 ) -> None:
     model = gpt(text=text, tokenizer=tokenizer, preset=preset, flags=flags).output
-    deploy(name=name, image=IMAGE, project=project, region=region, model=model)
+    task = deploy(name=name, image=IMAGE, project=project, region=region, model=model)
+    task.set_caching_options(False)  # what it made may be gone
 
 
 PIPELINES = {"gpt": gpt, "gpt_trainjobs": gpt_trainjobs, "gpt_vertex": gpt_vertex}

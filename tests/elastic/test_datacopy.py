@@ -1,6 +1,7 @@
 """datacopy.py: data from an object store is copied to a machine once, and checked against its meta.json."""
 
 import json
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -160,6 +161,32 @@ def test_workers_that_start_together_copy_once(prepared: Path, tmp_path: Path, m
         thread.join()
     pieces = [name for name in read if name.startswith("train.bin")]
     assert len(pieces) == len(set(pieces)) > 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "tokenizer gone", "other meta.json"])
+def test_a_damaged_copy_is_made_again(prepared: Path, tmp_path: Path, harm: str) -> None:
+    url = stored(prepared, "memory:/")
+    copy = local_copy(url, tmp_path, MOST)
+    done()
+    match harm:
+        case "cut":
+            with (copy / "train.bin").open("r+b") as file:
+                file.truncate(100)
+        case "gone":
+            (copy / "val.bin").unlink()
+        case "tokenizer gone":
+            shutil.rmtree(copy / "tokenizer")
+        case _:
+            (copy / "meta.json").write_text("{}")
+    assert local_copy(url, tmp_path, MOST) == copy
+    for path in (path for path in prepared.rglob("*") if path.is_file()):
+        assert (copy / path.relative_to(prepared)).read_bytes() == path.read_bytes()
+
+
+def test_a_cache_that_cannot_be_written_is_told(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(DataError, match=r"cache cannot be written \(File exists\): name another --data\.cache FOLDER"):
+        local_copy(stored(prepared, "memory:/"), tmp_path / "cache", MOST)
 
 
 def test_copies_that_nobody_uses_make_room_and_used_ones_stay(prepared: Path, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ import copy
 import functools
 import io
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -51,6 +53,84 @@ def closed(schema: Any) -> Any:
     if "properties" in schema and "additionalProperties" not in schema:
         schema["additionalProperties"] = False
     return schema
+
+
+# What a pod can do without. Labels, the prompt's terminal and the server's probes have tests of their own.
+OPTIONAL = {
+    *(
+        "imagePullPolicy",
+        "imagePullSecrets",
+        "readOnly",
+        "optional",
+        "fsGroupChangePolicy",
+        "terminationGracePeriodSeconds",
+    ),
+    *("tolerations", "affinity", "nodeSelector", "envFrom", "initContainers", "serviceAccountName"),
+    *("metadata", "stdin", "stdinOnce", "tty", "ports", "lifecycle", "startupProbe", "livenessProbe", "readinessProbe"),
+}
+
+
+def assert_whole(spec: Tree) -> None:
+    """A pod mounts what it has, asks for what it may take, and is admitted where only restricted ones are."""
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    containers = [*spec["containers"], *spec.get("initContainers", [])]
+    assert {mount["name"] for container in containers for mount in container["volumeMounts"]} == set(volumes)
+    for volume in volumes.values():
+        assert len(volume) == 2, f"{volume} has no source: Kubernetes would take an empty folder"
+        assert volume.get("configMap", {"name": "none"})["name"]
+    assert spec["restartPolicy"] in ("Never", "OnFailure", "Always")
+    assert "automountServiceAccountToken" in spec
+    context = spec["securityContext"]
+    assert (context["runAsNonRoot"], context["runAsUser"]) == (True, 10001)
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert context["runAsGroup"] == 10001
+    if any("persistentVolumeClaim" in volume for volume in volumes.values()):
+        assert context["fsGroup"] == context["runAsGroup"]  # else the volume is root's
+    for container in containers:
+        assert container["image"]
+        assert container.get("args") or container.get("command")
+        assert {"cpu", "memory"} <= set(container["resources"]["requests"])  # DLRover's master fails without
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert {"name": "HOME", "value": "/tmp"} in container["env"]
+        assert all(
+            "value" in variable or variable["valueFrom"]["secretKeyRef"]["name"] for variable in container["env"]
+        )
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert mounts["/tmp"]["emptyDir"] == {}
+        if "/dev/shm" in mounts:
+            assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+            assert mounts["/dev/shm"]["emptyDir"]["sizeLimit"]
+
+
+def unnoticed(spec: Tree, validate: Callable[[Tree], object]) -> list[str]:
+    """Fields of a pod, but for OPTIONAL ones and what is below them, that can go without assert_whole or `validate` failing."""
+    found = []
+
+    def walk(node: Any, path: tuple[Any, ...]) -> None:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            if key in OPTIONAL:
+                continue
+            walk(value, (*path, key))
+            if isinstance(node, dict):
+                broken = copy.deepcopy(spec)
+                parent = broken
+                for step in path:
+                    parent = parent[step]
+                del parent[key]
+                try:
+                    assert_whole(broken)
+                    validate(broken)
+                    found.append(".".join(map(str, (*path, key))))
+                except (AssertionError, LookupError, kubernetes_validate.ValidationError):
+                    pass
+
+    walk(spec, ())
+    return found
 
 
 def lacking(tree: Tree, needed: tuple[str, ...]) -> list[str]:

@@ -6,11 +6,14 @@ import stat
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import yaml
+
+from elastic_gpt.jobs import vertex
+from tests.examples.test_pipelines import KFP
 
 REPO = Path(__file__).parents[2]
 DOCKERFILE, INSTALL = REPO / "Dockerfile", REPO / "docker" / "install.sh"
@@ -213,3 +216,50 @@ def test_what_no_container_runs_is_taken_out_and_nothing_else(install: Any, tmp_
     left = {str(path.relative_to(packages)) for path in packages.rglob("*") if path.is_file()}
     assert left == {"torch/bin/torch_shm_manager", "torch/testing/__init__.pyc"}
     assert not (packages / "torch/include").exists()
+
+
+# Images made from ours: what they install into it, and which files they have to have, by what looks for them there.
+REPLICA = PurePosixPath(vertex.REPLICA)
+DERIVED: dict[str, tuple[list[str], set[PurePosixPath]]] = {
+    "pipelines": (["--no-deps", KFP], set()),
+    "vertex": (
+        ["gcsfs", "google-cloud-aiplatform"],
+        {
+            *(REPLICA, REPLICA.with_name("send.py")),  # the second is what the pipeline that deploys calls
+            *(REPLICA.parents[1] / "torchrun" / name for name in ("prepared.sh", "train.sh")),
+        },
+    ),
+}
+
+
+def faults(name: str, text: str) -> list[str]:
+    """What examples/NAME/Dockerfile lacks, built with examples/ as its context."""
+    packages, needed = DERIVED[name]
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    found = [line for line in lines if line.partition(" ")[0] not in WORDS]
+    copied: set[PurePosixPath] = set()
+    for *sources, target in (line.split()[1:] for line in lines if line.startswith("COPY ")):
+        for source in sources:
+            path = REPO / "examples" / source
+            found += [] if path.exists() else [f"no {source}"]
+            copied |= {PurePosixPath(target) / file.name for file in (path.iterdir() if path.is_dir() else [path])}
+    found += [f"no {path}" for path in needed - copied]
+    found += sorted({"ARG IMAGE=elastic-gpt:0.1.0", "FROM ${IMAGE}"} - set(lines))
+    users = [line.partition(" ")[2] for line in lines if line.startswith("USER ")]
+    found += [] if users == ["root", last("USER")] else ["USER"]
+    # The environment is first in the image's PATH, and its Python has no pip.
+    pip = "RUN PATH=${PATH#/opt/venv/bin:} python3 -m pip --python /opt/venv/bin/python3 install --no-cache-dir"
+    return found + ([] if " ".join([pip, *packages]) in lines else ["packages"])
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_derived_image_has_what_its_steps_call_and_a_line_that_is_missing_or_misspelt_is_caught(name: str) -> None:
+    text = (REPO / "examples" / name / "Dockerfile").read_text()
+    assert faults(name, text) == []
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        if not line.startswith("#"):
+            for broken in ("", f"X{line}"):
+                assert faults(name, "".join([*lines[:number], broken, *lines[number + 1 :]])), line
+    assert last("ENV").startswith("PATH=/opt/venv/bin:$PATH ")
+    assert "venv --without-pip" in INSTALL.read_text()

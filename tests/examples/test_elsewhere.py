@@ -8,7 +8,8 @@ WITNESS = re.compile(r"(test_\w+\.py)::(test_\w+)")
 
 
 def test_each_test_that_the_page_names_exists() -> None:
-    named = set(WITNESS.findall((ROOT / "docs" / "ELSEWHERE.md").read_text()))
+    page = (ROOT / "docs" / "ELSEWHERE.md").read_text()
+    named = set(WITNESS.findall(page))
     there = {
         (path.name, name)
         for path in ROOT.glob("tests/**/test_*.py")
@@ -16,3 +17,5 @@ def test_each_test_that_the_page_names_exists() -> None:
     }
     assert len(named) > 30
     assert named - there == set()
+    files = set(re.findall(r"test_\w+\.py", page))
+    assert files - {path.name for path in ROOT.glob("tests/**/test_*.py")} == set()

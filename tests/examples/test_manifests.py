@@ -4,6 +4,7 @@ Everything in examples/elasticjob is held against the schemas, and so are jobs w
 """
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -19,7 +20,15 @@ import yaml
 from elastic_gpt.jobs.manifest import GROUP, JOB_LABEL, MASTER_RULES, PARTS, manifests
 from elastic_gpt.jobs.render import to_yaml
 from elastic_gpt.jobs.spec import JobSpec
-from tests.examples.schemas import assert_first_line_renders, crd_validator, lacking, misspelt, without
+from tests.examples.schemas import (
+    assert_first_line_renders,
+    assert_whole,
+    crd_validator,
+    lacking,
+    misspelt,
+    unnoticed,
+    without,
+)
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "examples" / "elasticjob"
@@ -52,6 +61,7 @@ EVERYTHING = JobSpec(
     texts=("/workspace/c.txt",),
     upload=(("a.txt", "one\ntwo\n"), ("b.txt", "three")),
 )
+WITHOUT_DLROVER = dataclasses.replace(EVERYTHING, network_check=False)
 RENDERED = list(yaml.safe_load_all(to_yaml(manifests(EVERYTHING, tuple(PARTS)))))
 DOCUMENTS = {f"{path}:{tree['kind']}": tree for path, trees in FILES.items() for tree in trees}
 DOCUMENTS |= {f"every option:{tree['kind']} {tree['metadata']['name']}": tree for tree in RENDERED}
@@ -68,6 +78,32 @@ BUILT_IN = {where: tree for where, tree in DOCUMENTS.items() if tree["kind"] != 
     f"{where}:{replica}": as_pod(spec["template"])
     for where, tree in ELASTICJOBS.items()
     for replica, spec in tree["spec"]["replicaSpecs"].items()
+}
+# Manifests of the same kinds that stand beside Kubeflow's and JobSet's own.
+BUILT_IN |= {
+    f"{path.parent.name}/{path.name}:{tree['kind']}": tree
+    for folder in ("kubeflow", "jobset")
+    for path in sorted((REPO / "examples" / folder).glob("*.yaml"))
+    for tree in yaml.safe_load_all(path.read_text())
+    if tree["kind"] in ("Namespace", "PersistentVolumeClaim", "Job")
+}
+# What an API server asks for and the schemas do not call required.
+API_SERVER = {
+    "Namespace": ("metadata.name", "metadata.labels"),
+    "PersistentVolumeClaim": (
+        *("metadata.name", "metadata.namespace", "spec.accessModes", "spec.resources.requests.storage"),
+    ),
+    "Job": ("metadata.name", "metadata.namespace", "spec.template.spec.containers.image"),
+    "ConfigMap": ("metadata.name", "metadata.namespace", "data"),
+    "Deployment": (
+        *("metadata.name", "metadata.namespace", "spec.selector.matchLabels", "spec.template.metadata.labels"),
+        *(
+            f"spec.template.spec.containers.{probe}.httpGet.{field}"
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe")
+            for field in ("path", "port")
+        ),
+    ),
+    "Service": (*("metadata.name", "metadata.namespace", "spec.selector", "spec.ports.port", "spec.ports.targetPort"),),
 }
 POD_SPECS = {where: tree["spec"] for where, tree in BUILT_IN.items() if tree["kind"] == "Pod"} | {
     where: tree["spec"]["template"]["spec"] for where, tree in BUILT_IN.items() if tree["kind"] in ("Job", "Deployment")
@@ -379,36 +415,30 @@ def test_kustomize_builds_each_folder_and_renames_all_images(folder: Path, tmp_p
 
 
 @every_pod
-def test_a_pod_has_the_volumes_that_it_mounts(spec: Tree) -> None:
-    volumes = {volume["name"]: volume for volume in spec["volumes"]}
-    assert {mount["name"] for c in containers(spec) for mount in c["volumeMounts"]} == set(volumes)
-    claims = {tree["metadata"]["name"] for tree in DOCUMENTS.values() if tree["kind"] == "PersistentVolumeClaim"}
-    assert {v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "persistentVolumeClaim" in v} <= claims
+def test_a_pod_is_whole_and_admitted_where_only_restricted_ones_are(spec: Tree) -> None:
+    assert_whole(spec)
+    assert not any("command" in container for container in containers(spec))  # it would replace the image's tini
+    claims = {tree["metadata"]["name"] for tree in BUILT_IN.values() if tree["kind"] == "PersistentVolumeClaim"}
+    used = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in spec["volumes"]
+        if len(volume) == 2 and "persistentVolumeClaim" in volume
+    }
+    assert used <= claims
 
 
 @every_pod
-def test_every_container_asks_for_what_it_may_take(spec: Tree) -> None:
-    for container in containers(spec):
-        assert {"cpu", "memory"} <= set(container["resources"]["requests"])  # DLRover's master fails without
-        assert container["resources"]["requests"] == container["resources"]["limits"]
+def test_a_field_that_is_missing_from_a_pod_is_caught(spec: Tree) -> None:
+    assert unnoticed(spec, lambda broken: validate(as_pod({"spec": broken}))) == []
 
 
-@every_pod
-def test_a_pod_is_admitted_where_only_restricted_ones_are(spec: Tree) -> None:
-    context = spec["securityContext"]
-    assert (context["runAsNonRoot"], context["runAsUser"]) == (True, 10001)
-    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
-    if any("persistentVolumeClaim" in volume for volume in spec["volumes"]):
-        assert context["fsGroup"] == context["runAsGroup"]  # else the volume is root's
-    for container in containers(spec):
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert {"name": "HOME", "value": "/tmp"} in container["env"]
-        assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
-        assert "command" not in container  # it would replace the image's entrypoint, tini
+@pytest.mark.parametrize("where", [where for where, tree in BUILT_IN.items() if tree["kind"] in API_SERVER])
+def test_it_has_what_the_api_server_asks_for_and_a_missing_field_is_caught(where: str) -> None:
+    tree = BUILT_IN[where]
+    needed = API_SERVER[tree["kind"]]
+    assert lacking(tree, needed) == []
+    for path in needed:
+        assert path in lacking(without(tree, path), needed)
 
 
 @every_pod

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import PATIENCE, TINY, environment, metrics
+from tests.conftest import PATIENCE, TINY, environment, metrics, python_with
 
 FOLDER = Path(__file__).parents[2] / "examples" / "pipelines"
 KFP = "kfp==2.17.3"
@@ -22,7 +23,8 @@ import json, sys
 from kfp import local
 sys.path.insert(0, {str(FOLDER)!r})
 import gpt
-local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[1])
+root = sys.argv[1]
+local.init(local.SubprocessRunner(use_venv=False), pipeline_root=root, enable_caching=True, cache_root=root + "/cache")
 gpt.PIPELINES[sys.argv[2]](**json.loads(sys.argv[3]))
 """
 Tree = dict[str, Any]
@@ -31,14 +33,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python that has kfp. Its pins and ours exclude each other (kubernetes<31, protobuf<7)."""
-    folder = tmp_path_factory.mktemp("kfp")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    install = [folder / "bin" / "pip", "install", "--quiet", KFP]
-    done = subprocess.run(install, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no {KFP} in an environment of its own: {done.stderr.strip().splitlines()[-1]}")
-    return folder / "bin" / "python"
+    """A Python that has kfp, which wants kubernetes<31 and protobuf<7."""
+    return python_with(tmp_path_factory.mktemp("kfp"), KFP)
 
 
 def run(folder: Path, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
@@ -60,6 +56,7 @@ STEPS = {
     "gpt_trainjobs": {"trainjob": set(), "trainjob-2": {"trainjob"}, "trainjob-3": {"trainjob-2"}},
     "gpt_vertex": {"gpt": set(), "deploy": {"gpt"}},
 }
+REQUIRED = {"gpt": set(), "gpt_trainjobs": set(), "gpt_vertex": {"project", "region"}}  # parameters
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -73,11 +70,17 @@ def test_a_pipeline_compiles_and_its_steps_wait_for_what_they_need(python: Path,
     ]
     executors = tree["deploymentSpec"]["executors"].values()
     assert {executor["container"]["image"] for executor in executors} == {"registry/mine:1"}
+    assert not any("pip install" in word for executor in executors for word in executor["container"]["command"])
     artifacts = {
         kind["artifactType"]["schemaTitle"]
         for component in tree["components"].values()
         for kind in component.get("outputDefinitions", {}).get("artifacts", {}).values()
     }
+    # A result is taken again while its inputs are the same, but that of a step that changes something elsewhere.
+    cached = {task: bool(body["cachingOptions"]) for task, body in tree["root"]["dag"]["tasks"].items()}
+    assert cached == {task: task not in ("deploy",) and name != "gpt_trainjobs" for task in STEPS[name]}
+    parameters = tree["root"]["inputDefinitions"]["parameters"]
+    assert {given for given, how in parameters.items() if not how.get("isOptional")} == REQUIRED[name]
     assert artifacts == (set() if name == "gpt_trainjobs" else {"system.Dataset", "system.Model", "system.Metrics"})
 
 
@@ -93,6 +96,14 @@ def test_text_becomes_a_model_that_is_measured_and_exported(python: Path, tmp_pa
     assert 0 < measured["loss"] < 5
     assert measured["step"] == 20
     assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (made / "export" / "model").iterdir()}
+    # With another parameter of training alone, the text is not prepared again.
+    wanted["flags"] = [*TINY, "--steps=30", "--evaluate.interval=0"]
+    again = run(tmp_path, python, "-c", LOCAL, tmp_path, "gpt", json.dumps(wanted))
+    assert again.returncode == 0, again.stdout
+    executed = [set(re.findall(r"Executing task \S*'(\w+)'", told)) for told in (done.stdout, again.stdout)]
+    assert executed == [{"prepare", "train", "evaluate", "export"}, {"train", "evaluate", "export"}]
+    [other] = set(tmp_path.glob("gpt-*")) - {made}
+    assert len(metrics(other / "train" / "run")) == 30
 
 
 class Kubernetes:

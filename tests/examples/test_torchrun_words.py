@@ -80,13 +80,14 @@ def test_a_node_without_its_rendezvous_says_so(tmp_path: Path) -> None:
     ],
     ids=["the first prepares", "but not twice", "others wait", "data that are there"],
 )
+@pytest.mark.parametrize("flag", [["--data.dir=PLACE"], ["--data.dir", "PLACE"]], ids=["one word", "two words"])
 def test_the_first_node_prepares_once_and_the_others_wait(
-    tmp_path: Path, more: dict[str, str], prepared: list[str]
+    tmp_path: Path, flag: list[str], more: dict[str, str], prepared: list[str]
 ) -> None:
     place = "s3://bucket/data"
-    words = ["debug_cpu", f"--data.dir={place}"]
+    words = ["debug_cpu", *(word.replace("PLACE", place) for word in flag)]
     code, called, _ = calls(FOLDER / "prepared.sh", tmp_path, words, RENDEZVOUS="node-0:29500", **more)
     assert code == 0
     assert called[:-1] == [f"elastic-gpt prepare {word} --output-dir={place}" for word in prepared]
     assert called[-1].startswith("torchrun ")
-    assert called[-1].endswith(f" elastic-gpt train debug_cpu --data.dir={place}")
+    assert called[-1].endswith(f" elastic-gpt train {' '.join(words)}")

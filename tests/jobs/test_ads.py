@@ -20,8 +20,8 @@ import yaml
 from elastic_gpt.jobs import ads
 from elastic_gpt.jobs.spec import JobSpec
 from elastic_gpt.settings import SettingsError
-from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, events, until
-from tests.examples.schemas import assert_first_line_renders
+from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, events, python_with, until
+from tests.examples.schemas import assert_first_line_renders, lacking
 from tests.examples.test_torchrun import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -38,19 +38,19 @@ READ = {
             *("projectId", "compartmentId", "subnetId", "displayName", "logGroupId", "logId", "shapeName"),
             *("shapeConfigDetails", "blockStorageSize", "storageMount"),
         },
-        {"projectId", "compartmentId", "displayName", "shapeName"},
+        {"projectId", "compartmentId", "subnetId", "displayName", "shapeName", "blockStorageSize"},
     ),
     "spec.cluster": ({"kind", "apiVersion", "spec"}, {"kind", "spec"}),
     "spec.cluster.spec": (
         {"image", "workDir", "name", "config", "main", "worker", "ps", "ephemeral", "certificate"},
-        {"image", "workDir", "main"},
+        {"image", "workDir", "main", "worker"},
     ),
     "spec.cluster.spec.main": ({"name", "image", "replicas", "config"}, {"replicas"}),
     "spec.cluster.spec.worker": ({"name", "image", "replicas", "config"}, {"replicas"}),
     "spec.runtime": ({"kind", "apiVersion", "type", "spec"}, {"kind", "type", "spec"}),
     "spec.runtime.spec": (
         {"entryPoint", "args", "kwargs", "env", "uri", "branch", "commit", "gitSecretId", "codeDir", "pythonPath"},
-        {"entryPoint", "uri", "codeDir", "args"},
+        {"entryPoint", "uri", "branch", "codeDir", "args", "env"},
     ),
 }
 
@@ -65,7 +65,7 @@ def errors(tree: Tree) -> list[str]:
         if node is not None:
             found += [f"{path}.{name} is not read" for name in set(node) - known]
             found += [f"{path}.{name} is missing" for name in needed - set(node)]
-    return found
+    return found + lacking(tree, ("spec.runtime.spec.env.name", "spec.runtime.spec.env.value"))
 
 
 def example() -> Tree:
@@ -79,13 +79,16 @@ def test_the_example_is_what_the_command_in_its_first_line_renders() -> None:
 
 def test_ads_reads_every_field_and_a_misspelt_or_missing_one_is_caught() -> None:
     assert errors(example()) == []
-    for path, (_, needed) in READ.items():
+    for path, needed in [
+        *((path, needed) for path, (_, needed) in READ.items()),
+        ("spec.runtime.spec.env.0", {"name", "value"}),
+    ]:
         for name in needed:
             for change in ("missing", "misspelt"):
                 broken = copy.deepcopy(example())
-                node = broken
+                node: Any = broken
                 for step in filter(None, path.split(".")):
-                    node = node[step]
+                    node = node[int(step) if step.isdigit() else step]
                 value = node.pop(name)
                 if change == "misspelt":
                     node[f"{name}x"] = value
@@ -97,6 +100,21 @@ def test_text_that_is_here_does_not_travel_to_oci(spec: JobSpec) -> None:
     with pytest.raises(
         SettingsError, match=r"a\.txt: OCI takes no file from here; .*oci://<bucket>@<namespace>/a\.txt"
     ):
+        ads.job(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (JobSpec(volume="mine", spot=True), "--volume, --spot: no effect on OCI; leave them out"),
+        (JobSpec(memory=99), "--memory: no effect on OCI beside GPUs"),
+        (JobSpec(arguments=("--checkpoint.dir=/c",)), r"--checkpoint.dir /c: a folder of one machine"),
+        (JobSpec(gpus=3), "--gpus 3: shapes with A10s on OCI have 1, 2 or 4"),
+        (JobSpec(arguments=("--data.dir", "data")), r"--data.dir data: a folder of one machine.*@<namespace>/data"),
+    ],
+)
+def test_what_oci_has_not_is_refused(spec: JobSpec, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
         ads.job(spec)
 
 
@@ -123,6 +141,8 @@ def environments(tree: Tree) -> list[dict[str, str]]:
     return [job | {"OCI__MODE": mode, "RANK": str(rank)} for rank, mode in enumerate(modes)]
 
 
+# It wants PyYAML<=6.0.2 and click<=8.4.2 (by oci-cli). 0.9 GB on disk.
+ADS = "oracle-ads[opctl]==2.16.1"
 # What `ads opctl run` does with the file until it calls OCI. Its ConfigValidator checks nothing (2.16.1).
 ADSS_OWN = """
 import json, sys, yaml
@@ -144,14 +164,9 @@ print(json.dumps({
 """
 
 
-def test_ads_own_loader_and_job_builder_take_it() -> None:
-    python = os.environ.get("ADS_PYTHON") or sys.executable
-    known = subprocess.run([python, "-c", "import ads.opctl"], capture_output=True, check=False)
-    if known.returncode:
-        pytest.skip(
-            "no oracle-ads here (it does not install beside our pins: oci-cli wants PyYAML<=6.0.2, click<=8.4.2): python3 -m"
-            " venv ads && ads/bin/pip install 'oracle-ads[opctl]', 580 MB, then ADS_PYTHON=ads/bin/python"
-        )
+@pytest.mark.slow
+def test_ads_own_loader_and_job_builder_take_it(tmp_path: Path) -> None:
+    python = python_with(tmp_path / "ads", ADS)
     done = subprocess.run(
         [python, "-c", ADSS_OWN], input=FILE.read_text(), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
@@ -193,7 +208,7 @@ def test_a_node_without_a_place_for_its_data_says_so(words: list[str]) -> None:
     more = {"OCI__MODE": "MAIN", "OCI__WORKER_COUNT": "1", "MASTER_ADDR": "127.0.0.1"}
     node = run(EXAMPLES / "oci" / "main.py", words, more)
     assert (
-        node.communicate(timeout=PATIENCE)[0] == "error: no --data.dir=PLACE: a URL, or a folder that all nodes mount\n"
+        node.communicate(timeout=PATIENCE)[0] == "error: no --data.dir PLACE: a URL, or a folder that all nodes mount\n"
     )
     assert node.returncode == 2
 

@@ -7,15 +7,23 @@ import pytest
 import yaml
 
 from elastic_gpt.jobs.jobset import PARTS
-from tests.examples.schemas import assert_first_line_renders, crd_validator, lacking, misspelt, without
-from tests.examples.test_manifests import EVERYTHING, as_pod, validate
+from tests.examples.schemas import (
+    assert_first_line_renders,
+    assert_whole,
+    crd_validator,
+    lacking,
+    misspelt,
+    unnoticed,
+    without,
+)
+from tests.examples.test_manifests import WITHOUT_DLROVER, as_pod, validate
 from tests.jobs.test_trainjob import CRDS
 
 FILE = Path(__file__).parents[2] / "examples" / "jobset" / "jobset.yaml"
 Tree = dict[str, Any]
 JOBSETS = {
     "example": next(tree for tree in yaml.safe_load_all(FILE.read_text()) if tree["kind"] == "JobSet"),
-    "every option": PARTS["job"](EVERYTHING)[0],
+    "every option": PARTS["job"](WITHOUT_DLROVER)[0],
 }
 every = pytest.mark.parametrize("tree", JOBSETS.values(), ids=JOBSETS)
 
@@ -46,7 +54,14 @@ def test_jobset_takes_every_field_and_no_misspelt_one(tree: Tree) -> None:
 
 POD = "spec.replicatedJobs.template.spec.template.spec"
 NEEDED = (
-    *("metadata.name", "spec.network.enableDNSHostnames", "spec.network.publishNotReadyAddresses"),
+    *(
+        "apiVersion",
+        "kind",
+        "metadata.name",
+        "metadata.namespace",
+        "spec.network.enableDNSHostnames",
+        "spec.network.publishNotReadyAddresses",
+    ),
     *("spec.replicatedJobs.name", "spec.replicatedJobs.replicas"),
     *(f"spec.replicatedJobs.template.spec.{field}" for field in ("parallelism", "completions", "completionMode")),
     *("spec.replicatedJobs.template.spec.backoffLimit", f"{POD}.initContainers", f"{POD}.restartPolicy"),
@@ -62,8 +77,11 @@ def test_it_has_what_jobset_reads_and_a_missing_field_is_caught(tree: Tree) -> N
 
 
 @every
-def test_kubernetes_takes_its_pods(tree: Tree) -> None:
-    validate(as_pod(template(tree)["template"]) | {"metadata": {"name": "a"}})
+def test_kubernetes_takes_its_pods_and_a_missing_field_is_caught(tree: Tree) -> None:
+    pod = as_pod(template(tree)["template"])
+    validate(pod | {"metadata": {"name": "a"}})
+    assert_whole(pod["spec"])
+    assert unnoticed(pod["spec"], lambda broken: validate(as_pod({"spec": broken}))) == []
 
 
 @every

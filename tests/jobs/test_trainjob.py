@@ -16,8 +16,16 @@ import yaml
 from elastic_gpt.jobs.spec import JobSpec
 from elastic_gpt.jobs.trainjob import PARTS
 from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, metrics
-from tests.examples.schemas import assert_first_line_renders, crd_validator, lacking, misspelt, without
-from tests.examples.test_manifests import EVERYTHING, as_pod, validate
+from tests.examples.schemas import (
+    assert_first_line_renders,
+    assert_whole,
+    crd_validator,
+    lacking,
+    misspelt,
+    unnoticed,
+    without,
+)
+from tests.examples.test_manifests import WITHOUT_DLROVER, as_pod, validate
 from tests.examples.test_torchrun import free_port
 
 REPO = Path(__file__).parents[2]
@@ -28,7 +36,7 @@ Tree = dict[str, Any]
 FILES = {path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(FOLDER.glob("*.yaml"))}
 DOCUMENTS = {f"{name}:{tree['kind']}": tree for name, trees in FILES.items() for tree in trees}
 for part in PARTS.values():
-    DOCUMENTS |= {f"every option:{tree['kind']} {tree['metadata']['name']}": tree for tree in part(EVERYTHING)}
+    DOCUMENTS |= {f"every option:{tree['kind']} {tree['metadata']['name']}": tree for tree in part(WITHOUT_DLROVER)}
 KUBEFLOWS = {where: tree for where, tree in DOCUMENTS.items() if "kubeflow" in tree["apiVersion"]}
 PODS = {
     where: as_pod(
@@ -66,9 +74,22 @@ def test_a_misspelt_field_is_caught(tree: Tree) -> None:
 
 POD = "spec.template.spec.replicatedJobs.template.spec.template.spec"
 NEEDED = {
-    "TrainJob": ("metadata.name", "spec.runtimeRef.name", "spec.runtimeRef.kind", "spec.trainer.args"),
+    "TrainJob": (
+        "apiVersion",
+        "metadata.name",
+        "metadata.namespace",
+        "spec.runtimeRef.name",
+        "spec.runtimeRef.kind",
+        "spec.trainer.args",
+    ),
     "TrainingRuntime": (
-        *("metadata.name", "spec.mlPolicy.numNodes", "spec.template.spec.replicatedJobs.name"),
+        *(
+            "apiVersion",
+            "metadata.name",
+            "metadata.namespace",
+            "spec.mlPolicy.numNodes",
+            "spec.template.spec.replicatedJobs.name",
+        ),
         *(f"{POD}.containers.{field}" for field in ("name", "image", "command", "resources", "volumeMounts")),
         *(f"{POD}.{field}" for field in ("restartPolicy", "securityContext", "volumes")),
     ),
@@ -110,8 +131,12 @@ def test_a_pod_is_what_kubeflows_controller_and_a_restricted_namespace_look_for(
     [container] = pod["spec"]["containers"]
     assert container["name"] == "node"  # the one that gets torchrun's environment
     assert container["command"][:2] == ["tini", "--"]  # `command` replaces the image's entrypoint
-    assert pod["spec"]["securityContext"]["runAsNonRoot"]
-    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert_whole(pod["spec"])
+
+
+@every_pod
+def test_a_field_that_is_missing_from_a_pod_is_caught(pod: Tree) -> None:
+    assert unnoticed(pod["spec"], lambda broken: validate(as_pod({"spec": broken}))) == []
 
 
 @pytest.mark.parametrize("where", [where for where, tree in KUBEFLOWS.items() if tree["kind"] == "TrainJob"])
@@ -122,6 +147,10 @@ def test_a_trainjob_names_a_runtime_that_is_rendered_with_it(where: str) -> None
     labels = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["metadata"]["labels"]
     assert labels == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     assert job["spec"]["trainer"].get("numNodes", 1) == runtime["spec"]["mlPolicy"]["numNodes"]
+    # Without `torch` the controller sets no PET_...; only training reads them.
+    assert ("torch" in runtime["spec"]["mlPolicy"]) == ("numProcPerNode" in job["spec"]["trainer"])
+    template = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert isinstance(template["backoffLimit"], int)
 
 
 def test_the_prompt_has_a_terminal_and_ends_with_its_person() -> None:

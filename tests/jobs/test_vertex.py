@@ -39,15 +39,19 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "CreateCustomJobRequest": (
         *("parent", "customJob.displayName", "customJob.jobSpec.workerPoolSpecs.machineSpec.machineType"),
         *(f"customJob.jobSpec.workerPoolSpecs.{name}" for name in ("replicaCount", "containerSpec.imageUri")),
+        # What the machine of this example, and the entry point, want besides.
+        *(f"customJob.jobSpec.workerPoolSpecs.machineSpec.{name}" for name in ("acceleratorType", "acceleratorCount")),
+        *(f"customJob.jobSpec.workerPoolSpecs.containerSpec.{name}" for name in ("args", "env.name", "env.value")),
     ),
     "UploadModelRequest": (
         *("parent", "model.displayName", "model.artifactUri", "model.containerSpec.imageUri"),
-        *("model.containerSpec.healthRoute", "model.containerSpec.predictRoute"),
+        *("model.containerSpec.healthRoute", "model.containerSpec.predictRoute", "model.containerSpec.args"),
     ),
     "CreateEndpointRequest": ("parent", "endpoint.displayName"),
     "DeployModelRequest": (
         *("endpoint", "deployedModel.model", "trafficSplit"),
         *(f"deployedModel.dedicatedResources.{name}" for name in ("machineSpec.machineType", "minReplicaCount")),
+        *(f"deployedModel.dedicatedResources.machineSpec.{name}" for name in ("acceleratorType", "acceleratorCount")),
     ),
 }
 every_request = pytest.mark.parametrize("tree", DOCUMENTS.values(), ids=DOCUMENTS)
@@ -186,7 +190,9 @@ def test_a_word_that_only_the_project_knows_is_asked_for(send: Any) -> None:
     ("spec", "said"),
     [
         (JobSpec(upload=(("a.txt", "one"),)), r"a\.txt: Vertex AI takes no file from here"),
-        (JobSpec(node_selector=(("a", "b"),)), "these are Kubernetes'"),
+        (JobSpec(node_selector=(("a", "b"),)), "--node-selector: no effect on Vertex AI; leave it out"),
+        (JobSpec(cpus=64), "--cpus: no effect on Vertex AI beside GPUs"),
+        (JobSpec(arguments=("--run-dir=/there/run",)), r"--run-dir /there/run: a folder of one machine.*<bucket>/run"),
         (JobSpec(gpus=3), "--gpus 3: machines on Vertex AI have 1, 2, 4 or 8"),
         (JobSpec(gpus=0, cpus=64), "largest machine"),
     ],
@@ -194,6 +200,11 @@ def test_a_word_that_only_the_project_knows_is_asked_for(send: Any) -> None:
 def test_what_vertex_ai_has_not_is_refused(spec: JobSpec, said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         vertex.job(spec)
+
+
+def test_a_bucket_that_vertex_ai_mounts_is_a_place() -> None:
+    [tree] = vertex.job(JobSpec(arguments=("--run-dir=/gcs/bucket/run",)))
+    assert "--run-dir=/gcs/bucket/run" in tree["customJob"]["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"]
 
 
 def test_a_job_on_spot_machines_with_one_node_has_one_pool() -> None:

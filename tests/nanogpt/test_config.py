@@ -36,6 +36,9 @@ def test_the_presets_have_the_sizes_they_are_named_for(
     assert (config.model.n_layer, config.model.n_embd, config.tokens_per_step) == (layers, width, tokens_per_step)
     if preset == "gpt2_124m":
         assert dataclasses.replace(config.model, vocab_size=50257) == GPTConfig()
+    if preset == "kubeflow_toy":
+        assert (config.global_batch, config.model.block_size, config.model.n_head, config.steps) == (16, 64, 4, 100)
+        assert config.observe.interval == 10
 
 
 @pytest.mark.parametrize("name", preset_names(PRESETS))
