@@ -141,22 +141,21 @@ def attack(run: Path, served: Served, drawn: list[Any]) -> set[int]:
     def no_manifest(folder: Path) -> None:
         (folder / "MANIFEST.json").unlink()
 
-    def odd_manifest(folder: Path) -> None:
-        (folder / "MANIFEST.json").write_text("[]")
-
     def taken_away(_folder: Path) -> None:
         run.rename(run.with_name("elsewhere"))
         time.sleep(0.1)
         run.with_name("elsewhere").rename(run)
 
     good = {7}
-    for turn, harm in enumerate((cut, no_manifest, odd_manifest, shutil.rmtree, taken_away, cut)):
+    for turn, harm in enumerate((cut, no_manifest, shutil.rmtree, taken_away, cut)):
         step, before = 10 * turn + 10, len(drawn)
         save(run, step, another(step))
         until(lambda step=step: served.service.scheduler.step == step)  # type: ignore[misc]
         good.add(step)
         harm(run / "checkpoints" / f"step_{step:08d}")
         save(run, step + 1, another(step + 1, width=32))  # of another shape
+        if turn % 2:
+            (run / "checkpoints" / f"step_{step + 1:08d}" / "MANIFEST.json").write_text("[]")
         save(run, step + 2, another(step + 2))
         shutil.rmtree(run / "checkpoints" / f"step_{step + 2:08d}")  # taken or not, or in the middle of that
         good.add(step + 2)
