@@ -37,9 +37,12 @@ Logprobs = dict[str, list[Any]]
 
 
 class Strict(BaseModel):
-    """Refuses unknown fields, and "1" for 1."""
+    """Refuses unknown fields, "1" for 1, and half a character (a lone surrogate), which no answer could repeat."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null")
+    # pydantic takes any Python string where it need not look into it, so there is a limit, though bodies have a smaller one.
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null", str_max_length=1 << 30
+    )
 
 
 class StreamOptions(Strict):
