@@ -19,13 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_zoo.nanogpt.serving import kserve, openai, vertex
-from model_zoo.nanogpt.serving.completions import Service
+from model_zoo.nanogpt.serving.completions import MOST_BYTES, Service
 from model_zoo.nanogpt.serving.refusal import Refusal
 
 PAGE = Path(__file__).parent / "page"
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript"}
-MOST_BYTES = 1 << 20
-"""Largest body of a request, many times the longest prompt."""
 GRACE = 5.0
 """Seconds after the time limit in which a client may still read the end of an answer."""
 
