@@ -22,14 +22,15 @@ async def follow(place: Path | str, config: GPTConfig, device: torch.device, sch
     told: list[str] = []
     while True:
         await asyncio.sleep(POLL_SECONDS)
-        found, problems = None, []
+        found: tuple[GPT, int] | None = None
+        problems: list[str] = []
         try:
             found = await asyncio.to_thread(_newer, checkpoints, scheduler.step, config, problems)
         except Unreachable as error:
             problems.append(str(error))
         for problem in problems:
             if problem not in told:
-                print(f"warning: no newer checkpoint is taken from {place}: {problem}", file=sys.stderr, flush=True)
+                print(f"warning: a checkpoint in {place} is not taken: {problem}", file=sys.stderr, flush=True)
         told = problems
         if found:
             model, step = found
