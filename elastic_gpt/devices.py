@@ -3,7 +3,9 @@
 A new kind (XPU, for example) is a line in each of these functions and in `Device` in settings.py.
 """
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,23 @@ def find_device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name} is no device that a model can be used on: give cpu or cuda")
     return device
+
+
+def slow_at_few_rows(x: torch.Tensor) -> bool:
+    """Whether a matrix product of `x` (rows,width) with one to four rows is slow on its device, and a batch of products is not.
+
+    On AMD's processors MKL reads the matrix at 0.4 of the memory's speed, and at nearly all of it when it is asked for a
+    batch of products. With its code for Intel's it is the other way round (dev/LOG.md).
+    """
+    return is_host(x.device) and x.dtype == torch.float32 and _mkl_on_amd()
+
+
+@functools.cache
+def _mkl_on_amd() -> bool:
+    try:
+        return torch.backends.mkl.is_available() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
 
 
 def refuse(device: Device, *, exact: bool) -> None:

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elastic_gpt import devices
+
 from .attention import rotation, turn
 from .model import GPT, Block
+
+FEW = 4  # rows up to which a batch of products is faster than one, where one is slow
+PARTS = 4  # products in such a batch: 2 or more are equally fast
 
 
 def next_logits(model: GPT, memory: Tensor, tokens: list[int], places: list[int]) -> Tensor:
@@ -39,7 +44,7 @@ def next_logits(model: GPT, memory: Tensor, tokens: list[int], places: list[int]
     for block, layer in zip(model.h, memory, strict=True):
         assert isinstance(block, Block)
         attention = block.attn
-        projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)  # Bx(H+2G)D
+        projected = _linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)  # Bx(H+2G)D
         q = projected[:, :width].unflatten(1, (-1, 1, head_dim))  # BxHx1xD
         kv = projected[:, width:].unflatten(1, (2, -1, head_dim))  # Bx2xGxD
         if config.qk_norm:
@@ -54,6 +59,20 @@ def next_logits(model: GPT, memory: Tensor, tokens: list[int], places: list[int]
             layer[row, :, :, at] = kv
         k, v = layer[:rows, :, :, :end].unbind(1)  # BxGxTxD, where they lie
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=held, enable_gqa=grouped)
-        x = x + attention.out_proj(y.view(rows, width))
-        x = x + block.mlp(block.ln_2(x))
-    return model.logits(model.ln_f(x))
+        x = x + _linear(y.view(rows, width), attention.out_proj.weight, attention.out_proj.bias)
+        mlp = block.mlp
+        inner = mlp.activate(_linear(block.ln_2(x), mlp.c_fc.weight, mlp.c_fc.bias))
+        x = x + _linear(inner, mlp.c_proj.weight, mlp.c_proj.bias)
+    return _linear(model.ln_f(x), model.head_weight(), model.lm_head.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of x (B,E) and `weight` (N,E): (B,N). Few rows by the kind of product that is fast on this processor."""
+    if len(x) > FEW or not devices.slow_at_few_rows(x):
+        return F.linear(x, weight, bias)
+    whole = len(weight) - len(weight) % PARTS
+    parts = weight[:whole].view(PARTS, -1, weight.size(1))  # a quarter of the outputs each
+    y = torch.bmm(parts, x.t().expand(PARTS, -1, -1)).flatten(0, 1).t()  # 4x(N/4)xB -> BxN
+    if whole < len(weight):
+        y = torch.cat((y, F.linear(x, weight[whole:])), 1)
+    return y if bias is None else y + bias

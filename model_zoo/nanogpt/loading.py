@@ -133,11 +133,13 @@ def _refuse_another_vocabulary(
 
 
 def build(weights: Weights) -> GPT:
-    """The model with these weights. Raises ValueError if their names or shapes do not fit its configuration."""
+    """The model with a copy of these weights. Raises ValueError if their names or shapes do not fit its configuration."""
     with torch.device("meta"):
         model = GPT(weights.config)  # only names and shapes: the weights are assigned below
+    # safetensors maps the file into memory. Who cuts that file, or deletes it on NFS, would end the process (SIGBUS).
+    state = {name: tensor.clone() for name, tensor in weights.state.items()}
     try:
-        model.load_state_dict(weights.state, assign=True)
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"{weights.source}: not the model in its configuration ({_line(error)}); restore the file that fits"

@@ -37,15 +37,16 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
+        return self.c_proj(self.activate(self.c_fc(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What lies between the two products."""
         if self.activation in ("gelu", "gelu_erf"):
-            x = F.gelu(x, approximate="tanh" if self.activation == "gelu" else "none")
-        elif self.activation == "relu2":
-            x = F.relu(x).square()
-        else:
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
-        return self.c_proj(x)
+            return F.gelu(x, approximate="tanh" if self.activation == "gelu" else "none")
+        if self.activation == "relu2":
+            return F.relu(x).square()
+        gate, x = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
 
 
 def _norm(config: GPTConfig) -> nn.Module:
@@ -154,9 +155,10 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (...,V) of what `hidden` gives (...,D)."""
-        return F.linear(x, self._head_weight(), self.lm_head.bias)
+        return F.linear(x, self.head_weight(), self.lm_head.bias)
 
-    def _head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor:
+        """(V,D), that of the token embedding if the head is tied to it."""
         return self.wte.weight if self.lm_head.weight is None else self.lm_head.weight
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ class GPT(nn.Module):
             # Automatic chunks are slower than none. Without allow_retain_graph, torch.compile(fullgraph) fails.
             return F.linear_cross_entropy(
                 x,
-                self._head_weight(),
+                self.head_weight(),
                 targets,
                 linear_bias=self.lm_head.bias,
                 reduction="sum",

@@ -75,6 +75,15 @@ def test_a_cpu_has_no_known_peak_and_nothing_to_wait_for() -> None:
     assert devices.pinned(values, here) is values is devices.for_collectives(values, here)
 
 
+def test_few_rows_are_slow_in_float32_on_amds_processors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_mkl_on_amd", lambda: True)
+    assert devices.slow_at_few_rows(torch.zeros(1, 2))
+    assert not devices.slow_at_few_rows(torch.zeros(1, 2, dtype=torch.bfloat16))
+    assert not devices.slow_at_few_rows(torch.zeros(1, 2, device="meta"))
+    monkeypatch.setattr(devices, "_mkl_on_amd", lambda: False)
+    assert not devices.slow_at_few_rows(torch.zeros(1, 2))
+
+
 @pytest.mark.parametrize(("name", "peak"), [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10", 125e12), ("Other", None)])
 def test_a_gpus_peak_is_known_by_a_whole_word_of_its_name(
     name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch

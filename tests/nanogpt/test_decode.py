@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from elastic_gpt import devices
 from model_zoo.nanogpt.attention import KeyValueCache
 from model_zoo.nanogpt.decode import next_logits
 from model_zoo.nanogpt.model import GPT, GPTConfig
@@ -20,9 +21,13 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.parametrize("slow", [False, True], ids=["F.linear", "a batch of products"])
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [7, 1, 12], [1]], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_logits_are_the_last_of_one_pass_over_each_row(variant: dict[str, Any], lengths: list[int]) -> None:
+def test_logits_are_the_last_of_one_pass_over_each_row(
+    variant: dict[str, Any], lengths: list[int], slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "slow_at_few_rows", lambda _x: slow)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=37, block_size=12, n_layer=2, n_head=4, n_embd=32, **variant)).eval()
     for parameter in model.parameters():

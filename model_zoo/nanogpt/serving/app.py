@@ -19,13 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_zoo.nanogpt.serving import kserve, openai, vertex
-from model_zoo.nanogpt.serving.completions import Service
+from model_zoo.nanogpt.serving.completions import MOST_BYTES, Service
 from model_zoo.nanogpt.serving.refusal import Refusal
 
 PAGE = Path(__file__).parent / "page"
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript"}
-MOST_BYTES = 1 << 20
-"""Largest body of a request, many times the longest prompt."""
 GRACE = 5.0
 """Seconds after the time limit in which a client may still read the end of an answer."""
 
@@ -127,7 +125,7 @@ def create_app(
 
 
 _DESCRIPTIONS = {
-    400: "A mistake in the request",
+    400: "A mistake in the request; half a character (a lone surrogate such as \\ud800) in any of its strings is one",
     401: "The bearer token is missing or wrong",
     413: f"More than {MOST_BYTES:,} bytes",
     429: "Too many requests at a time; Retry-After says when to try again",
@@ -176,12 +174,15 @@ def _add_page(app: FastAPI) -> None:
 
 def _first_mistake(error: RequestValidationError) -> Refusal:
     """The first of pydantic's errors as one line: the field, and what is wrong with it."""
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "string_unicode"), errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {first['ctx']['error']}")
     if not place:
         return Refusal(400, "the body is not a JSON object: send one, with Content-Type: application/json")
+    if first["type"] == "string_unicode":
+        return Refusal(400, f"{place[0]} has half a character (a lone surrogate): send whole ones", param=place[0])
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"Unrecognized request argument supplied: {'.'.join(place)}", param=place[0])
     return Refusal(400, f"{'.'.join(place)}: {first['msg']}", param=place[0])

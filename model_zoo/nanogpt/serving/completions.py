@@ -13,6 +13,9 @@ from model_zoo.nanogpt.serving.scheduler import Answer, Scheduler
 from model_zoo.nanogpt.text import TextStream, prompt_ids
 from prepare.tokenizer import Tokenizer
 
+MOST_BYTES = 1 << 20
+"""Largest body of a request, many times the longest prompt."""
+
 
 @dataclass(frozen=True)
 class Limits:

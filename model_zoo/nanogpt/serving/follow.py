@@ -8,6 +8,8 @@ import torch
 
 from elastic_gpt.checkpoint import Checkpoints
 from elastic_gpt.state import broken
+from elastic_gpt.storage import Unreachable
+from model_zoo.nanogpt.loading import Weights, build
 from model_zoo.nanogpt.model import GPT, GPTConfig
 from model_zoo.nanogpt.serving.scheduler import Scheduler
 
@@ -17,32 +19,43 @@ POLL_SECONDS = 2.0
 async def follow(place: Path | str, config: GPTConfig, device: torch.device, scheduler: Scheduler) -> None:
     """Give each newer checkpoint in `place` to `scheduler`, for ever. One that cannot be read is tried again."""
     checkpoints = Checkpoints(place)
-    told = ""
+    told: list[str] = []
     while True:
         await asyncio.sleep(POLL_SECONDS)
+        found: tuple[GPT, int] | None = None
+        problems: list[str] = []
         try:
-            found = await asyncio.to_thread(_newer, checkpoints, scheduler.step, config, device)
-        except (OSError, ValueError) as error:
-            if told != (told := str(error)):
-                print(f"warning: no newer checkpoint is taken from {place}: {error}", file=sys.stderr, flush=True)
-            continue
-        told = ""
+            found = await asyncio.to_thread(_newer, checkpoints, scheduler.step, config, problems)
+        except Unreachable as error:
+            problems.append(str(error))
+        for problem in problems:
+            if problem not in told:
+                print(f"warning: a checkpoint in {place} is not taken: {problem}", file=sys.stderr, flush=True)
+        told = problems
         if found:
-            scheduler.replace(*found)
-            print(f"model of step {found[1]}", file=sys.stderr, flush=True)
+            model, step = found
+            scheduler.replace(model.to(device), step)
+            print(f"model of step {step}", file=sys.stderr, flush=True)
 
 
 def _newer(
-    checkpoints: Checkpoints, step: int | None, config: GPTConfig, device: torch.device
+    checkpoints: Checkpoints, current: int | None, config: GPTConfig, problems: list[str]
 ) -> tuple[GPT, int] | None:
-    """The newest model and its step; None if that is `step`. Raises OSError or ValueError."""
-    newest = max(checkpoints.steps(), default=step)
-    if newest is None or newest == step:
-        return None
-    state = {name.removeprefix("model."): tensor for name, tensor in checkpoints.read(newest, "model").items()}
-    if name := broken(state):
-        raise ValueError(f"step {newest} is of a broken model, {name} is not finite")
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(state, assign=True)
-    return model.to(device).eval(), newest
+    """The newest good model and its step; None if that is `current`, or there is none.
+
+    What is wrong with newer ones is appended to `problems`. Raises Unreachable.
+    """
+    for step in reversed(checkpoints.steps()):
+        if step == current:
+            return None
+        try:
+            tensors = checkpoints.read(step, "model")
+            state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+            if name := broken(state):
+                raise ValueError(f"step {step} is of a broken model, {name} is not finite")
+            return build(Weights(config, state, step, f"step {step}")).eval(), step
+        except Unreachable:
+            raise
+        except Exception as error:  # whatever there is in a damaged file, the one before it may be good
+            problems.append(str(error))
+    return None

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
-from model_zoo.nanogpt.serving.completions import Completion, Options, Part, Service, Text, Wanted, wholes
+from model_zoo.nanogpt.serving.completions import MOST_BYTES, Completion, Options, Part, Service, Text, Wanted, wholes
 from model_zoo.nanogpt.serving.refusal import Refusal
 
 MOST_PROMPTS = 128
@@ -37,9 +37,12 @@ Logprobs = dict[str, list[Any]]
 
 
 class Strict(BaseModel):
-    """Refuses unknown fields, and "1" for 1."""
+    """Refuses unknown fields, "1" for 1, and half a character (a lone surrogate), which no answer could repeat."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null")
+    # pydantic takes any Python string that it need not look into. A limit makes it look, and no body has longer ones.
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null", str_max_length=MOST_BYTES
+    )
 
 
 class StreamOptions(Strict):

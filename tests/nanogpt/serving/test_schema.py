@@ -64,3 +64,31 @@ def test_what_the_document_allows_is_taken_and_each_answer_is_one_that_it_has(ra
 def test_a_whole_number_may_be_written_with_a_point(route: str, body: Any, random_bytes: Served) -> None:
     answer = random_bytes.http.post(route, json=body)
     assert answer.status_code == 200, answer.text
+
+
+INFER = "/v2/models/gpt/infer"
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/completions", r'{"model": "gpt", "prompt": "a\ud800"}'),
+        ("/v1/completions", r'{"model": "gpt", "prompt": ["a", "\udc00"], "stream": true}'),
+        ("/v1/completions", r'{"model": "gpt", "prompt": "a", "stop": "\ud800"}'),
+        ("/v1/completions", r'{"model": "gpt", "prompt": "a", "user": "\ud800"}'),
+        ("/predict", r'{"instances": ["\ud800"]}'),
+        ("/predict", r'{"instances": [{"prompt": "a", "stopSequences": ["\ud800"]}]}'),
+        (INFER, r'{"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["\ud800"]}]}'),
+        (
+            INFER,
+            r'{"id": "\ud800", "inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}',
+        ),
+    ],
+)
+def test_half_a_character_is_refused_as_the_document_says(route: str, body: str, random_bytes: Served) -> None:
+    answer = random_bytes.http.post(route, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert "half a character (a lone surrogate)" in answer.text
+    paths = random_bytes.http.get("/openapi.json").json()["paths"]
+    said = paths[route.replace("gpt", "{name}")]["post"]["responses"]["400"]["description"]
+    assert "half a character (a lone surrogate" in said
