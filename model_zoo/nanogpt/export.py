@@ -1,7 +1,7 @@
 """Exports a trained model for other programs.
 
     elastic-gpt export RUN DIR                        Hugging Face: AutoModelForCausalLM and AutoTokenizer load DIR
-    elastic-gpt export RUN DIR --format nanogpt       DIR/ckpt.pt, which nanoGPT's sample.py loads
+    elastic-gpt export RUN DIR --format nanogpt       DIR/ckpt.pt, which nanoGPT's sample.py loads, and meta.pkl for characters
 
 DIR must be new or empty. It appears whole or not at all. DIR/tokenizer has our own tokenizer, so
 that generate, evaluate and serve work on DIR as they do on a run.
@@ -23,9 +23,10 @@ from model_zoo.nanogpt.huggingface_tokenizer import tokenizer_json
 from model_zoo.nanogpt.layouts import export_state, refuse_variants
 from model_zoo.nanogpt.loading import Loaded, load
 from model_zoo.nanogpt.model import GPTConfig
+from prepare.convert import meta_pkl
 from prepare.frontdoor import DONE, Parser, command, writing
 from prepare.ranks import END_OF_TEXT
-from prepare.tokenizer import Tokenizer
+from prepare.tokenizer import Characters, Tokenizer
 from prepare.tokens import FORMAT_VERSION, META, Meta, SplitRule
 
 
@@ -59,9 +60,11 @@ def export(loaded: Loaded, folder: Path, layout: str, source: str) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        write = _huggingface if layout == "huggingface" else _nanogpt
         with writing(aside):
-            write(loaded, aside, source)
+            if layout == "huggingface":
+                _huggingface(loaded, aside, source)
+            else:
+                _nanogpt(loaded, aside, source, folder)
             if loaded.tokenizer is not None:
                 _save_tokenizer(loaded.tokenizer, aside / TOKENIZER)
         if folder.exists():
@@ -141,23 +144,29 @@ def model_card(loaded: Loaded, source: str) -> str:
     )
 
 
-def _nanogpt(loaded: Loaded, folder: Path, source: str) -> None:
+def _nanogpt(loaded: Loaded, folder: Path, source: str, place: Path) -> None:
+    """Write into `folder`, which will be `place`."""
     config = loaded.model.config
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     if config.bias and not config.qkv_bias:
         raise ValueError(
             "model.qkv_bias is false beside other biases, which nanoGPT cannot express; export to huggingface"
         )
-    checkpoint = {
+    checkpoint: dict[str, Any] = {
         "model": export_state(loaded.model.state_dict(), config, "nanogpt"),
         "model_args": {name: getattr(config, name) for name in names},
         "iter_num": loaded.step or 0,
         "config": {"source": Path(source).name, "activation": config.activation},
     }
-    if loaded.tokenizer is not None and loaded.tokenizer.name not in ("gpt2", "r50k_base"):
+    tokenizer = loaded.tokenizer
+    if isinstance(tokenizer, Characters):
+        characters = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+        (folder / "meta.pkl").write_bytes(meta_pkl(tokenizer.vocab_size, characters))
+        # sample.py looks there for meta.pkl, and takes ids for GPT-2's if the folder has moved.
+        checkpoint["config"]["dataset"] = str(place.resolve())
+    elif tokenizer is not None and tokenizer.name not in ("gpt2", "r50k_base"):
         print(
-            "note: sample.py takes ids for GPT-2's where no data/DATASET/meta.pkl says what they are;"
-            " `elastic-gpt convert` writes one for characters",
+            f"note: sample.py takes ids for GPT-2's or for characters, and cannot decode those of {tokenizer.name}",
             file=sys.stderr,
         )
     with (folder / "ckpt.pt").open("wb") as file:  # given a path, torch would report a full disk as an error of its own

@@ -166,7 +166,7 @@ class GPT(nn.Module):
         large = self.config.vocab_size >= 8192 and x.device.type == "cpu" and x.dtype == torch.float32
         narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         if large and narrow and not torch.compiler.is_compiling():
-            return linear_cross_entropy(x, self._head_weight(), self.lm_head.bias, targets)
+            return linear_cross_entropy(x, self.head_weight(), self.lm_head.bias, targets)
         if large and not narrow and hasattr(F, "linear_cross_entropy"):
             # From torch 2.13 on, head and loss of 256 tokens at a time, so that the logits stay in the processor's cache.
             # A step of a small model is 1.6 times as fast with a vocabulary of 50,304, 1.2 times with 8,192, equal with 65.

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from model_zoo.nanogpt.engine import Request, generate
 from model_zoo.nanogpt.export import main
 from model_zoo.nanogpt.loading import load
 from model_zoo.nanogpt.model import GPT
-from prepare.tokenizer import Bytes, Tokenizer
+from prepare.tokenizer import Bytes, Characters, Tokenizer
 from tests.conftest import trained_bpe
 from tests.nanogpt.test_generate import write_run
 from tests.nanogpt.test_loading import CPU, TINY, random_model
@@ -150,3 +152,35 @@ def test_a_model_that_is_not_gpt2s_is_refused_by_name(
     assert main([str(run), str(tmp_path / "out"), "--format", layout]) == 2
     assert f"model.{next(iter(variant))} " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+NANOGPT = os.environ.get("NANOGPT", "")
+
+
+@pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of github.com/karpathy/nanoGPT")
+def test_nanogpts_own_sample_py_talks_with_an_exported_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    letters = "".join(map(chr, range(ord("A"), ord("Z") + 1)))
+    model = GPT(dataclasses.replace(TINY, vocab_size=26, bias=False, activation="gelu_erf"))
+    folder = exported(tmp_path, Characters(letters), model, "--format", "nanogpt")
+    words = [
+        f"--out_dir={folder}",
+        "--device=cpu",
+        "--num_samples=1",
+        "--max_new_tokens=40",
+        "--start=HELLO",
+        "--top_k=1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "sample.py", *words], cwd=NANOGPT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Loading meta from {folder.resolve()}/meta.pkl" in done.stdout
+    answer = done.stdout.splitlines()[-2]
+    prompt = torch.tensor([letters.index(letter) for letter in "HELLO"])
+    block = model.config.block_size
+    tokens = prompt.tolist()
+    with torch.no_grad():
+        while len(tokens) < 45:
+            tokens.append(int(model.eval()(torch.tensor([tokens[-block:]]))[0, -1].argmax()))
+    assert answer == "".join(letters[token] for token in tokens)
