@@ -71,7 +71,9 @@ class Agent:
         """
         self._tell(waits=step)
         while not ended():
-            if "world" in (message := self._read(LOOK_SECONDS)):
+            with self._calls:
+                message = self._read(LOOK_SECONDS)
+            if "world" in message:
                 os.environ.update(message["world"])
                 self.started_because = message["because"]
                 self._called, self._steps = False, 0

@@ -11,7 +11,9 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import random
 import shutil
+import time
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -21,6 +23,7 @@ from elastic_gpt.storage import as_os_error, open_url
 from prepare.progress import Meter, phase
 from prepare.tokens import META, DataError, Meta, read_meta
 
+TRIES = 100  # to be alone with a copy, 0.05 s each on average: others may come at the same moment
 PIECE = 16 << 20  # bytes of one request: as much as a kill can cost
 _held: list[IO[bytes]] = []  # locks of the copies that this process uses, held until it ends
 
@@ -54,15 +57,34 @@ def local_copy(url: str, cache: Path, most_bytes: int) -> Path:
     except OSError as error:
         raise DataError(f"{cache} cannot be written ({error.strerror}): name another --data.cache FOLDER") from error
     _held.append(lock)
+    refused = 0
     while True:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        fcntl.flock(lock, fcntl.LOCK_SH)  # the other workers of this machine wait here for the one that copies
         if _whole(folder, text, url):
             os.utime(lock.name)
             return folder
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers of this machine wait here
-        if not _whole(folder, text, url):
-            shutil.rmtree(folder, ignore_errors=True)
-            _copy(files, root, url, text, folder, most_bytes)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:  # others come at this moment, or use a copy that was damaged since
+            if (refused := refused + 1) == TRIES:
+                raise DataError(
+                    f"{folder} is damaged and in use: end the runs that use it, or name another --data.cache FOLDER"
+                ) from error
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            time.sleep(random.uniform(0.01, 0.1))
+            continue
+        _remove(folder)
+        _copy(files, root, url, text, folder, most_bytes)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        else:
+            folder.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder} is damaged and cannot be removed ({error.strerror}): remove it") from error
 
 
 def _whole(folder: Path, text: bytes, url: str) -> bool:

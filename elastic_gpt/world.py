@@ -31,7 +31,7 @@ MEET_TIMEOUT = datetime.timedelta(seconds=1)  # for one try to reach the store o
 LOOK_SECONDS = 0.005  # between two looks whether the others are there
 LEAVE_SECONDS = 5.0  # in which a group with a dead member has to be torn down
 CLOSE_SECONDS = 0.2  # for the connections of a group that was left to close
-STILL_SECONDS = datetime.timedelta(seconds=0.3)  # of a collective, between two looks whether its peers are still there
+STILL_TIMEOUT = datetime.timedelta(seconds=0.3)  # of a collective, between two looks whether its peers are still there
 PROBE = 1 << 20  # tag of messages that nobody sends
 
 
@@ -156,11 +156,12 @@ class World:
             return
         while True:
             try:
-                work.wait(STILL_SECONDS)
+                work.wait(STILL_TIMEOUT)
                 return
             except RuntimeError:
-                if work.is_completed():
-                    raise
+                if work.is_completed():  # perhaps only just now
+                    work.wait()  # raises what went wrong, if anything did
+                    return
             # Else peers may just be slow; and gloo remembers what was asked for until the group is left.
             if self.called():
                 for peer in set(range(self.size)) - {self.rank}:
@@ -262,14 +263,20 @@ def leave() -> bool:
     """
     if not dist.is_initialized():
         return True
-    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    left = threading.Event()
+
+    def destroy() -> None:
+        group = dist.group.WORLD  # which closes its connections when nobody refers to it any more
+        dist.destroy_process_group()
+        left.set()
+        del group
+
+    leaving = threading.Thread(target=destroy, daemon=True)
     leaving.start()
-    deadline = time.monotonic() + LEAVE_SECONDS
-    while dist.is_initialized() and time.monotonic() < deadline:
-        time.sleep(LOOK_SECONDS)
+    left.wait(LEAVE_SECONDS)
     # Longer only where a collective was given up: gloo's threads have to end first. The group is of no use to anybody then.
     leaving.join(CLOSE_SECONDS)
-    return not dist.is_initialized()
+    return left.is_set()
 
 
 class Signals:

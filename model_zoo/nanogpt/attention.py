@@ -187,6 +187,7 @@ class MultiheadAttention(nn.Module):
         widen = kind == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= SHORT
         if widen:
             q, k, v = q.float(), k.float(), v.float()
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         with torch.autocast("cpu", enabled=False) if widen else contextlib.nullcontext():
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped

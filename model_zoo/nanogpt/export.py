@@ -162,8 +162,12 @@ def _nanogpt(loaded: Loaded, folder: Path, source: str, place: Path) -> None:
     if isinstance(tokenizer, Characters):
         characters = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
         (folder / "meta.pkl").write_bytes(meta_pkl(tokenizer.vocab_size, characters))
-        # sample.py looks there for meta.pkl, and takes ids for GPT-2's if the folder has moved.
         checkpoint["config"]["dataset"] = str(place.resolve())
+        print(
+            f"note: sample.py finds meta.pkl while it is in {place.resolve()}, which ckpt.pt names; elsewhere it takes ids"
+            " for GPT-2's",
+            file=sys.stderr,
+        )
     elif tokenizer is not None and tokenizer.name not in ("gpt2", "r50k_base"):
         print(
             f"note: sample.py takes ids for GPT-2's or for characters, and cannot decode those of {tokenizer.name}",

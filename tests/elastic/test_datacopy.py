@@ -183,6 +183,29 @@ def test_a_damaged_copy_is_made_again(prepared: Path, tmp_path: Path, harm: str)
         assert (copy / path.relative_to(prepared)).read_bytes() == path.read_bytes()
 
 
+def test_a_damaged_copy_that_somebody_uses_is_told(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = stored(prepared, "memory:/")
+    copy = local_copy(url, tmp_path, MOST)  # and used from now on
+    (copy / "val.bin").unlink()
+    monkeypatch.setattr(datacopy, "TRIES", 3)
+    with pytest.raises(
+        DataError, match=r"is damaged and in use: end the runs that use it, or name another --data\.cache"
+    ):
+        local_copy(url, tmp_path, MOST)
+    assert (copy / "train.bin").exists()  # somebody has it open
+
+
+def test_a_file_in_the_place_of_a_copy_is_replaced(prepared: Path, tmp_path: Path) -> None:
+    url = stored(prepared, "memory:/")
+    copy = local_copy(url, tmp_path, MOST)
+    done()
+    shutil.rmtree(copy)
+    copy.touch()
+    assert (local_copy(url, tmp_path, MOST) / "val.bin").exists()
+
+
 def test_a_cache_that_cannot_be_written_is_told(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(DataError, match=r"cache cannot be written \(File exists\): name another --data\.cache FOLDER"):

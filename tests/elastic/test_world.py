@@ -1,5 +1,6 @@
 """world.py: joining, leaving, and signals."""
 
+import datetime
 import os
 import signal
 import socket
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -80,9 +81,12 @@ def dies_in_a_message(world: World) -> tuple[bool, str, bool, float]:
     if world.rank == 1:
         threading.Thread(target=kill, daemon=True).start()
     object.__setattr__(world, "called", lambda: True)
-    with pytest.raises(PeerLost) as error:
+    try:
         world.broadcast([torch.full((16 << 20,), float(world.rank == 0))], source=0)
-    lost = str(error.value) if error.value.given_up else "whole"
+    except PeerLost as error:
+        lost = f"{error}, given up: {error.given_up}"
+    else:
+        lost = "whole"
     left = leave()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -103,8 +107,33 @@ def test_a_peer_that_dies_in_the_middle_of_a_message_is_lost_and_its_world_can_b
         if not whole:  # else the machine was busy when the sender was to be killed
             break
     assert "rank 1 of 2 lost a peer" in lost
+    assert lost.endswith("given up: True")
     assert "losed by peer" in lost or "reset" in lost
     assert (left, alone) == (True, 1.0)
+
+
+class Late:
+    """A collective that ends just after the time of a wait for it was over."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error, self.waits = error, 0
+
+    def is_completed(self) -> bool:
+        return self.waits > 0
+
+    def wait(self, _timeout: datetime.timedelta | None = None) -> None:
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+def test_a_sum_that_ends_just_after_a_look_is_done_and_one_that_fails_then_says_why() -> None:
+    world = World(0, 2, 0, "node", torch.device("cpu"), elastic=True)
+    world._collective(lambda: cast(Any, Late()))
+    with pytest.raises(PeerLost, match="Connection closed by peer"):
+        world._collective(lambda: cast(Any, Late("Connection closed by peer")))
 
 
 def meets_a_slow_peer(world: World) -> list[float]:

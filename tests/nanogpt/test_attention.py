@@ -199,3 +199,11 @@ def test_short_attention_on_a_cpu_is_float32_whatever_the_products_are(
         output = attention(torch.randn(1, tokens, 16), is_causal=True)
     assert types == [dtype]
     assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tokens", [4, SHORT + 1])
+def test_a_bfloat16_module_takes_its_own_kind_of_mask(tokens: int) -> None:
+    attention = MultiheadAttention(16, 2).bfloat16()
+    x, mask = torch.randn(1, tokens, 16, dtype=torch.bfloat16), torch.randn(tokens, tokens, dtype=torch.bfloat16)
+    expected = attention.float()(x.float(), attn_mask=mask.float())
+    torch.testing.assert_close(attention.bfloat16()(x, attn_mask=mask).float(), expected, rtol=0.05, atol=0.05)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,20 @@ def test_a_model_that_is_not_gpt2s_is_refused_by_name(
     assert main([str(run), str(tmp_path / "out"), "--format", layout]) == 2
     assert f"model.{next(iter(variant))} " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_characters_go_with_a_nanogpt_checkpoint_and_other_tokens_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = exported(tmp_path, Characters("abc"), None, "--format", "nanogpt")
+    meta = pickle.loads((folder / "meta.pkl").read_bytes())
+    assert meta == {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
+    place = torch.load(folder / "ckpt.pt", weights_only=True)["config"]["dataset"]
+    assert Path("data") / place == folder.resolve()  # as sample.py joins them
+    assert f"note: sample.py finds meta.pkl while it is in {place}" in capsys.readouterr().err
+    bytes_folder = exported(tmp_path / "bytes", Bytes(), None, "--format", "nanogpt")
+    assert not (bytes_folder / "meta.pkl").exists()
+    assert "cannot decode those of byte" in capsys.readouterr().err
 
 
 NANOGPT = os.environ.get("NANOGPT", "")

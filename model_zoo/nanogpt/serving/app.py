@@ -125,7 +125,7 @@ def create_app(
 
 
 _DESCRIPTIONS = {
-    400: "A mistake in the request; half a character (a lone surrogate such as \\ud800) in any of its strings is one",
+    400: "A mistake in the request; half a character (a lone surrogate such as \\ud800) in a string that is read is one",
     401: "The bearer token is missing or wrong",
     413: f"More than {MOST_BYTES:,} bytes",
     429: "Too many requests at a time; Retry-After says when to try again",
@@ -179,10 +179,11 @@ def _first_mistake(error: RequestValidationError) -> Refusal:
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {first['ctx']['error']}")
+    if first["type"] == "string_unicode":
+        name = place[0] if place else "a name"
+        return Refusal(400, f"{name} has half a character (a lone surrogate): send whole ones", param=name)
     if not place:
         return Refusal(400, "the body is not a JSON object: send one, with Content-Type: application/json")
-    if first["type"] == "string_unicode":
-        return Refusal(400, f"{place[0]} has half a character (a lone surrogate): send whole ones", param=place[0])
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"Unrecognized request argument supplied: {'.'.join(place)}", param=place[0])
     return Refusal(400, f"{'.'.join(place)}: {first['msg']}", param=place[0])

@@ -25,7 +25,7 @@ async def follow(place: Path | str, config: GPTConfig, device: torch.device, sch
         found: tuple[GPT, int] | None = None
         problems: list[str] = []
         try:
-            found = await asyncio.to_thread(_newer, checkpoints, scheduler.step, config, problems)
+            found = await asyncio.to_thread(_newer, checkpoints, scheduler.step, config, device, problems)
         except Unreachable as error:
             problems.append(str(error))
         for problem in problems:
@@ -34,14 +34,14 @@ async def follow(place: Path | str, config: GPTConfig, device: torch.device, sch
         told = problems
         if found:
             model, step = found
-            scheduler.replace(model.to(device), step)
+            scheduler.replace(model, step)
             print(f"model of step {step}", file=sys.stderr, flush=True)
 
 
 def _newer(
-    checkpoints: Checkpoints, current: int | None, config: GPTConfig, problems: list[str]
+    checkpoints: Checkpoints, current: int | None, config: GPTConfig, device: torch.device, problems: list[str]
 ) -> tuple[GPT, int] | None:
-    """The newest good model and its step; None if that is `current`, or there is none.
+    """The newest good model, on `device`, and its step; None if that is `current`, or there is none.
 
     What is wrong with newer ones is appended to `problems`. Raises Unreachable.
     """
@@ -53,9 +53,10 @@ def _newer(
             state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
             if name := broken(state):
                 raise ValueError(f"step {step} is of a broken model, {name} is not finite")
-            return build(Weights(config, state, step, f"step {step}")).eval(), step
+            return build(Weights(config, state, step, f"step {step}")).eval().to(device), step
         except Unreachable:
             raise
         except Exception as error:  # whatever there is in a damaged file, the one before it may be good
-            problems.append(str(error))
+            why = f"{error}" or type(error).__name__
+            problems.append(why if f"{step}" in why else f"step {step}: {why}")
     return None
