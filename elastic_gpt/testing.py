@@ -104,11 +104,13 @@ class _Job:
                     if code:
                         self.workers[node] = self._start(node)
                 self._form_world()
-                if len(read_metrics(self.run)) > done:
-                    done, deadline = len(read_metrics(self.run)), time.monotonic() + PATIENCE
-                    # Only one kill in each life: the state of the next one has to be restored first.
-                    if kill and Ledger(self.run).lives() > lives:
-                        lives = Ledger(self.run).lives()
+                if len(lines := read_metrics(self.run)) > done:
+                    done, deadline = len(lines), time.monotonic() + PATIENCE
+                    # Only one kill in each life, after a step of its own: a life begins with the lines that the one before
+                    # left to it, and its state has to be restored first.
+                    restored = [event for event in Ledger(self.run).events() if event["event"] == "restored"]
+                    if kill and len(restored) > lives and lines[-1]["step"] > restored[-1]["step"]:
+                        lives = len(restored)
                         self.workers[self.kills % len(self.workers)].kill()
                         self.kills += 1
         finally:
