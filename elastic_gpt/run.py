@@ -528,7 +528,7 @@ class Worlds(abc.ABC):
 
             saved = world.first_does(settle)
             self.stored = step if saved else -1
-            self.left = signals.leave
+            self.left = signals.leave and saved  # else `part` saves, and tells it then
             if world.first_of_node and self.left and not finished:
                 ledger.write("left", node=world.node, step=step)
             if world.first and not finished and leaving == world.size:

@@ -91,12 +91,11 @@ def test_a_run_goes_on_where_it_was_and_another_one_is_refused(
 
 
 @linux
-@pytest.mark.parametrize(
-    "lost", [False, True], ids=["in order", "after a world that lost a peer before its first step"]
-)
+@pytest.mark.parametrize("asked", ["in order", "after a world that lost a peer before its first step", "at the end"])
 def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
+    lost = asked.startswith("after")
     name = f"test-{secrets.token_hex(8)}"
     for variable in ("DLROVER_MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(variable, "none")
@@ -110,6 +109,8 @@ def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
         workers.give({0: {"RANK": "0", "WORLD_SIZE": "1"}})
         until(lambda: "9" in heard.heard)
         workers.call()  # as for a node that comes or goes: nobody has asked this one to leave
+        if asked == "at the end":
+            return
         until(lambda: workers.waiting() == {0})
         if lost:
             monkeypatch.setattr(run, "restore", loses_a_peer)
@@ -119,6 +120,15 @@ def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
 
     losses: list[PeerLost] = []
 
+    class Late(Observer):
+        """Asks the node to leave when those who leave have been counted."""
+
+        def on_event(self, event: Mapping[str, Any]) -> None:
+            if event["event"] == "interrupted":
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    observers = [heard, Late()] if asked == "at the end" else [heard]
+
     def loses_a_peer(*_: object) -> None:
         losses.append(PeerLost("a peer has gone"))
         raise losses[-1]
@@ -126,7 +136,7 @@ def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
     threading.Thread(target=agent, daemon=True).start()
     sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 10**9}
     with pytest.raises(SystemExit):
-        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=observers, **sizes))
     assert bool(losses) == lost
     step, ledger = len(read_metrics(tmp_path)), Ledger(tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").newest_step() == step
