@@ -31,6 +31,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from elastic_gpt import devices
 from model_zoo.nanogpt.model import GPT, GPTConfig
 
 PATIENCE = 600.0  # seconds to the first step: compiling takes its time
@@ -178,17 +179,9 @@ def both(size: Size, options: argparse.Namespace, data: Path, work: Path) -> Ite
 
 def peak(device: str, threads: int) -> float:
     """Operations a second of a large matrix product."""
-    width, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     torch.set_num_threads(threads)
-    a, b = torch.randn(2, width, width, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * width**3 / best
+    width, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    return devices.measured_peak(torch.device(device), dtype, width)
 
 
 def prepare(work: Path) -> Path:

@@ -4,6 +4,8 @@ A new kind (XPU, for example) is a line in each of these functions and in `Devic
 """
 
 import functools
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,32 @@ import torch
 
 from elastic_gpt.settings import Device, SettingsError
 
-# Peaks of dense matrix products (no sparsity), operations per second at 16 bits, from the makers' data sheets.
+# Peaks of dense matrix products (no sparsity), operations per second at 16 bits, from the makers' data sheets, by words of a
+# device's name. The first that fits counts.
 PEAKS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "A6000": 155e12,
     "L40S": 362e12,
+    "L40": 181e12,
+    "4090": 165e12,
+    "3090": 71e12,
     "A10": 125e12,
     "L4": 121e12,
     "V100": 125e12,
     "T4": 65e12,
+    "MI300X": 1307e12,
 }
 
 
@@ -115,11 +133,41 @@ def usual_dtype(device: torch.device) -> torch.dtype:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's peak for matrix products in `dtype`, operations per second; None if it is not known."""
+    """The device's peak for matrix products in `dtype`, operations per second; None for CPUs and float32.
+
+    That of a GPU that is not in `PEAKS` is measured.
+    """
     if device.type != "cuda" or dtype == torch.float32:
         return None
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    return next((peak for name, peak in PEAKS.items() if name in words), None)
+    name = torch.cuda.get_device_name(device)
+    words = set(name.replace("-", " ").split())
+    return next((peak for known, peak in PEAKS.items() if words.issuperset(known.split())), None) or _peak_of_unknown(
+        device, dtype, name
+    )
+
+
+@functools.cache
+def _peak_of_unknown(device: torch.device, dtype: torch.dtype, name: str) -> float:
+    peak = measured_peak(device, dtype, 8192)
+    print(
+        f"note: the peak of {name} is not known: MFU is against products measured here, {peak / 1e12:.0f} TFLOP/s",
+        file=sys.stderr,
+        flush=True,
+    )
+    return peak
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """Operations per second of a matrix product of width x width, the fastest of eight."""
+    a, b = torch.randn(2, width, width, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        if works_on(device):
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * width**3 / best
 
 
 def pinned(values: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -84,10 +84,37 @@ def test_few_rows_are_slow_in_float32_on_amds_processors_alone(monkeypatch: pyte
     assert not devices.slow_at_few_rows(torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize(("name", "peak"), [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10", 125e12), ("Other", None)])
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+    ],
+)
 def test_a_gpus_peak_is_known_by_a_whole_word_of_its_name(
-    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+    name: str, peak: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert devices.peak_flops(torch.device("cuda"), torch.bfloat16) == peak
     assert devices.peak_flops(torch.device("cuda"), torch.float32) is None
+
+
+def test_the_peak_of_an_unknown_gpu_is_measured_once_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Tomorrow 1")
+    monkeypatch.setattr(devices, "measured_peak", lambda *of: asked.append(of[2]) or 42e12)
+    peaks = {devices.peak_flops(torch.device("cuda"), torch.bfloat16) for _ in range(3)}
+    assert (peaks, asked) == ({42e12}, [8192])
+    told = "note: the peak of NVIDIA Tomorrow 1 is not known: MFU is against products measured here, 42 TFLOP/s\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_measured_peak_counts_the_operations_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0, 5.0, 7.0, *[7.0, 11.0] * 6])
+    monkeypatch.setattr("elastic_gpt.devices.time.perf_counter", lambda: next(clock))
+    assert devices.measured_peak(torch.device("cpu"), torch.float32, 10) == 2 * 10**3 / 2.0
