@@ -85,7 +85,9 @@ def main() -> None:
     for event, cost, end in zip(struck, costs(done, struck, ended), ends, strict=True):
         again = sum(one["dropped"] for one in events if one["event"] == "restored" and event.time <= one["time"] < end)
         found[event.kind].append((seconds_of(cost, event.time, end, events), again))
-    table = Table("event", "times", "goal", "before", "median", "least to most", "steps again, most", "reached")
+    table = Table(
+        "event", "times", "goal", "before", "median", "least to most", "steps again, most", "reached, to 0.1 s"
+    )
     for kind, goal in GOALS.items():
         seconds, again = [one for one, _ in found[kind]], max(one for _, one in found[kind])
         median = statistics.median(seconds)

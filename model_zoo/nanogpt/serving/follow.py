@@ -52,11 +52,10 @@ def _newer(
             tensors = checkpoints.read(step, "model")
             state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
             if name := broken(state):
-                raise ValueError(f"step {step} is of a broken model, {name} is not finite")
+                raise ValueError(f"a broken model, {name} is not finite")
             return build(Weights(config, state, step, f"step {step}")).eval().to(device), step
         except Unreachable:
             raise
         except Exception as error:  # whatever there is in a damaged file, the one before it may be good
-            why = f"{error}" or type(error).__name__
-            problems.append(why if f"{step}" in why else f"step {step}: {why}")
+            problems.append(f"step {step}: {str(error) or type(error).__name__}")
     return None

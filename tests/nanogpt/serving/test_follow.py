@@ -105,12 +105,12 @@ def test_a_damaged_or_broken_checkpoint_is_told_of_once_and_not_taken(
         told += capfd.readouterr().err
         return words in told
 
-    until(lambda: heard("step 8 is of a broken model"))
+    until(lambda: heard("step 8: a broken model"))
     assert greedy(served) == ("n", "step-7")
     save(run, 9, backwards())
     until(lambda: greedy(served) == ("l", "step-9"))
     assert not heard("never")
-    assert told.count("step 8 is of a broken model") == 1
+    assert told.count("step 8: a broken model") == 1
 
 
 def test_a_run_that_went_back_is_followed_back(served: Served, run: Path) -> None:
