@@ -31,11 +31,12 @@ from elastic_gpt.evaluator import Evaluator
 from elastic_gpt.gradients import LossScale
 from elastic_gpt.identity import Run
 from elastic_gpt.order import Order, sequence_count
-from elastic_gpt.run import Worlds, exits
+from elastic_gpt.run import exits
 from elastic_gpt.rundir import settings_before
 from elastic_gpt.settings import SettingsError
 from elastic_gpt.state import Restored
 from elastic_gpt.world import World, place
+from elastic_gpt.worlds import Worlds
 from model_zoo.nanogpt import places, precision
 from model_zoo.nanogpt.config import PRESETS, TrainConfig
 from model_zoo.nanogpt.initial import check_start, start

@@ -23,18 +23,18 @@ import yaml
 from safetensors.torch import load_file
 
 from elastic_gpt import gradients as sums
-from elastic_gpt import run as loop
 from elastic_gpt import rundir as folders_of_runs
+from elastic_gpt import worlds as loop
 from elastic_gpt.checkpoint import Checkpoints
 from elastic_gpt.contract import shared_memory
 from elastic_gpt.gradients import Gradients, StepSums
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger
-from elastic_gpt.run import _on_its_way
 from elastic_gpt.settings import SettingsError, parse
 from elastic_gpt.snapshot import Snapshots
 from elastic_gpt.storage import Unreachable
 from elastic_gpt.world import PeerLost, World, join, leave
+from elastic_gpt.worlds import _on_its_way
 from model_zoo.nanogpt import rundir, train
 from model_zoo.nanogpt.config import PRESETS, TrainConfig
 from model_zoo.nanogpt.startup import loss_function

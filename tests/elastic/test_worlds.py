@@ -1,0 +1,190 @@
+"""worlds.py: who is asked to leave saves what nobody else has, and observers hear of everything in its order."""
+
+import json
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elastic_gpt import Elastic, Observer, checkpoint, world, worlds
+from elastic_gpt.checkpoint import Checkpoints, save_tensors
+from elastic_gpt.contract import WORLDS
+from elastic_gpt.identity import Run
+from elastic_gpt.ledger import Ledger, read_metrics
+from elastic_gpt.mirror import Mirror, mirror_of
+from elastic_gpt.nodes.workers import Workers
+from elastic_gpt.reports import StepReport
+from elastic_gpt.world import PeerLost, World
+from tests.conftest import PATIENCE, until
+from tests.elastic.test_run import DATA, linux, model, train
+
+
+class Kept(Observer):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.heard.append(str(report.step))
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        self.heard.append(event["event"])
+
+
+@linux
+@pytest.mark.parametrize("asked", ["in order", "after a world that lost a peer before its first step", "at the end"])
+def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    lost = asked.startswith("after")
+    name = f"test-{secrets.token_hex(8)}"
+    for variable in ("DLROVER_MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(variable, "none")
+    monkeypatch.setenv(WORLDS, name)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(world, "die_with_parent", lambda _: None)  # the test's process is to outlive whoever started it
+    workers, heard = Workers(name), Kept()
+
+    def agent() -> None:
+        until(lambda: workers.waiting() == {0})
+        workers.give({0: {"RANK": "0", "WORLD_SIZE": "1"}})
+        until(lambda: "9" in heard.heard)
+        workers.call()  # as for a node that comes or goes: nobody has asked this one to leave
+        if asked == "at the end":
+            return
+        until(lambda: workers.waiting() == {0})
+        if lost:
+            monkeypatch.setattr(worlds, "restore", loses_a_peer)
+            workers.give({0: {"RANK": "0", "WORLD_SIZE": "1"}})
+            until(lambda: bool(losses) and workers.waiting() == {0})
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    losses: list[PeerLost] = []
+
+    class Late(Observer):
+        """Asks the node to leave when those who leave have been counted."""
+
+        def on_event(self, event: Mapping[str, Any]) -> None:
+            if event["event"] == "interrupted":
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    observers = [heard, Late()] if asked == "at the end" else [heard]
+
+    def loses_a_peer(*_: object) -> None:
+        losses.append(PeerLost("a peer has gone"))
+        raise losses[-1]
+
+    threading.Thread(target=agent, daemon=True).start()
+    sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 10**9}
+    with pytest.raises(SystemExit):
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=observers, **sizes))
+    assert bool(losses) == lost
+    step, ledger = len(read_metrics(tmp_path)), Ledger(tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").newest_step() == step
+    manifest = json.loads((tmp_path / "checkpoints" / Checkpoints.name(step) / "MANIFEST.json").read_text())
+    assert manifest["life"] in [event["name"] for event in ledger.events() if event["event"] == "joined"]
+    assert [(event["event"], event["step"]) for event in ledger.events()[-2:]] == [("saved", step), ("left", step)]
+
+
+def test_a_save_that_takes_longer_than_the_grace_is_still_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        save_tensors(*args)
+
+    class Stops(Observer):
+        def on_step(self, report: StepReport) -> None:
+            if report.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    monkeypatch.setattr(os, "_exit", sys.exit)  # how an unforeseen error would end the process of all tests
+    sizes = {"global_batch": 16, "micro_batch": 4, "grace_seconds": 0.1}
+    with pytest.raises(SystemExit) as end:
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[Stops()], **sizes))
+    assert end.value.code == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path / "checkpoints").newest_step() == len(read_metrics(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("rank", "others", "told"),
+    [
+        (0, "gone", ["saved", "left"]),
+        (1, "gone", ["saved", "left"]),
+        (1, "saving", ["left"]),
+        (1, "training on", []),
+    ],
+)
+def test_of_nodes_that_leave_with_one_state_one_saves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, others: str, told: list[str]
+) -> None:
+    monkeypatch.setattr("elastic_gpt.worlds.STALLED_SECONDS", PATIENCE)  # however slow this machine is
+    run = Elastic(tmp_path, *model(), DATA, steps=10, global_batch=16, micro_batch=4, grace_seconds=3.0)
+    for life in range(2 if others == "training on" else 1):
+        run.ledger.begin_life(["a", "b"], 2, 0, "start", 0, f"life {life}")
+    known, place = Run("run", 0, [], name="life 0"), tmp_path / "checkpoints"
+    run.last = World(rank, 2, 0, "ab"[rank], torch.device("cpu"), True), Checkpoints(place, run=known)
+    run.held.step = 5
+    run.signals._asked(signal.SIGUSR1, None)
+    before, first = len(run.ledger.events()), Checkpoints(place, run=known)
+
+    def save() -> None:
+        """As rank 0 does: its files grow until long after the other's turn has come."""
+        for size in range(6):
+            (place / "step_00000005").mkdir(parents=True, exist_ok=True)
+            (place / "step_00000005" / "model.safetensors.0.partial").write_bytes(bytes(size))
+            time.sleep(0.5)
+        first.save(5, run.tensors, [])
+        assert first.finished(wait=True) == 5
+
+    writer = threading.Thread(target=save)
+    if others == "saving":
+        writer.start()
+    run.part()
+    assert [event["event"] for event in run.ledger.events()[before:]] == told
+    assert Checkpoints(place, run=known).newest_step() == (5 if told else None)
+    if others == "saving":
+        writer.join()
+
+
+def test_who_leaves_after_its_life_is_no_longer_the_writer_of_a_run_directory_on_a_store(url: str) -> None:
+    run = Elastic(url, *model(), DATA, steps=10, global_batch=16, micro_batch=4)
+    mine = mirror_of(run.plan.run_dir)
+    assert mine
+    mine.begin_writing("life 0")
+    run.ledger.begin_life(["a", "b"], 2, 0, "start", 0, "life 0")
+    run.last = World(0, 2, 0, "a", torch.device("cpu"), True), Checkpoints(f"{url}/checkpoints")
+    run.held.step = 5
+    run.signals._asked(signal.SIGUSR1, None)
+    other = Mirror(url)  # the others have gone on, and another worker is the writer
+    other.reopen()
+    other.begin_writing("life 1")
+    Ledger(other.folder).begin_life(["b"], 1, 5, "worker of node b", 0, "life 1")
+    run.part()
+    assert not mine.writes
+    other.reopen()
+    names = [event["name"] for event in Ledger(other.folder).events() if event["event"] == "joined"]
+    assert names == ["life 0", "life 1"]
+
+
+def test_an_observer_hears_of_checkpoints_and_skipped_updates_in_their_order(tmp_path: Path) -> None:
+    kept = Kept()
+    plan = {"steps": 3, "global_batch": 16, "micro_batch": 16, "checkpoint_interval": 1, "observers": [kept]}
+    run = Elastic(tmp_path, *model(), DATA, **plan)
+    for step in run:
+        for inputs, targets in step:
+            loss = ((run.model(inputs) - targets) ** 2).sum()
+            step.backward(loss * float("nan") if step.number == 1 else loss)
+        step.update()
+    assert [word for word in kept.heard if word != "saved"] == (
+        ["joined", "restored", "1", "skipped", "2", "3", "finished"]
+    )
+    assert kept.heard.count("saved") == len([one for one in Ledger(tmp_path).events() if one["event"] == "saved"]) > 0
