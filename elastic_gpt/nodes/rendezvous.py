@@ -191,6 +191,10 @@ class Leases:
         self._progress, self._written = progress, now
         print(progress.to_line(), flush=True)
 
+    def came(self, node: int) -> None:
+        """The node has asked the master itself, which is a sign of life: its first one, where its lease was not heard yet."""
+        self._renewed.setdefault(node, self._clock())
+
     def gone(self, node: int) -> None:
         """The node has gone or is going. Its id is never used again."""
         self._gone.add(node)
@@ -270,6 +274,7 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         remove(manager, node)
 
     def join_rendezvous(manager: Any, node: int, rank: int, workers: int, ip: str = "") -> Any:
+        leases.came(node)
         with manager._lock:
             if not manager._waiting_nodes:
                 missing.clear()

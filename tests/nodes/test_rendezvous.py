@@ -78,12 +78,19 @@ def test_nobody_waits_for_a_node_that_is_gone_even_if_its_agent_still_says_other
 
 def test_a_node_that_fell_silent_is_waited_for_as_long_as_its_lease_lasts() -> None:
     before, after = LEASE_SECONDS - 0.1, LEASE_SECONDS + 0.1
-    assert shown(f"joins(0); now[0] = {before}; show(world()); now[0] = {after}; show(world())") == ["[]", "[0]"]
+    assert shown(f"joins(0); now[0] = {before}; show(world()); now[0] = {after}; waits(0); show(world())") == [
+        "[]",
+        "[0]",
+    ]
 
 
 @pytest.mark.parametrize("end", ["leases.gone(2)", "says(2, b'')", f"now[0] = {LEASE_SECONDS + 0.1}; holds(1)"])
 def test_a_node_that_was_lost_while_it_waited_is_in_no_world(end: str) -> None:
     assert shown(f"holds(2); joins(2); {end}; show(world()); joins(1); show(world())") == ["[]", "[1]"]
+
+
+def test_a_node_that_asked_and_was_lost_before_its_lease_was_heard_is_in_no_world() -> None:
+    assert shown(f"joins(2); now[0] = {LEASE_SECONDS + 0.1}; holds(1); joins(1); show(world())") == ["[1]"]
 
 
 def test_a_machine_that_stood_still_while_it_waited_is_waiting_when_it_comes_back() -> None:

@@ -41,6 +41,7 @@ from elastic_gpt.nodes.rendezvous import (
     PATIENCE_SECONDS,
     RECONNECT_SECONDS,
     RENEW_SECONDS,
+    WAITS,
     Ask,
     Lease,
     Leases,
@@ -418,7 +419,7 @@ class Node(Machine):
         while True:
             yield from self.say(lambda: self.lease.ask(Ask("elastic-training", rank, 1, least, most, 1)))
             yield from self.ask(lambda master: master.manager.update_rdzv_params(least, most, 1, 1))
-            yield from self.ask(lambda master: master.manager.join_rendezvous(number, rank, 1))
+            yield from self.ask(lambda master: master.come(number, rank))
             self.job.say(f"{self} waits")
             while True:
                 turn, world = yield from self.ask(lambda master: master.world(rank))
@@ -480,6 +481,11 @@ class Master(Machine):
             if int(number) >= self.numbers.get(node, 0):
                 self.heard[node], self.numbers[node] = (self.job.clock.now, word), int(number)
         self.store.set(key, value)
+
+    def come(self, node: int, rank: int) -> int:
+        """A node asks for a world: where its lease was not heard yet, that is its first sign of life."""
+        self.heard.setdefault(node, (self.job.clock.now, WAITS))
+        return int(self.manager.join_rendezvous(node, rank, 1))
 
     def world(self, rank: int) -> tuple[int, dict[int, int]]:
         """The answer to get_comm_world: the round, and node ids by rank."""
