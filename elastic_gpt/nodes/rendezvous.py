@@ -199,9 +199,9 @@ class Leases:
         """The node has gone or is going. Its id is never used again."""
         self._gone.add(node)
 
-    def are_gone(self, nodes: Iterable[int]) -> int:
-        """How many of these are known to have gone."""
-        return len(self._gone.intersection(nodes))
+    def are_gone(self, nodes: Iterable[int] | None = None) -> int:
+        """How many of these are known to have gone; None: of all that this master has heard."""
+        return len(self._gone.intersection(self._renewed if nodes is None else nodes))
 
     def held(self) -> set[int]:
         """Ids of the nodes that are in a world, or want to be."""
@@ -342,11 +342,12 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         """More than none: all come for another world.
 
         So they do for one of theirs that has gone before they met, and for one that was silent and is back, in a world of old.
+        Who is in a world that the master before has formed is not known: anybody that has gone may be awaited in it.
         """
         with manager._lock:
             world = {node.node_id for node in manager._rdzv_nodes.values()}
             back = leases.members() - world - known.get(manager, set()) if world else set()
-            return int(count(manager)) + leases.are_gone(last.get(manager, ())) + len(back)
+            return int(count(manager)) + leases.are_gone(last.get(manager)) + len(back)
 
     kv_store_service.KVStoreService.set = set_value
     rdzv_manager.RendezvousManager.remove_alive_node = remove_alive_node

@@ -145,6 +145,11 @@ def test_those_who_wait_for_one_that_has_gone_since_their_world_was_formed_come_
     assert shown(formed + "leases.gone(0); show(manager.num_nodes_waiting() > 0)") == ["[0, 1]", "0", "True"]
 
 
+def test_a_new_master_calls_those_who_may_wait_for_one_that_has_gone_before_their_world_met() -> None:
+    anew = "manager = ElasticTrainingRendezvousManager(); holds(2); show(manager.num_nodes_waiting()); "
+    assert shown(anew + "leases.gone(2); show(manager.num_nodes_waiting())") == ["0", "1"]
+
+
 def test_so_they_do_if_a_node_that_asked_for_the_next_world_has_gone_as_well() -> None:
     formed = "waits(1); joins(1); waits(0); joins(0); show(world()); holds(0); holds(1); "
     asked = "joins(2); manager.remove_alive_node(Node('worker', 2)); show(manager.num_nodes_waiting()); "
