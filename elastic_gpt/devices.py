@@ -4,7 +4,9 @@ A new kind (XPU, for example) is a line in each of these functions and in `Devic
 """
 
 import functools
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from elastic_gpt.settings import Device, SettingsError
 
@@ -100,16 +103,58 @@ def refuse(device: Device, *, exact: bool) -> None:
 
 
 def backend(device: torch.device) -> str:
-    """The torch.distributed backend for tensors on `device`. Makes `device` the current one of this process."""
+    """The torch.distributed backends for tensors on the host and on `device`. Makes `device` the current one of this process.
+
+    Beside NCCL, gloo carries what the hosts say to each other, and its connections tell who has gone.
+    """
     if device.type != "cuda":
         return "gloo"
     torch.cuda.set_device(device)
-    return "nccl"
+    # Else torch's watchdog, or who watches that, ends the process when a collective fails or stands still; torchelastic
+    # even asks for it. With the first there is no such thread, and its limit is ours (World.patience).
+    os.environ |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    return "cpu:gloo,cuda:nccl"
 
 
-def for_collectives(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`values`, which are on the host, moved to where the collectives of the device's backend need them."""
-    return values.to(device) if device.type == "cuda" else values
+def queues(device: torch.device) -> bool:
+    """Whether collectives of tensors on `device` are queued there, so that the host does not see their end unless it looks."""
+    return device.type == "cuda"
+
+
+def abort(device: torch.device) -> None:
+    """End the default group and the collectives that stand still in it, and wait until `device` has done all else.
+
+    May not return, if NCCL or the driver do not. Raises RuntimeError if NCCL cannot, or if the device is lost.
+    """
+    dist.distributed_c10d._abort_process_group()
+    torch.cuda.synchronize(device)
+
+
+class Connecting:
+    """NCCL's connections to all peers being made, to be waited for as for a dist.Work.
+
+    NCCL makes them in the first collective, which does not return before all peers have come, and has no limit of its own.
+    So a thread does that one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._failed: RuntimeError | None = None
+        self._thread = threading.Thread(target=self._connect, args=[device], name="connecting", daemon=True)
+        self._thread.start()
+
+    def _connect(self, device: torch.device) -> None:
+        try:
+            dist.all_reduce(torch.zeros(1, device=device))
+        except RuntimeError as error:
+            self._failed = error
+
+    def is_completed(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Once they are made, or could not be: raises why not."""
+        if self._failed:
+            raise self._failed
 
 
 def works_on(device: torch.device) -> bool:

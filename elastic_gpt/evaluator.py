@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from elastic_gpt import devices
 from elastic_gpt.batches import gather
 from elastic_gpt.order import Ids, sequence_count, share
 from elastic_gpt.world import World
@@ -65,6 +64,5 @@ class Evaluator:
             tokens, targets = gather(self.tokens, self.micro_batches[index], self.block_size, self.world)
             sums[index] = self.loss_sum(tokens.to(self.world.device), targets.to(self.world.device)).item()
         self.model.train()
-        there = devices.for_collectives(sums, self.world.device)
-        self.world.sum(there)
-        return there.sum().item() / self.targets
+        self.world.sum(sums)
+        return sums.sum().item() / self.targets

@@ -6,16 +6,19 @@ join another one. Those that live on do so in the same process, with another ran
 
 import datetime
 import functools
+import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,7 @@ from elastic_gpt.processes import die_with_parent
 from elastic_gpt.settings import Device
 
 T = TypeVar("T")
+HOST = torch.device("cpu")
 PARCEL = 32 << 20  # bytes in one broadcast
 TOUCH_SECONDS = 0.5  # between two signs of life of a rank that others wait for
 MEET_TIMEOUT = datetime.timedelta(seconds=1)  # for one try to reach the store of a new group
@@ -32,6 +36,10 @@ LOOK_SECONDS = 0.005  # between two looks whether the others are there
 LEAVE_SECONDS = 5.0  # in which a group with a dead member has to be torn down
 CLOSE_SECONDS = 0.2  # for the connections of a group that was left to close
 STILL_TIMEOUT = datetime.timedelta(seconds=0.3)  # of a collective, between two looks whether its peers are still there
+POLL_SECONDS = 0.0002  # between two looks whether the device has done a collective
+QUEUED = (
+    64  # collectives on the device whose end the host has not seen; its queue holds some more, then a launch blocks
+)
 PROBE = 1 << 20  # tag of messages that nobody sends
 
 
@@ -42,6 +50,8 @@ class PeerLost(RuntimeError):
     """Name of the node whose first worker noticed it."""
     given_up: bool = False
     """Whether gloo still waits for the rest of a message, and may write into what was to be summed when it comes."""
+    stuck: bool = False
+    """Whether the device could not be freed of what the peer was to answer, so that this process is of no more use."""
 
 
 class NotJoined(PeerLost):
@@ -62,6 +72,9 @@ class World:
     """Whether an agent started this worker and will restart it."""
     called: Callable[[], bool] = field(default=lambda: False, compare=False)
     """Tells whether the members change. Asked in a collective that stands still, in any thread."""
+    patience: float = field(default=math.inf, compare=False)
+    """Seconds after which a peer that does not answer on the device is lost (gloo has this limit itself)."""
+    _queued: deque[dist.Work] = field(default_factory=deque, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -73,15 +86,28 @@ class World:
         return self.local_rank == 0
 
     def sum(self, values: torch.Tensor) -> None:
-        """Replace `values` by its sum over all ranks."""
+        """Replace `values` by its sum over all ranks. On a GPU that is only begun, and `settle` ends it."""
         if self.size > 1:
-            self._collective(lambda: dist.all_reduce(values, async_op=True))
+            self._collective(lambda: dist.all_reduce(values, async_op=True), values.device, waits="nobody")
 
     def exchange(self, rows: torch.Tensor) -> torch.Tensor:
-        """Give the n-th of `rows` (size, ...) to rank n; return the rows that the ranks gave this one, in order of rank."""
+        """Give the n-th of `rows` (size, ...) to rank n; return the rows that the ranks gave this one, in order of rank.
+
+        On a GPU that is only queued, and what is queued later comes after it; `settle` tells whether it has ended.
+        """
         came = torch.empty_like(rows)
-        self._collective(lambda: dist.all_to_all_single(came, rows, async_op=True))
+        self._collective(lambda: dist.all_to_all_single(came, rows, async_op=True), rows.device, waits="device")
         return came
+
+    def settle(self) -> None:
+        """Wait until the device has ended the sums and exchanges that were queued. They end in their order.
+
+        What is queued after this can wait for no peer any more. Raises PeerLost if one does not answer.
+        """
+        if self._queued:
+            last = self._queued.pop()
+            self._queued.clear()
+            self._collective(lambda: last, self.device)
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, in order of rank, on every rank. It has to be small and picklable.
@@ -101,7 +127,7 @@ class World:
         for together in _parcels(tensors):
             # NCCL moves no CPU tensors, and AdamW may keep its step count on the CPU.
             flat = torch.cat([tensor.reshape(-1).to(self.device) for tensor in together])
-            self._collective(functools.partial(dist.broadcast, flat, source, async_op=True))
+            self._collective(functools.partial(dist.broadcast, flat, source, async_op=True), self.device)
             if self.rank != source:
                 parts = flat.split([tensor.numel() for tensor in together])
                 for tensor, part in zip(together, parts, strict=True):
@@ -128,44 +154,90 @@ class World:
             raise error
         return result
 
-    def _collective(self, begin: Callable[[], dist.Work | None]) -> None:
-        """Do a collective. `begin` returns what is to be waited for; None: it has waited itself."""
-        work = None
+    def _collective(
+        self,
+        begin: Callable[[], dist.Work | None],
+        on: torch.device = HOST,
+        waits: Literal["host", "device", "nobody"] = "host",
+    ) -> None:
+        """Do a collective.
+
+        Args:
+            begin: returns what is to be waited for; None: it has waited itself.
+            on: where its tensors are.
+            waits: who waits for it where it is queued on the device: this thread, what is queued there later, or nobody
+                yet. Elsewhere this thread waits.
+        """
+        work, queued = None, devices.queues(on)
         try:
-            if work := begin():
-                self._wait(work)
+            if (work := begin()) is None:
+                return
+            if waits == "host" or not queued:
+                self._wait(work, queued)
+                return
+            if waits == "device":
+                work.block_current_stream()
+            self._queued.append(work)
+            if len(self._queued) > QUEUED:
+                self._wait(self._queued.popleft(), queued)
             return
         except (RuntimeError, ValueError) as error:  # gloo and NCCL have no narrower type for a lost peer
-            why, given_up = str(error), work is not None and not work.is_completed()
+            why, given_up = str(error), work is not None and not queued and not work.is_completed()
             # The frames of its traceback refer to the group, whose connections would stay open, and other peers wait for them.
-            work = None
+            work = work if queued else None
+            self._queued.clear()
             traceback.clear_frames(error.__traceback__)
         lost = PeerLost(f"rank {self.rank} of {self.size} lost a peer: {why}")
         lost.noticed_by = self.node if self.first_of_node else None
         lost.given_up = given_up
+        lost.stuck = devices.queues(self.device) and not self._freed(work)
         raise lost
 
-    def _wait(self, work: dist.Work) -> None:
+    def _wait(self, work: dist.Work, queued: bool) -> None:
         """Wait for a collective. One that cannot end any more is given up, which may take gloo's timeout in the background.
 
         If a peer dies in the middle of a message, gloo closes the connection, but does not tell whoever waits for the rest. It
-        refuses only what begins later, so a message that nobody sends is asked for.
+        refuses only what begins later, so a message that nobody sends is asked for. NCCL tells of a peer of another node that
+        its connection broke, and of others nothing; gloo's connections are there beside it.
         """
-        if devices.backend(self.device) != "gloo":
-            work.wait()
-            return
-        while True:
-            try:
-                work.wait(STILL_TIMEOUT)
-                return
-            except RuntimeError:
-                if work.is_completed():  # perhaps only just now
-                    work.wait()  # raises what went wrong, if anything did
-                    return
-            # Else peers may just be slow; and gloo remembers what was asked for until the group is left.
+        deadline = time.monotonic() + self.patience
+        while not _ended(work, queued):
+            # Peers may just be slow; and gloo remembers what was asked for until the group is left.
             if self.called():
                 for peer in set(range(self.size)) - {self.rank}:
                     dist.irecv(torch.empty(1), peer, tag=PROBE)  # raises if the connection is closed
+            if queued and time.monotonic() > deadline:
+                raise RuntimeError(f"a peer has not answered for {self.patience:g} s")
+
+    def _freed(self, work: dist.Work | None) -> bool:
+        """Leave this world at once, before anybody waits for the device. Whether nothing of it stands still there any more."""
+        try:
+            return leave(self.device) and (work is None or work.is_completed())
+        except RuntimeError:  # the device is lost
+            return False
+
+
+def _ended(work: dist.Work, queued: bool) -> bool:
+    """Look at a collective for STILL_TIMEOUT. Returns whether it has ended well; raises what went wrong.
+
+    Args:
+        queued: whether it is on the device's queue. There a wait with a limit would abort it when the time is over.
+    """
+    if queued:
+        until = time.monotonic() + STILL_TIMEOUT.total_seconds()
+        while not work.is_completed():
+            if time.monotonic() > until:
+                return False
+            time.sleep(POLL_SECONDS)
+    else:
+        try:
+            work.wait(STILL_TIMEOUT)
+            return True
+        except RuntimeError:
+            if not work.is_completed():  # else it has ended only just now
+                return False
+    work.wait()  # raises what went wrong, if anything did
+    return True
 
 
 def _parcels(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -215,7 +287,10 @@ def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = la
             if isinstance(error, PeerLost):
                 raise
             raise NotJoined(f"rank {rank} of {size} could not join its peers: {error}") from error
-    return World(rank, size, local_rank, node, where, elastic, called)
+    world = World(rank, size, local_rank, node, where, elastic, called, timeout_seconds)
+    if size > 1 and devices.queues(where):
+        world._collective(lambda: cast(Any, devices.Connecting(where)), where)
+    return world
 
 
 def _meet(rank: int, size: int, seconds: float, called: Callable[[], bool]) -> dist.Store:
@@ -256,18 +331,27 @@ def _listens(address: tuple[str, int]) -> bool:
     return True
 
 
-def leave() -> bool:
+def leave(lost_on: torch.device | None = None) -> bool:
     """Leave the group, whatever state it is in. Returns whether that was done in time (LEAVE_SECONDS).
 
     Peers that still wait for this worker see its connections close, and leave as well.
+
+    Args:
+        lost_on: this worker's device, if a peer was lost and collectives may stand still there: they are aborted.
     """
     if not dist.is_initialized():
         return True
-    left = threading.Event()
+    left, failed = threading.Event(), list[RuntimeError]()
 
     def destroy() -> None:
         group = dist.group.WORLD  # which closes its connections when nobody refers to it any more
-        dist.destroy_process_group()
+        try:
+            if lost_on is None:
+                dist.destroy_process_group()
+            else:
+                devices.abort(lost_on)
+        except RuntimeError as error:
+            failed.append(error)
         left.set()
         del group
 
@@ -276,7 +360,9 @@ def leave() -> bool:
     left.wait(LEAVE_SECONDS)
     # Longer only where a collective was given up: gloo's threads have to end first. The group is of no use to anybody then.
     leaving.join(CLOSE_SECONDS)
-    return left.is_set()
+    if failed:
+        print(f"warning: a group could not be left: {failed[0]}", file=sys.stderr, flush=True)
+    return left.is_set() and not failed
 
 
 class Signals:

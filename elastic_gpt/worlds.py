@@ -48,6 +48,7 @@ LAST_CALL_SECONDS = 0.15  # from the first signal: who is asked in the same mome
 LEAVE_SECONDS = 1.0  # from the signal to leave, for the peers of a world that forms; then this worker saves alone
 TURN_SECONDS = 0.5  # between two nodes that would save the same state; between two looks at whether another one does
 STALLED_SECONDS = 3.0  # without a change of its files, after which a save by another node has probably ended
+STUCK = "its GPU could not be freed of the sum that a lost peer was to answer"
 HALVINGS = 16  # skipped updates in which a float16 run's loss scale may find its size
 
 
@@ -227,7 +228,6 @@ class Worlds(abc.ABC):
     def __iter__(self) -> Iterator[Step]:
         """The steps that are left, in one world after the other. Returns only if the run is finished; else the process ends."""
         while True:
-            world = None
             try:
                 if self.agent and not self.agent.next_world(self.held.step, lambda: self.signals.stop):
                     self.part()
@@ -238,10 +238,10 @@ class Worlds(abc.ABC):
                 lost_at = self.held.step
                 if error.noticed_by:
                     self.ledger.write("interrupted", node=error.noticed_by, cause="lost a peer")
-                # On a GPU the update may have been queued before the sum failed, so its state is not known.
-                half = world is not None and devices.works_on(world.device)
+                if error.noticed_by and error.stuck:
+                    self.ledger.write("replaced", node=error.noticed_by, cause=STUCK)
                 alone = isinstance(error, NotJoined) and not self.signals.leave
-                if self.agent is None or half or alone or not leave() or not self.keep():
+                if self.agent is None or error.stuck or alone or not leave() or not self.keep():
                     raise
                 print(
                     f"{error}; this worker keeps step {lost_at} and waits for a new world", file=sys.stderr, flush=True
@@ -586,8 +586,9 @@ def _on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints, ledger: L
     """If a peer is lost while a state is being saved, wait until it is saved: it may be the newest one."""
     try:
         yield
-    except (PeerLost, NotFinite):
-        leave()  # first, since others may be waiting for this worker
+    except (PeerLost, NotFinite) as error:
+        if not (isinstance(error, PeerLost) and error.stuck):
+            leave()  # first, since others may be waiting for this worker
         if snapshots:
             snapshots.wait()
         _tell_saved(checkpoints, ledger, print, wait=True)

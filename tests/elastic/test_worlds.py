@@ -16,7 +16,8 @@ import torch
 
 from elastic_gpt import Elastic, Observer, checkpoint, world, worlds
 from elastic_gpt.checkpoint import Checkpoints, save_tensors
-from elastic_gpt.contract import WORLDS
+from elastic_gpt.contract import RESTART_ME, WORLDS
+from elastic_gpt.gradients import Gradients, StepSums
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.mirror import Mirror, mirror_of
@@ -188,3 +189,45 @@ def test_an_observer_hears_of_checkpoints_and_skipped_updates_in_their_order(tmp
         ["joined", "restored", "1", "skipped", "2", "3", "finished"]
     )
     assert kept.heard.count("saved") == len([one for one in Ledger(tmp_path).events() if one["event"] == "saved"]) > 0
+
+
+@linux
+@pytest.mark.parametrize("stuck", [True, False])
+def test_a_worker_whose_device_cannot_be_freed_of_a_lost_peers_sum_is_started_anew_and_the_ledger_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: bool
+) -> None:
+    name = f"test-{secrets.token_hex(8)}"
+    for variable in ("DLROVER_MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(variable, "none")
+    monkeypatch.setenv(WORLDS, name)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(world, "die_with_parent", lambda _: None)  # the test's process is to outlive whoever started it
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    reduce = Gradients.reduce
+
+    def loses(gradients: Gradients, *, stop: bool, leave: bool) -> StepSums:
+        if run.held.step == 5:
+            lost = PeerLost("a peer has gone")
+            lost.noticed_by, lost.stuck = "single", stuck
+            raise lost
+        return reduce(gradients, stop, leave)
+
+    monkeypatch.setattr(Gradients, "reduce", lambda gradients, stop, leave: loses(gradients, stop=stop, leave=leave))
+    workers = Workers(name)
+    run = Elastic(tmp_path, *model(), DATA, steps=10, global_batch=16, micro_batch=4)
+
+    def agent() -> None:
+        until(lambda: workers.waiting() == {0})
+        workers.give({0: {"RANK": "0", "WORLD_SIZE": "1"}})
+        if not stuck:
+            until(lambda: run.held.step == 5 and workers.waiting() == {0})
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=agent, daemon=True).start()
+    with pytest.raises(SystemExit) as end:
+        train(run)
+    assert end.value.code == RESTART_ME
+    told = [(event["event"], event.get("cause")) for event in Ledger(tmp_path).events()]
+    assert ("interrupted", "lost a peer") in told
+    assert (("replaced", worlds.STUCK) in told) is stuck
+    assert ("saved" in dict(told)) is not stuck  # it lived on, and saved what it held
