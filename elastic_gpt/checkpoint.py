@@ -85,6 +85,10 @@ class Checkpoints:
         """What is there of the checkpoint of `step`, whole or not: bytes by the names of its files."""
         return self.storage.sizes(self.name(step))
 
+    def versions(self, step: int) -> dict[str, str]:
+        """What changes if a file of the checkpoint of `step` is written anew, by the names of the files."""
+        return self.storage.versions(self.name(step))
+
     def newest_step(self, newer_than: int = -1) -> int | None:
         """Step of the newest whole checkpoint after step `newer_than`, or None. Damaged ones are named on standard error.
 

@@ -48,6 +48,9 @@ class Storage(Protocol):
     def sizes(self, name: str) -> dict[str, int]:
         """Bytes of the files in a folder by their names; none if there is no such folder."""
 
+    def versions(self, name: str) -> dict[str, str]:
+        """What tells a file of a folder from what was there before, without reading it, by the files' names."""
+
     def sweep(self, name: str) -> None:
         """Delete what killed writers have left in a folder."""
 
@@ -109,6 +112,14 @@ class LocalStorage:
                 found[file] = (self.folder / name / file).stat().st_size
         return found
 
+    def versions(self, name: str) -> dict[str, str]:
+        found = {}
+        for file in self._list(name):
+            with contextlib.suppress(FileNotFoundError):
+                facts = (self.folder / name / file).stat()
+                found[file] = f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns}"
+        return found
+
     def sweep(self, name: str) -> None:
         for partial in (self.folder / name).glob(f"*{PARTIAL}"):
             partial.unlink(missing_ok=True)
@@ -167,12 +178,19 @@ class RemoteStorage:
             yield path
 
     def sizes(self, name: str) -> dict[str, int]:
+        return {file: facts["size"] for file, facts in self._facts(name).items()}
+
+    def versions(self, name: str) -> dict[str, str]:
+        return {file: repr(sorted(facts.items())) for file, facts in self._facts(name).items()}
+
+    def _facts(self, name: str) -> dict[str, dict[str, Any]]:
+        """What the store says of the files of a folder, by their names."""
         with as_os_error(f"list {self.url}/{name}"):
             try:
                 found = self.files.ls(f"{self.root}/{name}", detail=True)
             except FileNotFoundError:
                 return {}
-        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found}
+        return {entry["name"].rsplit("/", 1)[-1]: entry for entry in found}
 
     def sweep(self, name: str) -> None:
         """An object is whole or absent, so nothing is left."""

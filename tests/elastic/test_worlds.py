@@ -215,6 +215,8 @@ def test_a_worker_whose_device_cannot_be_freed_of_a_lost_peers_sum_is_started_an
     monkeypatch.setattr(Gradients, "reduce", lambda gradients, stop, leave: loses(gradients, stop=stop, leave=leave))
     workers = Workers(name)
     run = Elastic(tmp_path, *model(), DATA, steps=10, global_batch=16, micro_batch=4)
+    keep, kept = run.keep, list[int]()
+    monkeypatch.setattr(run, "keep", lambda: kept.append(run.held.step) or keep())
 
     def agent() -> None:
         until(lambda: workers.waiting() == {0})
@@ -227,6 +229,7 @@ def test_a_worker_whose_device_cannot_be_freed_of_a_lost_peers_sum_is_started_an
     with pytest.raises(SystemExit) as end:
         train(run)
     assert end.value.code == RESTART_ME
+    assert kept == ([] if stuck else [5])
     told = [(event["event"], event.get("cause")) for event in Ledger(tmp_path).events()]
     assert ("interrupted", "lost a peer") in told
     assert (("replaced", worlds.STUCK) in told) is stuck

@@ -113,6 +113,40 @@ def test_a_damaged_or_broken_checkpoint_is_told_of_once_and_not_taken(
     assert told.count("step 8: a broken model") == 1
 
 
+def test_a_checkpoint_that_is_bad_is_read_again_only_when_it_changes(
+    served: Served, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, looks = list[int](), list[None]()
+    read, steps = Checkpoints.read, Checkpoints.steps
+    monkeypatch.setattr(Checkpoints, "read", lambda of, step, part: reads.append(step) or read(of, step, part))
+    monkeypatch.setattr(Checkpoints, "steps", lambda of: looks.append(None) or steps(of))
+
+    def seen() -> None:
+        before = len(looks)
+        until(lambda: len(looks) > before + 5)
+
+    save(run, 8, backwards())
+    until(lambda: greedy(served) == ("l", "step-8"))
+    save(run, 9, reciter(FORWARDS, 27))
+    weights = run / "checkpoints" / Checkpoints.name(9) / "model.safetensors"
+    good = weights.read_bytes()
+    until(lambda: greedy(served) == ("n", "step-9"))
+    save(run, 10, backwards())
+    until(lambda: 10 in reads)
+    bad = run / "checkpoints" / Checkpoints.name(11)
+    shutil.copytree(weights.parent, bad)
+    (bad / "model.safetensors").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    until(lambda: 11 in reads)
+    until(lambda: greedy(served) == ("l", "step-10"))
+    seen()
+    once = reads.count(11)
+    assert once <= 2  # as it was copied, and as it was then
+    seen()
+    assert reads.count(11) == once
+    (bad / "model.safetensors").write_bytes(good)  # somebody has put it right
+    until(lambda: greedy(served) == ("n", "step-11"))
+
+
 def test_a_run_that_went_back_is_followed_back(served: Served, run: Path) -> None:
     save(run, 9, backwards())
     until(lambda: greedy(served) == ("l", "step-9"))
