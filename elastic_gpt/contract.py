@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -78,6 +79,7 @@ def shared_memory() -> Path:
     return root / f"elastic-gpt-{os.getuid()}"
 
 
+POD = re.compile(r"[a-z0-9.-]{1,253}")  # a pod's name
 PROGRESS = "elastic-gpt-progress "  # how a line of progress begins; JSON follows
 
 
@@ -97,13 +99,16 @@ class Progress:
     """Workers in the world that did this step."""
     seconds_left: float | None = None
     """Estimated seconds to the end of the run."""
+    slow: tuple[str, ...] = ()
+    """Nodes that the others wait for in each step (pace.py), by their pods' names."""
 
     def to_line(self) -> str:
         """One line without a line end, in strict JSON: a number that is not finite is a string."""
-        told = {name: value for name, value in asdict(self).items() if value is not None}
-        return PROGRESS + json.dumps(
-            {name: value if math.isfinite(value) else str(value) for name, value in told.items()}, allow_nan=False
-        )
+        told = {name: value for name, value in asdict(self).items() if value is not None and value != ()}
+        for name, value in told.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                told[name] = str(value)
+        return PROGRESS + json.dumps(told, allow_nan=False)
 
     @classmethod
     def from_line(cls, text: str) -> "Progress | None":
@@ -119,8 +124,10 @@ class Progress:
             return None
         if not isinstance(values, dict):
             return None
-        numbers: dict[str, Any] = {}
-        for field in fields(cls):
+        names = values.get("slow")
+        slow = [one for one in names if isinstance(one, str) and POD.fullmatch(one)] if isinstance(names, list) else []
+        numbers: dict[str, Any] = {"slow": tuple(slow)}
+        for field in fields(cls)[:-1]:
             read = int if field.type is int else float
             with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
                 numbers[field.name] = read(values[field.name])

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,18 @@ class ProgressObserver(Observer):
         start: updates done in the restored state.
         workers: number of workers in this world.
         file: the file that the agent passes on to the master. It always has one whole line.
+        slow: the nodes that the others wait for, kept up to date (pace.py).
     """
 
-    def __init__(self, steps: int, start: int, interval: int, *, workers: int, file: Path) -> None:
-        self.steps, self.interval, self.file = steps, interval, file
+    def __init__(
+        self, steps: int, start: int, interval: int, *, workers: int, file: Path, slow: Collection[str] = ()
+    ) -> None:
+        self.steps, self.interval, self.file, self.slow = steps, interval, file, slow
         self.told = (start, time.monotonic())
         self.last: StepReport | None = None
-        self._tell(contract.Progress(time=time.time(), step=start, steps=steps, workers=workers))
+        self._tell(
+            contract.Progress(time=time.time(), step=start, steps=steps, workers=workers, slow=tuple(sorted(slow)))
+        )
 
     def on_step(self, report: StepReport) -> None:
         self.last = report
@@ -120,6 +125,7 @@ class ProgressObserver(Observer):
                 tokens_per_second=report.tokens / report.step / each if each else None,
                 workers=report.world_size,
                 seconds_left=(self.steps - report.step) * each,
+                slow=tuple(sorted(self.slow)),
             )
         )
 

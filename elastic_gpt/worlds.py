@@ -575,7 +575,8 @@ class Worlds(abc.ABC):
         ]
         if file := progress_file():  # only in a pod
             start, interval = restored.step, plan.observe_interval
-            observers.append(ProgressObserver(plan.steps, start, interval, workers=world.size, file=file))
+            told = ProgressObserver(plan.steps, start, interval, workers=world.size, file=file, slow=self.slow)
+            observers.append(told)
         if plan.tensorboard and not mirror_of(plan.run_dir):  # it appends to its files, which no store can
             observers.append(TensorBoardObserver(plan.run_dir / TENSORBOARD, restored.step))
         return observers + self.observers, metrics.last_step

@@ -22,6 +22,8 @@ def words(progress: Progress) -> str:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
     if progress.workers:
         parts.append(count(progress.workers, "worker"))
+    if progress.slow:
+        parts.append(f"waits for {', '.join(progress.slow)}")
     if progress.seconds_left is not None and math.isfinite(progress.seconds_left) and progress.step < progress.steps:
         minutes, seconds = divmod(int(progress.seconds_left), 60)
         hours, minutes = divmod(minutes, 60)

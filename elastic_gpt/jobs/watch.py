@@ -19,6 +19,7 @@ from elastic_gpt.jobs.status import Event, JobState
 from elastic_gpt.jobs.words import age
 
 EVENTS = 5
+SLOW = "slow: each step waits for it"
 COLORS = {"Running": "green", "Succeeded": "green", "Failed": "red", "Pending": "yellow", "Leaving": "yellow"}
 
 
@@ -73,6 +74,7 @@ def picture(job: JobState, progress: Progress | None, events: list[Event]) -> Re
         "pod", "rank", "phase", "restarts", "machine", "age", "", box=None, pad_edge=False, header_style="bold"
     )
     for node in (*job.others, *job.nodes):
+        slow = progress is not None and node.name in progress.slow
         table.add_row(
             node.name,
             "" if node.rank is None else str(node.rank),
@@ -80,7 +82,7 @@ def picture(job: JobState, progress: Progress | None, events: list[Event]) -> Re
             str(node.restarts or ""),
             node.host,
             age(node.created),
-            Text(node.reason, "red" if node.phase == "Failed" else "yellow"),
+            Text(node.reason or SLOW * slow, "red" if node.phase == "Failed" else "yellow"),
         )
     head = Text.assemble((job.name, "bold"), f" in {job.namespace}: {job.headline()}, {age(job.created)} old")
     going = [f"{words(progress)}{since(progress)}"] if progress else []

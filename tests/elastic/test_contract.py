@@ -41,6 +41,8 @@ def test_a_loss_that_is_not_a_number_arrives_as_one() -> None:
         ({"step": 3, "workers": 2, "new in 0.2": [1]}, Progress(step=3, workers=2)),
         ({"step": 3, "loss": "very small", "steps": None, "workers": []}, Progress(step=3)),
         ({"step": 3, "seconds_left": 10**400}, Progress(step=3)),
+        ({"step": 3, "slow": ["gpt-worker-1", 7, "\x1b[2J", "x" * 254]}, Progress(step=3, slow=("gpt-worker-1",))),
+        ({"step": 3, "slow": "gpt-worker-1"}, Progress(step=3)),
     ],
 )
 def test_fields_of_another_version_do_no_harm(told: dict[str, object], known: Progress) -> None:
