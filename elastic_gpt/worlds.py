@@ -279,6 +279,8 @@ class Worlds(abc.ABC):
                 reports = list(self.reporter.recent) if self.reporter else self.held.reports
                 checkpoints.save(step, self.tensors, reports)
                 _tell_saved(checkpoints, self.ledger, print, wait=True)
+                if checkpoints.saved != step:
+                    raise OSError("the checkpoint could not be written")
             if not self.left:
                 self.ledger.write("left", node=world.node, step=step)
         except (OSError, CheckpointError) as error:

@@ -242,3 +242,27 @@ def test_weights_are_found_by_the_run_directory_alone(tmp_path: Path) -> None:
     step, weights = load_model_weights(tmp_path)
     assert step == 10
     assert sorted(weights) == ["b", "w"]
+
+
+def test_a_manifest_that_another_node_wrote_meanwhile_stays_for_the_next_is_chained_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, quick, real, files = write(tmp_path, 10), Checkpoints(tmp_path, 5), checkpoint.save_tensors, []
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        real(tensors, path)
+        files.append(path)
+        if len(files) == 2:  # of the slow one, whose manifest comes next
+            for step in (20, 30):
+                quick.save(step, state(step), [{"step": step, "by": "the quick one"}])
+                assert quick.finished(wait=True) == step
+
+    monkeypatch.setattr(checkpoint, "save_tensors", save)
+    slow.save(20, state(20), [{"step": 20}])
+    assert slow.finished(wait=True) == 20
+    assert Checkpoints(tmp_path)._manifest(20)["reports"] == [{"step": 20, "by": "the quick one"}]
+    assert Checkpoints(tmp_path).check_chain() == [
+        "step_00000010 does not say which events came before it: an older version wrote it",
+        "step_00000020 does not say which events came before it: an older version wrote it",
+        "step_00000030 does not say which events came before it: an older version wrote it",
+    ]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.mirror import Mirror, mirror_of
 from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.reports import StepReport
+from elastic_gpt.storage import Unreachable
 from elastic_gpt.world import PeerLost, World
 from tests.conftest import PATIENCE, until
 from tests.elastic.test_run import DATA, linux, model, train
@@ -154,6 +156,32 @@ def test_of_nodes_that_leave_with_one_state_one_saves_it(
     assert Checkpoints(place, run=known).newest_step() == (5 if told else None)
     if others == "saving":
         writer.join()
+
+
+@pytest.mark.parametrize("harm", ["a full disk", "another run's checkpoints", "no storage"])
+def test_a_node_that_leaves_and_cannot_save_says_so_and_is_not_taken_for_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    run = Elastic(tmp_path, *model(), DATA, steps=10, global_batch=16, micro_batch=4)
+    run.ledger.begin_life(["a"], 1, 0, "start", 0, "life 0")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", run=Run("run", 0, [], name="life 0"))
+    run.last = World(0, 1, 0, "a", torch.device("cpu"), True), checkpoints
+    run.held.step = 5
+    run.signals._asked(signal.SIGUSR1, None)
+    if harm == "a full disk":
+        monkeypatch.setattr(checkpoint, "save_tensors", Mock(side_effect=OSError("No space left on device")))
+    elif harm == "no storage":
+        monkeypatch.setattr(checkpoints.storage, "manifests", Mock(side_effect=Unreachable("it does not answer")))
+    else:
+        other = Checkpoints(tmp_path / "checkpoints", run=Run("other", 0, [], name="life 7"))
+        other.save(7, run.tensors, [])
+        assert other.finished(wait=True) == 7
+    before = len(run.ledger.events())
+    run.part()  # its exit code stays what it was
+    told = [event["event"] for event in run.ledger.events()[before:]]
+    assert told == (["save_failed"] if harm == "a full disk" else [])
+    assert "warning: this node leaves, and step 5 is not saved: " in capsys.readouterr().err
+    assert run.stored == -1
 
 
 def test_who_leaves_after_its_life_is_no_longer_the_writer_of_a_run_directory_on_a_store(url: str) -> None:
