@@ -247,17 +247,16 @@ def test_weights_are_found_by_the_run_directory_alone(tmp_path: Path) -> None:
 def test_a_manifest_that_another_node_wrote_meanwhile_stays_for_the_next_is_chained_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, quick, real, files = write(tmp_path, 10), Checkpoints(tmp_path, 5), checkpoint.save_tensors, []
+    slow, quick = write(tmp_path, 10), Checkpoints(tmp_path, 5)
+    files = slow.files
 
-    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        real(tensors, path)
-        files.append(path)
-        if len(files) == 2:  # of the slow one, whose manifest comes next
-            for step in (20, 30):
-                quick.save(step, state(step), [{"step": step, "by": "the quick one"}])
-                assert quick.finished(wait=True) == step
+    def looks(step: int) -> dict[str, int]:  # when its files are written, and its manifest is not
+        for other in (20, 30):
+            quick.save(other, state(other), [{"step": other, "by": "the quick one"}])
+            assert quick.finished(wait=True) == other
+        return files(step)
 
-    monkeypatch.setattr(checkpoint, "save_tensors", save)
+    monkeypatch.setattr(slow, "files", looks)
     slow.save(20, state(20), [{"step": 20}])
     assert slow.finished(wait=True) == 20
     assert Checkpoints(tmp_path)._manifest(20)["reports"] == [{"step": 20, "by": "the quick one"}]
