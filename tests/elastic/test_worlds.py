@@ -17,7 +17,7 @@ import torch
 
 from elastic_gpt import Elastic, Observer, checkpoint, world, worlds
 from elastic_gpt.checkpoint import Checkpoints, save_tensors
-from elastic_gpt.contract import RESTART_ME, WORLDS
+from elastic_gpt.contract import RESTART_ME, WORLDS, Progress
 from elastic_gpt.gradients import Gradients, StepSums
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger, read_metrics
@@ -262,3 +262,18 @@ def test_a_worker_whose_device_cannot_be_freed_of_a_lost_peers_sum_is_started_an
     assert ("interrupted", "lost a peer") in told
     assert (("replaced", worlds.STUCK) in told) is stuck
     assert ("saved" in dict(told)) is not stuck  # it lived on, and saved what it held
+
+
+def test_the_progress_of_a_pod_names_the_nodes_that_were_found_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("POD_NAME", "gpt-worker-0")
+    monkeypatch.setenv("ELASTIC_JOB_NAME", "gpt")
+    monkeypatch.delenv("ELASTIC_GPT_LOCAL", raising=False)
+    run = Elastic(tmp_path / "run", *model(), DATA, steps=2, global_batch=16, micro_batch=4)
+    run.slow.add("gpt-worker-1")
+    train(run)
+    told = Progress.from_line((tmp_path / "elastic-gpt-progress-gpt-worker-0").read_text())
+    assert told
+    assert (told.step, told.slow) == (2, ("gpt-worker-1",))
