@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import KeyValueCache, MultiheadAttention
-from .cross_entropy import linear_cross_entropy
+from .cross_entropy import linear_cross_entropy, on_host
 from .shape import GPTConfig as GPTConfig
 
 
@@ -163,11 +163,13 @@ class GPT(nn.Module):
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy of hidden vectors (N,D) against targets (N)."""
-        large = self.config.vocab_size >= 8192 and x.device.type == "cpu" and x.dtype == torch.float32
-        narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if large and narrow and not torch.compiler.is_compiling():
+        host, large = on_host(x), self.config.vocab_size >= 8192
+        narrow = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
+        # A CPU's small chunks would make a compiled graph of dozens of times the same.
+        chunks = large and not torch.compiler.is_compiling() if host else True
+        if narrow and chunks and x.dtype == torch.float32:
             return linear_cross_entropy(x, self.head_weight(), self.lm_head.bias, targets)
-        if large and not narrow and hasattr(F, "linear_cross_entropy"):
+        if host and large and not narrow and x.dtype == torch.float32 and hasattr(F, "linear_cross_entropy"):
             # From torch 2.13 on, head and loss of 256 tokens at a time, so that the logits stay in the processor's cache.
             # A step of a small model is 1.6 times as fast with a vocabulary of 50,304, 1.2 times with 8,192, equal with 65.
             # Automatic chunks are slower than none. Without allow_retain_graph, torch.compile(fullgraph) fails.
