@@ -85,6 +85,25 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
         assert (mine - other).norm() < 0.02 * other.norm()
 
 
+@pytest.mark.parametrize("of_all", [cross_entropy._in_place, cross_entropy._traced])
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows_that_fill_the_vocabulary_up_take_no_probability_and_have_no_gradient(of_all: Any, biased: bool) -> None:
+    torch.manual_seed(1)
+    x, w, bias = (
+        torch.randn(19, 32).bfloat16(),
+        0.01 * torch.randn(65, 32).bfloat16(),
+        torch.randn(65) if biased else None,
+    )
+    targets = torch.randint(65, (19,))
+    filled = torch.cat((w, torch.zeros(128 - 65, 32, dtype=w.dtype)))
+    loss, gradients = of_all(x, w, bias, targets, 8, 65, True)
+    same, equal = of_all(x, filled, bias, targets, 8, 65, True)
+    torch.testing.assert_close(same, loss, rtol=1e-5, atol=0)
+    assert len(gradients) == len(equal) == 2 + biased
+    for mine, other in zip(equal, gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-3)  # of bfloat16
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that is made within it."""
 
