@@ -60,9 +60,12 @@ class Evaluator:
         # A slot for each micro-batch: one rank fills it, and it is zero on the others, so the sum over the ranks is exact.
         sums = torch.zeros(len(self.micro_batches), dtype=torch.float64)
         self.model.eval()
+        found = {}
         for index in share(len(self.micro_batches), self.world.rank, self.world.size):
             tokens, targets = gather(self.tokens, self.micro_batches[index], self.block_size, self.world)
-            sums[index] = self.loss_sum(tokens.to(self.world.device), targets.to(self.world.device)).item()
+            found[index] = self.loss_sum(*(part.to(self.world.device, non_blocking=True) for part in (tokens, targets)))
         self.model.train()
+        for index, loss in found.items():  # only now, so that a GPU need not wait for the host between two
+            sums[index] = loss.item()
         self.world.sum(sums)
         return sums.sum().item() / self.targets

@@ -149,7 +149,9 @@ class Gradients:
         Raises:
             PeerLost: if a peer died; the step is then dropped whole. Nothing is on its way any more.
         """
-        self.stops[0], self.stops[1] = float(stop), float(leave)
+        # With fill_, the number goes along as an argument; by assignment a GPU would copy it, and the host wait.
+        self.stops[0].fill_(float(stop))
+        self.stops[1].fill_(float(leave))
         if self.world.size > 1:
             self._send_from(0)
             # Slots that one rank fills and the others leave zero are exact in any order as they are.
@@ -309,15 +311,15 @@ class LossScale:
     def factor(self) -> torch.Tensor:
         return self.state[0].clone()
 
-    def unscale(self, gradient: torch.Tensor) -> bool:
-        """Divide the reduced gradient by the factor; False if it overflowed, and the update must be left out."""
-        gradient.div_(self.state[0])
-        if not bool(torch.isfinite(gradient).all()):
-            self.state[0].mul_(0.5)
-            self.state[1] = 0.0
-            return False
-        self.state[1] += 1
-        if self.state[1] >= 2000:
-            self.state[0].mul_(2.0)
-            self.state[1] = 0.0
-        return True
+    def unscale(self, gradient: torch.Tensor) -> None:
+        """Divide the reduced gradient by the factor. If it overflowed it stays infinite, and the update is left out.
+
+        What becomes of the factor is decided on the device: nobody waits for it.
+        """
+        factor, good = self.state.unbind()
+        gradient.div_(factor)
+        finite = torch.isfinite(gradient).all()
+        good = torch.where(finite, good + 1, 0.0)
+        grows = good >= 2000
+        factor = torch.where(finite, torch.where(grows, 2 * factor, factor), 0.5 * factor)
+        self.state.copy_(torch.stack((factor, torch.where(grows, 0.0, good))))

@@ -62,7 +62,7 @@ def loss_function(
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A function of (tokens, targets): the sum of the cross-entropy, in the run's dtype, compiled if the settings say so."""
     # Only the model is compiled, without the world, so that a membership change recompiles nothing.
-    forward = torch.compile(model, dynamic=False) if config.compile else model
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if config.compile else model
 
     def loss_sum(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):

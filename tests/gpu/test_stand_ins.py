@@ -1,0 +1,159 @@
+"""A training step as a GPU does it, on the CPU: nobody waits for the device, nothing is compiled twice."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from elastic_gpt import batches as batches_room
+from elastic_gpt import devices, reports, worlds
+from elastic_gpt.batches import Batches
+from elastic_gpt.order import Order
+from elastic_gpt.world import World
+from model_zoo.nanogpt import train
+from tests.gpu.host_waits import host_waits
+
+STEPS = 7
+TOLIST = torch.Tensor.tolist  # which host_waits replaces
+
+
+@pytest.fixture
+def gpus_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is used as a GPU is."""
+    monkeypatch.setattr(devices, "works_on", lambda _: True)
+    monkeypatch.setattr("model_zoo.nanogpt.startup.is_host", lambda _: False)
+    for room in ("cross_entropy", "model"):
+        monkeypatch.setattr(f"model_zoo.nanogpt.{room}.on_host", lambda _: False)
+
+
+def training(data: Path, run: Path, *more: str) -> train.Training:
+    flags = ["--global-batch=8", "--micro-batch=2", "--model.block-size=32", "--model.n-layer=1", "--model.n-embd=32"]
+    flags += [
+        "--device=cpu",
+        "--observe.tensorboard=false",
+        f"--steps={STEPS}",
+        f"--data.dir={data}",
+        f"--run-dir={run}",
+    ]
+    return train.Training(*train.check(["debug_cpu", *flags, *more]))
+
+
+@pytest.mark.usefixtures("gpus_way")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dtype=bfloat16"],
+        ["--dtype=float16", "--model.dropout=0.1"],
+        ["--dtype=bfloat16", "--elastic.exact", "--model.dropout=0.1"],
+        ["--dtype=float32", "--optimizer.clip=0", "--model.positions=rotary", "--model.norm=rms"],
+    ],
+)
+def test_the_host_waits_for_no_step_but_the_one_before(
+    data: Path, tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, read = [0], []
+
+    def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
+        of, numbers = begun[0], TOLIST(values)
+
+        def wait() -> list[float]:
+            read.append((of, begun[0]))
+            return numbers
+
+        return wait
+
+    monkeypatch.setattr(reports, "to_host", to_host)
+    found = []
+    run = training(data, tmp_path / "run", "--elastic.snapshot-interval=4", "--evaluate.interval=100", *flags)
+    steps = iter(run)
+    step = next(steps)
+    while step.number < STEPS - 1:
+        begun[0] += 1
+        # All that happens from the beginning of a step to that of the next one. A step after which the state is saved waits.
+        with host_waits() as waits:
+            for tokens, targets in step:
+                step.backward(run.loss_sum(tokens, targets))
+            step.update(1e-3)
+            saved = (step.number + 1) % 4 == 0
+            step = next(steps)
+        found += [] if saved else waits.found
+    assert found == []
+    # Of seven steps the last two are still on their way; the fourth was waited for, since a snapshot followed it.
+    assert read == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6)]
+
+
+def test_the_stand_in_sees_what_would_wait() -> None:
+    x = torch.arange(4.0)
+    with host_waits() as waits:
+        x.fill_(1.0)
+        x.add_(x.sum()).isfinite().all().float()
+        x.to("cpu", non_blocking=True)
+        assert waits.found == []
+        for wait in (x.sum().item, lambda: bool(x[0] > 0), x.tolist, x.cpu, x.nonzero, lambda: x.to("cpu"), x.numpy):
+            wait()
+        x[0] = 2.0
+        torch.tensor([1.0])
+    assert len(waits.found) == 9
+
+
+@pytest.mark.usefixtures("gpus_way")
+@pytest.mark.parametrize("flags", [[], ["--model.dropout=0.1", "--dtype=bfloat16"]])
+def test_a_whole_run_compiles_one_graph_for_training_and_one_for_evaluation(
+    data: Path, tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    # Three micro-batches a step, evaluations of 25 sequences in 12 of two (and none of one).
+    more = ["--compile", "--evaluate.interval=3", "--evaluate.sequences=25", "--global-batch=6", *flags]
+    run = training(data, tmp_path / "run", *more)
+    graphs = []
+    for step in run:
+        for tokens, targets in step:
+            step.backward(run.loss_sum(tokens, targets))
+        step.update(1e-3)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 1, 2, 2, 2, 2]
+    assert counter.frame_count == 2
+
+
+def test_batches_are_pinned_a_step_ahead_copied_without_waiting_and_never_written_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[torch.Tensor] = []
+
+    def pinned(values: torch.Tensor, _device: torch.device) -> torch.Tensor:
+        asked.append(values.clone())  # a block of its own, as pin_memory gives
+        return asked[-1]
+
+    monkeypatch.setattr(batches_room, "pinned", pinned)
+    copies: list[tuple[torch.Tensor, bool]] = []
+    to = torch.Tensor.to
+
+    def moved(self: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
+        copies.append((self, non_blocking))  # a copy that takes its time: it reads this memory later
+        return to(self, device)
+
+    tokens, world = np.arange(2000, dtype=np.uint16), World(0, 1, 0, "single", torch.device("cpu"), elastic=False)
+    batches = Batches(tokens, 8, 2, Order(200, 6, seed=1), world)
+    expected = []
+    for step in range(4):
+        for _, *tensors in batches.step(step):
+            expected += [tensor.clone() for tensor in tensors]
+        batches.ahead[1].result()  # type: ignore[index]
+        assert len(asked) == 9 * (step + 2)  # three tensors of three micro-batches, a step ahead
+    batches = Batches(tokens, 8, 2, Order(200, 6, seed=1), world)
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    for step in range(4):
+        for _ in batches.step(step):
+            pass
+    batches.ahead[1].result()  # type: ignore[index]
+    assert all(non_blocking for _, non_blocking in copies)
+    for (source, _), values in zip(copies, expected, strict=True):
+        assert any(source is one for one in asked)
+        assert torch.equal(source, values)  # still, though later steps have been loaded
+    assert len({source.data_ptr() for source, _ in copies}) == len(copies)
