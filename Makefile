@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster test-image check format bench bench-gpu clean
+.PHONY: help demo test test-slow test-cluster test-image test-gpu check format bench bench-gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test-cluster: $(READY) ## the job on a real Kubernetes control plane; needs root
 
 test-image: $(READY) ## the image, built and run in containers as on Kubernetes; needs root and apt (7 minutes, then 2)
 	$(BIN)/python -m tests.image.build
+
+test-gpu: $(READY) ## what only a CUDA GPU can show: its steps, memory, snapshots (not run yet; some minutes)
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 check: $(READY) ## formatting, lint, types, one-way imports
 	$(BIN)/ruff format --check .

@@ -167,6 +167,17 @@ def is_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def repeat_bits(device: torch.device) -> None:
+    """Have a GPU compute the same bits from the same numbers. A kernel that cannot raises. CPUs do so anyway.
+
+    Attention's backward pass, above all, adds up in the order in which its blocks happen to end.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def has_fused_adamw(device: torch.device) -> bool:
     """Whether AdamW has a fused kernel on the device, which obeys `found_inf`."""
     return device.type in ("cuda", "cpu")

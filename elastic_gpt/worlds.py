@@ -179,6 +179,8 @@ class Worlds(abc.ABC):
         self.ledger = Ledger(plan.run_dir)
         self.held = Held()
         device = place(plan.device)
+        if plan.exact:
+            devices.repeat_bits(device)
         self.gradients = Gradients(
             model.parameters(),
             World(0, 1, 0, "", device, False),

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from elastic_gpt import batches as batches_room
-from elastic_gpt import devices, reports, worlds
+from elastic_gpt import devices, reports
 from elastic_gpt.batches import Batches
 from elastic_gpt.order import Order
 from elastic_gpt.world import World
