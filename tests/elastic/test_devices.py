@@ -84,6 +84,17 @@ def test_few_rows_are_slow_in_float32_on_amds_processors_alone(monkeypatch: pyte
     assert not devices.slow_at_few_rows(torch.zeros(1, 2))
 
 
+def test_a_gpu_is_asked_to_repeat_its_bits_and_a_cpu_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    devices.repeat_bits(torch.device("cpu"))
+    assert asked == []
+    devices.repeat_bits(torch.device("cuda"))
+    assert asked == [True]
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [

@@ -86,6 +86,30 @@ def test_the_host_waits_for_no_step_but_the_one_before(
     assert read == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6)]
 
 
+@pytest.mark.usefixtures("gpus_way")
+def test_exact_mode_has_only_operations_that_repeat_their_bits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+
+    def repeat_bits(device: torch.device) -> None:
+        asked.append(device)
+        torch.use_deterministic_algorithms(True)
+
+    monkeypatch.setattr(devices, "repeat_bits", repeat_bits)
+    try:
+        training(data, tmp_path / "inexact")
+        assert asked == []
+        run = training(data, tmp_path / "run", "--elastic.exact", "--dtype=bfloat16", "--model.dropout=0.1")
+        for step in run:  # an operation that torch knows no such kernel for raises
+            for tokens, targets in step:
+                step.backward(run.loss_sum(tokens, targets))
+            step.update(1e-3)
+        assert asked == [torch.device("cpu")]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_the_stand_in_sees_what_would_wait() -> None:
     x = torch.arange(4.0)
     with host_waits() as waits:
