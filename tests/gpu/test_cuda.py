@@ -42,21 +42,27 @@ def do(run: train.Training, step: Step) -> None:
     step.update(run.config.optimizer.rate(step.number, run.config.steps))
 
 
-def losses(data: Path, run: Path, device: str, steps: int, *more: str) -> list[float]:
-    """The losses of a run's steps, after it has gone on to step `steps`."""
+def losses(data: Path, run: Path, device: str, steps: int, *more: str) -> list[float | None]:
+    """The losses of a run's steps (None: skipped), after it has gone on to step `steps`."""
     this = training(data, run, device, steps, *more)
     for step in this:
         do(this, step)
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-2), ("bfloat16", 2e-2), ("float16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-2), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpus_run_is_the_cpus(data: Path, tmp_path: Path, dtype: str, tolerance: float, compiled: bool) -> None:
     expected = losses(data, tmp_path / "cpu", "cpu", 20, "--dtype=float32")
     flags = [f"--dtype={dtype}", *(["--compile"] if compiled else [])]
     assert losses(data, tmp_path / "gpu", GPU, 20, *flags) == pytest.approx(expected, rel=tolerance)
-    assert expected[-1] < expected[0] - 0.3  # it has learned something
+
+
+def test_float16_skips_few_updates_and_learns(data: Path, tmp_path: Path) -> None:
+    found = losses(data, tmp_path / "gpu", GPU, 20, "--dtype=float16")
+    done = [loss for loss in found if loss is not None]
+    assert len(done) >= 16  # a factor that is too large is halved once or twice
+    assert done[-1] < done[0] - 0.3
 
 
 def test_a_run_goes_on_from_a_cpu_to_a_gpu_and_back(data: Path, tmp_path: Path) -> None:
