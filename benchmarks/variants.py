@@ -2,11 +2,12 @@
 
     python benchmarks/variants.py [--compare model optimizer] [--corpus FILE] [--steps 500] [--seeds 1 2 3] [--threads 1]
 
-`model`: the preset `shakespeare_modern` against `shakespeare_char`. `optimizer`: `shakespeare_modern` with Muon against
-the same with AdamW. Trains both for so many steps, each with its own learning rate, the old one also with the new one's; then the old
-one again, with the better of the two rates, for as many steps as it does in the time that the new one took. A learning rate
-decays over the steps of its run. The time is the processor's, of the steps alone: what a start and an evaluation take is taken
-off by a run of a tenth of the steps. Without --corpus on the sample that `elastic-gpt prepare --sample` fetches.
+`model`: the preset `shakespeare_modern` against `shakespeare_char`. `optimizer`: `shakespeare_modern` with Muon against the
+same with AdamW. Trains both for so many steps, each with its own learning rate, the old one also with the new one's; then
+the old one again, with the better of the two rates, for as many steps as it does in the time that the new one took. A
+learning rate decays over the steps of its run. The time is the processor's, of the steps alone: what a start and an
+evaluation take is taken off by a run of a tenth of the steps. Without --corpus on the sample that `elastic-gpt prepare
+--sample` fetches.
 """
 
 import argparse
