@@ -16,7 +16,7 @@ import math
 import os
 import platform
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -148,9 +148,9 @@ def profile(name: str, options: argparse.Namespace) -> None:
         counter = Profile(device, config.model.vocab_size)
         with counter:
             step(counter)
-        sums: Counter[str] = Counter()
-        for group, milliseconds in counter.took:
-            sums[group] += milliseconds()
+        sums: dict[str, float] = defaultdict(float)
+        for group, took in counter.took:
+            sums[group] += took()
         groups.append(sums)
         operations = counter.operations
     tokens = config.global_batch * config.model.block_size

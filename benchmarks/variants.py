@@ -32,9 +32,10 @@ class Variant:
     flags: tuple[str, ...]
 
 
-MODERN = Variant("modern", 2e-3, ("shakespeare_modern",))  # the presets' own rates
+# The presets' own rates. Of Muon 4e-3 was better than 2e-3 in 300 steps (seed 1).
+MODERN = Variant("modern", 2e-3, ("shakespeare_modern",))
 CHAR = Variant("GPT-2's form", 1e-3, ("shakespeare_char",))
-MUON = Variant("modern, Muon", 2e-3, ("shakespeare_modern", "--optimizer.kind=muon"))
+MUON = Variant("modern, Muon", 4e-3, ("shakespeare_modern", "--optimizer.kind=muon"))
 PAIRS = {"model": (MODERN, CHAR), "optimizer": (MUON, MODERN)}  # the new one, and what it is compared with
 
 

@@ -215,6 +215,8 @@ class GPT(nn.Module):
         Those are the projections to queries, keys and values, and SwiGLU's two.
         """
         for block in self.h:
+            assert isinstance(block, Block)
+            assert block.attn.in_proj_weight is not None
             yield block.attn.in_proj_weight, block.attn.rows
             yield block.attn.out_proj.weight, (self.config.n_embd,)
             rows = block.mlp.c_fc.weight.size(0)

@@ -10,7 +10,7 @@ update without waiting for the device, computes in bfloat16 on processors that h
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: dict[torch.nn.Parameter, Sequence[int]],
+        matrices: Mapping[torch.nn.Parameter, Sequence[int]],
         adamw: torch.optim.AdamW,
         *,
         momentum: float,
