@@ -209,7 +209,7 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
 
-    def block_matrices(self) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
+    def block_matrices(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """The matrices of the blocks: each parameter, with the rows of the matrices that lie in it one above the other.
 
         Those are the projections to queries, keys and values, and SwiGLU's two.

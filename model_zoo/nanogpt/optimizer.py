@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: Mapping[torch.nn.Parameter, Sequence[int]],
+        matrices: Mapping[Tensor, Sequence[int]],
         adamw: torch.optim.AdamW,
         *,
         momentum: float,
