@@ -1,17 +1,17 @@
 """Compares our multi-head attention with torch.nn.MultiheadAttention and with the textbook formula, in turn in one run.
 
-    python benchmarks/attention.py [--device cuda]
+    python benchmarks/attention.py [--device cuda] [--threads 1] [--rounds 15]
 
-Prints the ratio of the other's time to ours (above 1: ours is faster), median of interleaved pairs;
-causal self-attention and cross-attention, forward alone and with backward. All three have the same
-weights, and their outputs are compared first.
+Prints the ratio of the other's time to ours (above 1: ours is faster), median of rounds in which each has its turn; causal
+self-attention and cross-attention, forward alone and with backward. One thread's time is the processor's, which other work on
+the machine disturbs less. All three have the same weights, and their outputs are compared first.
 """
 
 import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,16 +21,20 @@ from torch import nn
 from model_zoo.nanogpt.attention import MultiheadAttention
 
 SHAPES = [(8, 256, 384, 6), (4, 1024, 768, 12), (12, 64, 128, 4)]  # batch, tokens, embedding, heads
-ROUNDS = 15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    device = parser.parse_args().device
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    device = options.device
+    torch.set_num_threads(options.threads)
     print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads;"
-        f" ratio to ours of torch / textbook, median of {ROUNDS}"
+        f"torch {torch.__version__}, {device}, {options.threads} threads;"
+        f" time divided by ours, torch / textbook, median of {options.rounds}\n\n"
+        "| batch x tokens x width, heads | | forward | forward and backward |\n| --- | --- | --- | --- |"
     )
     for shape in SHAPES:
         batch, tokens, width, heads = shape
@@ -54,15 +58,15 @@ def main() -> None:
                 partial(textbook, ours, x, other, causal=False),
             ),
         }
-        for kind, (run_ours, run_theirs, run_textbook) in kinds.items():
+        for kind, runs in kinds.items():
+            run_ours, run_theirs, run_textbook = runs
             torch.testing.assert_close(run_theirs()[0], run_ours(), rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(run_textbook(), run_ours(), rtol=1e-3, atol=1e-4)
-            print(f"  batch {batch:>2} x {tokens:>4} tokens x {width} wide, {heads:>2} heads, {kind:>5}:", end="")
-            for name, backward in (("forward", False), ("forward and backward", True)):
-                torchs = ratio(run_theirs, run_ours, device, backward=backward)
-                formula = ratio(run_textbook, run_ours, device, backward=backward)
-                print(f"  {name} {torchs:.2f} / {formula:.2f}", end="", flush=True)
-            print()
+            cells = []
+            for backward in (False, True):
+                torchs, formula = ratios(runs, options.rounds, device, backward=backward)
+                cells.append(f"{torchs:.2f} / {formula:.2f}")
+            print(f"| {batch} x {tokens} x {width}, {heads} | {kind} | {' | '.join(cells)} |", flush=True)
 
 
 def textbook(module: MultiheadAttention, query: torch.Tensor, key: torch.Tensor, *, causal: bool) -> torch.Tensor:
@@ -79,23 +83,27 @@ def textbook(module: MultiheadAttention, query: torch.Tensor, key: torch.Tensor,
     return module.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-def ratio(theirs: Callable[[], Any], ours: Callable[[], Any], device: str, *, backward: bool) -> float:
-    return statistics.median(
-        seconds(theirs, device, backward) / seconds(ours, device, backward) for _ in range(ROUNDS + 2)
-    )  # the first two pairs warm up; a median of 17 does not mind them
+def ratios(runs: Sequence[Callable[[], Any]], rounds: int, device: str, *, backward: bool) -> list[float]:
+    """How many times as long as the first one each of the others takes."""
+    took = [[seconds(run, device, backward) for run in runs] for _ in range(rounds + 2)]
+    return [statistics.median(one[number] / one[0] for one in took[2:]) for number in range(1, len(runs))]
 
 
 def seconds(run: Callable[[], Any], device: str, backward: bool) -> float:
+    alone = (
+        device == "cpu" and torch.get_num_threads() == 1
+    )  # threads that wait for others take the processor's time, too
+    clock = time.process_time if alone else time.perf_counter
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     with torch.set_grad_enabled(backward):
         result = run()
         if backward:
             (result[0] if isinstance(result, tuple) else result).sum().backward()  # torch's gives weights as well
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     options = parser.parse_args()
     options.nanogpt = options.nanogpt.resolve()
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else _processor()
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else processor()
     print(
         f"{machine}, torch {torch.__version__}, Python {platform.python_version()}; median of {options.pairs} pairs\n"
     )
@@ -266,7 +266,8 @@ def main() -> None:
         options.json.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}, indent=1))
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name and number of the processors."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]

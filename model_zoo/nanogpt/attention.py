@@ -104,19 +104,20 @@ class MultiheadAttention(nn.Module):
         if rotary and self.head_dim % 2:
             raise ValueError(f"rotary positions turn pairs, and a head is {self.head_dim} wide; make it even")
         kv_dim = num_kv_heads * self.head_dim
-        self._rows = (embed_dim, kv_dim, kv_dim)  # rows of the query, key and value projections
+        self.rows = (embed_dim, kv_dim, kv_dim)
+        """Rows of the query, key and value projections, in the order in which `in_proj_weight` has them."""
         kdim = embed_dim if kdim is None else kdim
         vdim = embed_dim if vdim is None else vdim
         if kdim == vdim == embed_dim:
             # One matrix, so that self-attention needs one matrix product.
-            self.in_proj_weight = nn.Parameter(torch.empty(sum(self._rows), embed_dim))
+            self.in_proj_weight = nn.Parameter(torch.empty(sum(self.rows), embed_dim))
         else:
             self.register_parameter("in_proj_weight", None)
             self.q_proj_weight = nn.Parameter(torch.empty(embed_dim, embed_dim))
             self.k_proj_weight = nn.Parameter(torch.empty(kv_dim, kdim))
             self.v_proj_weight = nn.Parameter(torch.empty(kv_dim, vdim))
         if bias:
-            self.in_proj_bias = nn.Parameter(torch.zeros(sum(self._rows)))
+            self.in_proj_bias = nn.Parameter(torch.zeros(sum(self.rows)))
         else:
             self.register_parameter("in_proj_bias", None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias if out_bias is None else out_bias)
@@ -201,7 +202,7 @@ class MultiheadAttention(nn.Module):
         """
         if self.in_proj_weight is not None and key is value:
             if query is key:
-                q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self._rows, dim=-1)
+                q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self.rows, dim=-1)
             else:
                 width = self.embed_dim
                 bias = None if self.in_proj_bias is None else self.in_proj_bias[width:]
@@ -221,8 +222,8 @@ class MultiheadAttention(nn.Module):
         if self.in_proj_weight is None:
             weight = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[part]
         else:
-            weight = self.in_proj_weight.split(self._rows)[part]
-        return F.linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias.split(self._rows)[part])
+            weight = self.in_proj_weight.split(self.rows)[part]
+        return F.linear(x, weight, None if self.in_proj_bias is None else self.in_proj_bias.split(self.rows)[part])
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # BxTxE -> BxHxTxD, no copy

@@ -24,8 +24,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, with warm-up and cosine decay of the learning rate."""
+    """AdamW or Muon, with warm-up and cosine decay of the learning rate."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases. A run keeps it."""
     learning_rate: float = 6e-4
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: float = 6e-5
@@ -40,6 +42,8 @@ class OptimizerConfig:
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
     """AdamW's decay of the mean squared gradient."""
+    momentum: float = 0.95
+    """Muon's decay of the mean gradient."""
     clip: float = 1.0
     """Largest norm of the gradient of the global batch. 0: no clipping."""
     max_skipped: int = 10
@@ -168,7 +172,11 @@ class TrainConfig:
                 raise SettingsError(f"{name} is {number}: it must not be negative, nor infinite")
         if not -(2**63) <= self.seed < 2**63:
             raise SettingsError(f"seed is {self.seed}: it must fit 64 bits")
-        for name, number in (("optimizer.beta1", self.optimizer.beta1), ("optimizer.beta2", self.optimizer.beta2)):
+        for name, number in (
+            ("optimizer.beta1", self.optimizer.beta1),
+            ("optimizer.beta2", self.optimizer.beta2),
+            ("optimizer.momentum", self.optimizer.momentum),
+        ):
             if not 0 <= number < 1:
                 raise SettingsError(f"{name} is {number}: it must be from 0 to below 1")
         if self.elastic.grace_seconds < 0:

@@ -13,6 +13,7 @@ Letters in comments: B batch, T tokens, D embedding, H heads, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -209,3 +210,17 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
+
+    def block_matrices(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """The matrices of the blocks: each parameter, with the rows of the matrices that lie in it one above the other.
+
+        Those are the projections to queries, keys and values, and SwiGLU's two.
+        """
+        for block in self.h:
+            assert isinstance(block, Block)
+            assert block.attn.in_proj_weight is not None
+            yield block.attn.in_proj_weight, block.attn.rows
+            yield block.attn.out_proj.weight, (self.config.n_embd,)
+            rows = block.mlp.c_fc.weight.size(0)
+            yield block.mlp.c_fc.weight, (rows // 2, rows // 2) if self.config.activation == "swiglu" else (rows,)
+            yield block.mlp.c_proj.weight, (self.config.n_embd,)

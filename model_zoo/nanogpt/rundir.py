@@ -26,8 +26,11 @@ from model_zoo.nanogpt.vocabulary import vocabulary_fingerprint
 from prepare.data import load_tokenizer, save_tokenizer
 from prepare.tokens import DataError, Meta, fingerprint
 
-# Settings that a run cannot change, since data order, batches and parameters depend on them.
-IDENTITY = ("model", "seed", "global_batch", "micro_batch", "elastic.exact", "data_fingerprint", FINGERPRINT)
+# Settings that a run cannot change, since data order, batches, parameters and the moments that are kept depend on them.
+IDENTITY = (
+    *("model", "seed", "global_batch", "micro_batch", "optimizer.kind", "elastic.exact", "data_fingerprint"),
+    FINGERPRINT,
+)
 PATHS = ("run_dir", "data.dir", "init_from")  # may differ: a volume may be mounted elsewhere
 ABOUT = ("format_version", "writer")  # entries of config.yaml that are not settings
 

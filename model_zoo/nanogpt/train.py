@@ -41,6 +41,7 @@ from model_zoo.nanogpt import places, precision
 from model_zoo.nanogpt.config import PRESETS, TrainConfig
 from model_zoo.nanogpt.initial import check_start, start
 from model_zoo.nanogpt.model import GPT
+from model_zoo.nanogpt.optimizer import make_optimizer
 from model_zoo.nanogpt.rundir import open_run
 from model_zoo.nanogpt.startup import arithmetic, loss_function, merged_micro_batches, plan
 from prepare.data import open_split, read_meta
@@ -86,12 +87,7 @@ class Training(Worlds):
         torch.manual_seed(config.seed)  # the same initial parameters on all workers
         torch.set_float32_matmul_precision("high")
         model = GPT(config.model).to(device)
-        optimizer = torch.optim.AdamW(
-            model.decay_groups(config.optimizer.weight_decay),
-            lr=config.optimizer.learning_rate,
-            betas=(config.optimizer.beta1, config.optimizer.beta2),
-            fused=devices.has_fused_adamw(device),
-        )
+        optimizer = make_optimizer(model, config.optimizer, device)
         scale = LossScale(device) if config.dtype == "float16" else None
         super().__init__(plan(config), model, optimizer, scale)
         self.gpt = model
