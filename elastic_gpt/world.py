@@ -25,6 +25,7 @@ from elastic_gpt.processes import die_with_parent
 from elastic_gpt.settings import Device
 
 T = TypeVar("T")
+V = TypeVar("V")
 PARCEL = 32 << 20  # bytes in one broadcast
 TOUCH_SECONDS = 0.5  # between two signs of life of a rank that others wait for
 MEET_TIMEOUT = datetime.timedelta(seconds=1)  # for one try to reach the store of a new group
@@ -113,20 +114,25 @@ class World:
         The work may take longer than a collective waits for a silent peer, since rank 0 sends signs
         of life.
         """
+        return self.first_does_beside(work, None)[0]
+
+    def first_does_beside(self, work: Callable[[], T], value: V) -> tuple[T, list[V]]:
+        """As `first_does`, and the `value` of every rank travels with the result; see `gather`."""
         if self.size == 1:
-            return work()
+            return work(), [value]
         with ThreadPoolExecutor(1) as background:
             future = background.submit(work) if self.first else None
             while True:
                 ended = bool(future and wait([future], TOUCH_SECONDS).done)
                 error = future.exception() if future and ended else None
-                mine = (ended, future.result() if future and ended and not error else None, error)
-                ended, result, error = self.gather(mine)[0]
+                mine = (ended, future.result() if future and ended and not error else None, error, value)
+                told = self.gather(mine)
+                ended, result, error, _ = told[0]
                 if ended:
                     break
         if error:
             raise error
-        return result
+        return result, [one for *_, one in told]
 
     def _collective(self, begin: Callable[[], dist.Work | None]) -> None:
         """Do a collective. `begin` returns what is to be waited for; None: it has waited itself."""
