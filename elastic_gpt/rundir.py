@@ -136,8 +136,9 @@ def open_together(
             members = [member for _, _, member in hellos]
             return Opened(run, claims[0] if claims else None, told, members, list(offers))
         time.sleep(LOOK_SECONDS)
+    blind = next(filter(None, alone))
     raise SettingsError(
-        f"run directory {shown(folder)} is not shared: node {next(filter(None, alone))} does not see in it what another node wrote there:"
+        f"run directory {shown(folder)} is not shared: node {blind} does not see in it what another node wrote there:"
         " mount the same volume on all nodes"
     )
 

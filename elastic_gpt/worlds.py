@@ -378,7 +378,7 @@ class Worlds(abc.ABC):
         Returns:
             Whether the job is over, and the exit code.
         """
-        plan, tensors, held, ledger, signals = self.plan, self.tensors, self.held, self.ledger, self.signals
+        plan, tensors, ledger, signals = self.plan, self.tensors, self.ledger, self.signals
         run, snapshots = opened.run, memory.snapshots
         self.gradients.world = world
         batches = self.batches(world)

@@ -34,7 +34,7 @@ class Workers:
         self._looked = time.monotonic()
         self._because: dict[int, str] = {}
         self.no_world: Callable[[int], bool] = lambda _: False
-        """Called with the local rank of a worker that lives on though its world could not be formed: has that been too often?"""
+        """Whether worlds could not be formed too often; called with the local rank of a worker whose world was not."""
         self._came = threading.Event()  # a worker has begun to wait since somebody looked
         threading.Thread(target=self._listen, name="workers", daemon=True).start()
 
