@@ -220,6 +220,8 @@ def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = la
         except RuntimeError as error:  # a peer died before it joined
             if isinstance(error, PeerLost):
                 raise
+            # torch names groups by number, and members find each other by the name. Only a group that is left sets it back.
+            dist.distributed_c10d._world.group_count = 0
             raise NotJoined(f"rank {rank} of {size} could not join its peers: {error}") from error
     return World(rank, size, local_rank, node, where, elastic, called)
 

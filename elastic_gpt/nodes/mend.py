@@ -85,14 +85,14 @@ def poll_the_rendezvous() -> None:
     """0.6.1: agents poll the rendezvous only every 5 s, and each membership change waits for that."""
     from dlrover.python.common.constants import JobConstant
 
-    JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.02
+    JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.01
 
 
 def poll_the_store() -> None:
     """0.6.1: agents look for rank 0's address in the master's store only every 2 s."""
     from dlrover.python.elastic_agent.torch import master_kv_store
 
-    master_kv_store.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 0.02)))
+    master_kv_store.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 0.01)))
 
 
 def find_a_new_master_soon() -> None:
