@@ -31,8 +31,8 @@ TOUCH_SECONDS = 0.5  # between two signs of life of a rank that others wait for
 MEET_TIMEOUT = datetime.timedelta(seconds=1)  # for one try to reach the store of a new group
 LOOK_SECONDS = 0.005  # between two looks whether the others are there
 LEAVE_SECONDS = 5.0  # in which a group with a dead member has to be torn down
-CLOSE_SECONDS = 0.2  # for the connections of a group that was left to close
-STILL_TIMEOUT = datetime.timedelta(seconds=0.3)  # of a collective, between two looks whether its peers are still there
+CLOSE_SECONDS = 0.05  # for the connections of a group that was left to close; half of that is usual
+STILL_TIMEOUT = datetime.timedelta(seconds=0.1)  # of a collective, between two looks whether its peers are still there
 PROBE = 1 << 20  # tag of messages that nobody sends
 
 
