@@ -97,6 +97,35 @@ def test_a_worker_whose_world_cannot_be_formed_keeps_its_state_until_that_was_to
 
 
 @linux
+def test_a_checkpoint_on_its_way_is_whole_before_the_next_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody leaves, so that ranks would not wait for anything else at the end of a life."""
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        save_tensors(*args)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    workers, heard, there = agent_of_this_process(monkeypatch), Kept(), []
+
+    def agent() -> None:
+        until(lambda: workers.waiting() == {0})
+        workers.give({0: ALONE_WORLD})
+        until(lambda: "5" in heard.heard)
+        workers.call()
+        until(lambda: workers.waiting() == {0})
+        there.append(Checkpoints(tmp_path / "checkpoints").newest_step())
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=agent, daemon=True).start()
+    sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 5}
+    with pytest.raises(SystemExit):
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
+    assert there == [5]
+
+
+@linux
 @pytest.mark.parametrize("asked", ["in order", "after a world that lost a peer before its first step", "at the end"])
 def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
