@@ -31,6 +31,11 @@ from prepare.frontdoor import Parser, command
 
 IDENTITIES = ("created", "copied", "upgraded")
 PARTS = ("detection", "rendezvous", "restore", "first_step")  # the parts of a recovery, in seconds
+NOTES = {
+    "interrupted",
+    "recovered",
+    "slow",
+}  # only say what time was lost; on storage no later than the next other event
 ASKED = {"stopped", "finished", "diverged"}  # ends of a life after which there is nothing to recover from
 
 
@@ -70,7 +75,7 @@ class Ledger:
         """Append one event, with the time in seconds since 1970. A full disk costs the event, not the training."""
         line = _line(event, facts)
         try:
-            self._append(line)
+            self._append(line, sync=event not in NOTES)
         except OSError as error:
             print(f"warning: the ledger lacks {event} {strict_json(facts)}: {error}", file=sys.stderr, flush=True)
         self._tell(line)
@@ -89,16 +94,18 @@ class Ledger:
         for listener in self.listeners:
             listener(event)
 
-    def _append(self, event: Mapping[str, Any]) -> None:
-        line = strict_json(event) + "\n"
+    def _append(self, *events: Mapping[str, Any], sync: bool = True) -> None:
+        """Append events, all or (if the writer is killed) the first of them. `sync`: they are on storage when this returns."""
+        lines = "".join(strict_json(event) + "\n" for event in events)
         with self.path.open("ab+", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
             unfinished = file.read(1) not in (b"", b"\n")  # the half line of a killed writer
-            file.write((b"\n" if unfinished else b"") + line.encode())
-            os.fsync(file.fileno())
+            file.write((b"\n" if unfinished else b"") + lines.encode())
+            if sync:
+                os.fsync(file.fileno())
         if mirror := mirror_of(self.path):
-            mirror.append(self.path.name, line.encode())
+            mirror.append(self.path.name, lines.encode())
 
     def events(self) -> list[dict[str, Any]]:
         """All events, oldest first."""
@@ -161,7 +168,7 @@ class Ledger:
         Raises:
             OSError: if it cannot be written. What this life saves would then belong to no known life.
         """
-        events = self.events()
+        events, new = self.events(), []
         last = max((place for place, event in enumerate(events) if event["event"] == "joined"), default=None)
         if last is not None:
             paused = is_pause(events[last:], nodes)
@@ -170,11 +177,15 @@ class Ledger:
                 self._tell(event)
             said_goodbye = {event["node"] for event in left}
             for node in sorted(set() if paused else set(events[last]["nodes"]) - set(nodes) - said_goodbye):
-                self.write("lost", node=node, step=step)
-        life = self.lives()
-        self.write_durably("joined", life=life, name=name, nodes=nodes, world_size=world_size, stayed=list(stayed))
+                new.append(_line("lost", {"node": node, "step": step}))
+        life = sum(event["event"] == "joined" for event in events)
+        who = {"life": life, "name": name, "nodes": nodes, "world_size": world_size, "stayed": list(stayed)}
+        state = {"life": life, "step": step, "source": source, "dropped": dropped}
+        new += [_line("joined", who), _line("restored", state)]
+        self._append(*new)  # together, since all ranks wait for this
         self._read_up_to = self.path.stat().st_size if self.path.exists() else 0
-        self.write("restored", life=life, step=step, source=source, dropped=dropped)
+        for line in new:
+            self._tell(line)
 
     def superseded(self) -> bool:
         """Whether another life has begun after this one, so that this world must end."""

@@ -23,7 +23,7 @@ import yaml
 
 from elastic_gpt.batches import Batches, Examples
 from elastic_gpt.checkpoint import CheckpointError, refuse_newer, writer
-from elastic_gpt.claim import Claim, InUse
+from elastic_gpt.claim import InUse
 from elastic_gpt.contract import (
     CONFIG,
     FAILED,
@@ -36,16 +36,14 @@ from elastic_gpt.ledger import Ledger
 from elastic_gpt.mirror import here, shown
 from elastic_gpt.order import Order
 from elastic_gpt.reports import Observer
-from elastic_gpt.rundir import open_together, settings_before
+from elastic_gpt.rundir import Introduction, Opened, open_together, settings_before
 from elastic_gpt.settings import SettingsError, flatten
 from elastic_gpt.state import NotFinite, Restored
 from elastic_gpt.storage import LocalStorage, Unreachable
 from elastic_gpt.world import NotJoined, PeerLost, World, place
-from elastic_gpt.worlds import Plan, Step, Worlds
+from elastic_gpt.worlds import NETWORK_SECONDS, Plan, Step, Worlds
 from prepare.frontdoor import fail
 from prepare.tokens import DataError
-
-NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
 
 
 @contextlib.contextmanager
@@ -144,7 +142,7 @@ class Elastic(Worlds):
                     return
             yield step
 
-    def open(self, world: World) -> tuple[Run, Claim | None]:
+    def open(self, world: World, me: Introduction) -> Opened[None]:
         mine = {
             "format_version": RUN_FORMAT_VERSION,
             "writer": writer(),
@@ -154,7 +152,7 @@ class Elastic(Worlds):
         }
         path = self.plan.run_dir / CONFIG
 
-        def make(take: Callable[[], tuple[Run, Ledger]]) -> Run:
+        def make(take: Callable[[], tuple[Run, Ledger]]) -> tuple[Run, None]:
             before = settings_before(path)
             refuse_newer(f"the run in {shown(self.plan.run_dir)}", before, RUN_FORMAT_VERSION)
             now = yaml.safe_load(yaml.safe_dump(mine))
@@ -170,9 +168,9 @@ class Elastic(Worlds):
                 kept = yaml.safe_load(path.read_text(encoding="utf-8")) if before else {}
                 told = now | kept | {"checkpoint": now["checkpoint"]}
                 LocalStorage(self.plan.run_dir).write_text(path.name, yaml.safe_dump(told, sort_keys=False))
-            return run
+            return run, None
 
-        return open_together(self.plan.run_dir, mine, world, make)
+        return open_together(self.plan.run_dir, mine, world, make, me)
 
     def batches(self, world: World) -> Batches:
         return Examples(self.data, self.plan.micro_batch, self.order, world)

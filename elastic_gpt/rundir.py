@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import yaml
 
@@ -21,18 +21,61 @@ from elastic_gpt.storeclaim import StoreClaim
 from elastic_gpt.world import World
 from prepare.frontdoor import FULL
 
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 7 ms less of each membership change
 LOOKS, LOOK_SECONDS = 60, 0.5  # for a file of another node, which an NFS client may see 30 s later
+T = TypeVar("T")
+
+
+class Introduction(NamedTuple):
+    """What a worker tells the others of itself while they open the run. It travels with what has to be told anyway."""
+
+    lived_on: bool = False
+    """Whether its process was in the life before."""
+    started_because: str = ""
+    """Why the agent ended the worker that was here before; "" if it did not."""
+    offer: Callable[[Run], Any] = lambda _: None
+    """Says what it can give the others to go on from, once the run is known."""
+
+
+class Member(NamedTuple):
+    """What a rank has told of itself."""
+
+    node: str
+    lived_on: bool
+    started_because: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened(Generic[T]):
+    """A run directory that all ranks have opened."""
+
+    run: Run
+    claim: Claim | None
+    """The first worker's."""
+    told: T
+    """What the first worker told all others when it made or found the run."""
+    members: list[Member]
+    """In order of rank."""
+    offers: list[Any]
+    """What each rank offers, in order of rank."""
 
 
 def open_together(
-    folder: Path, mine: Mapping[str, Any], world: World, make: Callable[[Callable[[], tuple[Run, Ledger]]], Run]
-) -> tuple[Run, Claim | None]:
+    folder: Path,
+    mine: Mapping[str, Any],
+    world: World,
+    make: Callable[[Callable[[], tuple[Run, Ledger]]], tuple[Run, T]],
+    me: Introduction,
+) -> Opened[T]:
     """Make or find a run directory. The first worker has the claim.
+
+    A membership change waits for this, and each collective for its slowest rank: there are three.
 
     Args:
         mine: the settings of this rank, which have to be the same on all ranks.
-        make: called by the first worker; it makes what is in the directory. Its argument is a function that claims the
-            directory for this job.
+        make: called by the first worker; it makes what is in the directory, and returns the run and what all ranks have to
+            know. Its argument is a function that claims the directory for this job.
+        me: what this rank tells of itself.
 
     Raises:
         SettingsError: on all ranks, if their settings differ, or the directory cannot be written or is not shared by
@@ -40,9 +83,9 @@ def open_together(
         InUse: on all ranks, if another job trains into the directory.
     """
     # --- all ranks have the same settings
-    told = world.gather((dict(mine), world.node, process()))
-    first = told[0][0]
-    for given, node, _ in told:
+    hellos = world.gather((dict(mine), process(), Member(world.node, me.lived_on, me.started_because)))
+    first = hellos[0][0]
+    for given, _, (node, *_) in hellos:
         if differing := next((name for name in first if given.get(name) != first[name]), None):
             raise SettingsError(
                 "the nodes were given different settings:"
@@ -57,7 +100,7 @@ def open_together(
     def take() -> tuple[Run, Ledger]:
         folder.mkdir(parents=True, exist_ok=True)
         ledger = Ledger(folder)
-        processes = [of_agent for _, _, of_agent in told]
+        processes = [of_agent for _, of_agent, _ in hellos]
         claim = StoreClaim(mirror, new_id(), processes) if mirror else Claim(folder, new_id(), processes)
         run_id, note = _recognise(ledger, folder, claim.mine)
         continues = claim.take(run_id)
@@ -66,12 +109,12 @@ def open_together(
             mirror.begin_writing(claim.life)
         return dataclasses.replace(_run(ledger, run_id, claim.life, continues), note=note), ledger
 
-    def first_makes() -> Run:
+    def first_makes() -> tuple[Run, T]:
         try:
-            run = make(take)
+            made = make(take)
             if mirror:
                 mirror.put(TOKENIZER, CONFIG)
-            return run
+            return made
         except Unreachable:
             raise
         except OSError as error:
@@ -80,19 +123,22 @@ def open_together(
                 raise OSError(f"{told}: make room") from error
             raise SettingsError(f"{told}: choose another --run-dir") from error
 
-    run = world.first_does(first_makes)
+    run, told = world.first_does(first_makes)
 
-    # --- all ranks see it
+    # --- all ranks see it, and say what they can give
+    offer = me.offer(run)
     for _ in range(LOOKS):  # all ranks look equally often, since each look is a collective
         if mirror and not world.first:
             mirror.pull(LEDGER)
         seen = any(event.get("run_id") == run.run_id for event in Ledger(folder).events())
-        alone = next(filter(None, world.gather(None if seen else world.node)), None)
-        if alone is None:
-            return run, claims[0] if claims else None
+        alone, offers = zip(*world.gather((None if seen else world.node, offer)), strict=True)
+        if not any(alone):
+            members = [member for _, _, member in hellos]
+            return Opened(run, claims[0] if claims else None, told, members, list(offers))
         time.sleep(LOOK_SECONDS)
+    blind = next(filter(None, alone))
     raise SettingsError(
-        f"run directory {shown(folder)} is not shared: node {alone} does not see in it what another node wrote there:"
+        f"run directory {shown(folder)} is not shared: node {blind} does not see in it what another node wrote there:"
         " mount the same volume on all nodes"
     )
 
@@ -149,7 +195,7 @@ def _run(ledger: Ledger, run_id: str, name: str, continues: bool) -> Run:
 def settings_before(path: Path) -> dict[str, Any]:
     """The settings of the life before, by dotted name; {} for a new run."""
     try:
-        return settings.flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return settings.flatten(yaml.load(path.read_text(encoding="utf-8"), YAML_LOADER))
     except (FileNotFoundError, NotADirectoryError):  # writing there will report the second
         return {}
     except OSError as error:

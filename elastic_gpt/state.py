@@ -7,8 +7,9 @@ the state to all others.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +35,48 @@ class Held:
     """Number of the life in which the updates were done."""
     reports: list[dict[str, Any]] = field(default_factory=list)
     """The recent step reports, oldest first."""
+
+
+class Offer(NamedTuple):
+    """What one rank could give the others to go on from. The greatest is the newest."""
+
+    step: int
+    """Updates done; -1: nothing."""
+    life: int
+    lives_on: bool
+    """Whether it is in the tensors of a worker that lives on, else in a snapshot."""
+    holder: str
+    """The node that it is of."""
+
+
+@dataclass
+class Memory:
+    """What this worker has of a run in memory: in its own tensors, or else a snapshot on this machine."""
+
+    held: Held
+    snapshots: Snapshots | None
+    """This node's, on its first worker; None on others."""
+    snapshot: Snapshot | None = None
+    """What `offer` found."""
+
+    def offer(self, run: Run, node: str) -> Offer:
+        """Look for the newest state of the run's history."""
+
+        def valid(snapshot: Snapshot) -> bool:
+            known = run.lives.get(snapshot.name) == snapshot.life and snapshot.history_bytes <= run.history_bytes
+            return known and run.valid(snapshot.life, snapshot.step)
+
+        if self.held.step >= 0 and run.valid(self.held.life, self.held.step):
+            return Offer(self.held.step, self.held.life, True, node)
+        self.snapshot = self.snapshots.newest(valid) if self.snapshots else None
+        if self.snapshot:
+            return Offer(self.snapshot.step, self.snapshot.life, False, self.snapshot.header.parent.name)
+        return Offer(-1, -1, False, node)
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """The step reports that go with what was offered."""
+        return self.snapshot.reports if self.snapshot else self.held.reports
 
 
 @dataclass(frozen=True)
@@ -87,24 +130,24 @@ def broken(tensors: dict[str, torch.Tensor]) -> str | None:
 @torch.no_grad()
 def restore(
     tensors: dict[str, torch.Tensor],
-    snapshots: Snapshots | None,
+    memory: Memory,
+    offers: Sequence[Offer],
     checkpoints: Checkpoints,
     run: Run,
     world: World,
     resume: Resume = "auto",
-    held: Held | None = None,
 ) -> Restored:
     """Fill `tensors` on every rank with the newest state there is, or with rank 0's initial values.
 
     Args:
         tensors: the live state.
-        snapshots: this node's snapshots, on its first worker; None on others.
+        memory: what this worker has. What it holds stays if no rank has a newer state.
+        offers: what each rank has, in order of rank.
         checkpoints: the run's checkpoints.
         run: the run and its history.
         world: the ranks that restore.
         resume: what a new job begins with if memory is ahead of storage. `auto`: memory, unless the checkpoint that was
             saved last was deleted, which is how people go back. Within a job it is always memory.
-        held: the state that is already in this worker's tensors. It stays if no rank has a newer one.
 
     Raises:
         CheckpointError: on every rank, if no checkpoint is whole, or all of them have disappeared. A run never starts
@@ -112,31 +155,30 @@ def restore(
         Unreachable: on every rank, if storage does not answer and may have a state that no memory has.
     """
 
-    def valid(snapshot: Snapshot) -> bool:
-        known = run.lives.get(snapshot.name) == snapshot.life and snapshot.history_bytes <= run.history_bytes
-        return known and run.valid(snapshot.life, snapshot.step)
-
     # --- which states there are, in memory and on storage
-    held = held or Held()
-    lives_on = held.step >= 0 and run.valid(held.life, held.step)
-    snapshot = snapshots.newest(valid) if snapshots and not lives_on else None
-    mine = (held.step, held.life) if lives_on else (snapshot.step, snapshot.life) if snapshot else (-1, -1)
-    holder = snapshot.header.parent.name if snapshot else world.node
-    there, holders = zip(*world.gather(((*mine, lives_on), holder)), strict=True)
-    newest, life = max(there)[:2]
-    choice = ""
-    try:
-        if newest >= 0 and not run.continues:
-            back, choice = world.first_does(lambda: _goes_back(newest, checkpoints, run, resume))
-            newest = -1 if back else newest
-        stored = world.first_does(lambda: checkpoints.newest_step(newer_than=newest))
-    except Unreachable as error:
-        if newest < 0 or life < run.life - 1:
-            raise
+    held, there = memory.held, [offer[:3] for offer in offers]
+    best = there.index(max(there))
+    newest, life, _ = there[best]
+
+    def look_at_storage() -> tuple[bool, str, int | None, Unreachable | None]:
+        """Whether storage is taken although memory is ahead, why, and the step of the newest that memory lacks."""
+        back, why = False, ""
+        try:
+            if newest >= 0 and not run.continues:
+                back, why = _goes_back(newest, checkpoints, run, resume)
+            return back, why, checkpoints.newest_step(newer_than=-1 if back else newest), None
+        except Unreachable as error:
+            return back, why, None, error
+
+    mine_of_it = memory.reports if world.rank == best else []
+    (back, choice, stored, away), told = world.first_does_beside(look_at_storage, mine_of_it)
+    if away:
+        if back or newest < 0 or life < run.life - 1:
+            raise away
         # The life before kept snapshots up to its end, so storage is ahead by at most the interval between them.
-        stored = None
         if world.first:
-            print(f"warning: {error}; the run goes on from memory", file=sys.stderr, flush=True)
+            print(f"warning: {away}; the run goes on from memory", file=sys.stderr, flush=True)
+    newest = -1 if back else newest
     if resume == "memory" and run.life > 0 and not run.continues and (newest < 0 or stored is not None):
         raise CheckpointError(
             f"no node holds this run in memory{f' as far as step {stored} on storage' if stored else ''}:"
@@ -149,9 +191,9 @@ def restore(
         reader, step, source = 0, stored, f"checkpoint {checkpoints.name(stored)}"
     elif newest >= 0:
         living = (newest, life, True)
-        reader, step = there.index(max(there)), newest
+        reader, step = best, newest
         same = all(one == living for one in there)
-        source = f"{'worker' if there[reader] == living else 'snapshot'} of node {holders[reader]}"
+        source = f"{'worker' if there[reader] == living else 'snapshot'} of node {offers[reader].holder}"
     elif run.saved:
         step, place = run.saved
         cure = "mount it, or set --checkpoint.dir back; to start over, take another --run-dir"
@@ -171,10 +213,9 @@ def restore(
     elif same:
         reports = held.reports
     elif newest >= 0:
-        if world.rank == reader and snapshots and snapshot:
-            snapshots.load(snapshot, tensors)
-        mine_of_it = (snapshot.reports if snapshot else held.reports) if world.rank == reader else []
-        reports = world.gather(mine_of_it)[reader]
+        if world.rank == reader and memory.snapshots and memory.snapshot:
+            memory.snapshots.load(memory.snapshot, tensors)
+        reports = told[reader]
     if not same:
         world.broadcast(list(tensors.values()), reader)
     held.step, held.life, held.reports = step, run.life, reports

@@ -28,14 +28,15 @@ from elastic_gpt.processes import die_with_parent
 from elastic_gpt.settings import Device
 
 T = TypeVar("T")
+V = TypeVar("V")
 HOST = torch.device("cpu")
 PARCEL = 32 << 20  # bytes in one broadcast
 TOUCH_SECONDS = 0.5  # between two signs of life of a rank that others wait for
 MEET_TIMEOUT = datetime.timedelta(seconds=1)  # for one try to reach the store of a new group
 LOOK_SECONDS = 0.005  # between two looks whether the others are there
 LEAVE_SECONDS = 5.0  # in which a group with a dead member has to be torn down
-CLOSE_SECONDS = 0.2  # for the connections of a group that was left to close
-STILL_TIMEOUT = datetime.timedelta(seconds=0.3)  # of a collective, between two looks whether its peers are still there
+CLOSE_SECONDS = 0.05  # for the connections of a group that was left to close; half of that is usual
+STILL_TIMEOUT = datetime.timedelta(seconds=0.1)  # of a collective, between two looks whether its peers are still there
 POLL_SECONDS = 0.0002  # between two looks whether the device has done a collective
 QUEUED = (
     64  # collectives on the device whose end the host has not seen; its queue holds some more, then a launch blocks
@@ -139,20 +140,25 @@ class World:
         The work may take longer than a collective waits for a silent peer, since rank 0 sends signs
         of life.
         """
+        return self.first_does_beside(work, None)[0]
+
+    def first_does_beside(self, work: Callable[[], T], value: V) -> tuple[T, list[V]]:
+        """As `first_does`, and the `value` of every rank travels with the result; see `gather`."""
         if self.size == 1:
-            return work()
+            return work(), [value]
         with ThreadPoolExecutor(1) as background:
             future = background.submit(work) if self.first else None
             while True:
                 ended = bool(future and wait([future], TOUCH_SECONDS).done)
                 error = future.exception() if future and ended else None
-                mine = (ended, future.result() if future and ended and not error else None, error)
-                ended, result, error = self.gather(mine)[0]
+                mine = (ended, future.result() if future and ended and not error else None, error, value)
+                told = self.gather(mine)
+                ended, result, error, _ = told[0]
                 if ended:
                     break
         if error:
             raise error
-        return result
+        return result, [one for *_, one in told]
 
     def _collective(
         self,
@@ -286,6 +292,8 @@ def join(device: Device, timeout_seconds: float, called: Callable[[], bool] = la
         except RuntimeError as error:  # a peer died before it joined
             if isinstance(error, PeerLost):
                 raise
+            # torch names groups by number, and members find each other by the name. Only a group that is left sets it back.
+            dist.distributed_c10d._world.group_count = 0
             raise NotJoined(f"rank {rank} of {size} could not join its peers: {error}") from error
     world = World(rank, size, local_rank, node, where, elastic, called, timeout_seconds)
     if size > 1 and devices.queues(where):

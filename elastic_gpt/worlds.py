@@ -5,9 +5,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,10 +16,10 @@ from elastic_gpt import devices
 from elastic_gpt.agent import Agent
 from elastic_gpt.batches import Batches
 from elastic_gpt.checkpoint import CheckpointError, Checkpoints, checkpoints_place
-from elastic_gpt.claim import Claim
 from elastic_gpt.contract import (
     DONE,
     METRICS,
+    NO_WORLD,
     RESTART_ME,
     TENSORBOARD,
     progress_file,
@@ -38,12 +39,14 @@ from elastic_gpt.observers import (
 from elastic_gpt.order import micro_batch_seed
 from elastic_gpt.pace import Pace
 from elastic_gpt.reports import Observer, Reporter
+from elastic_gpt.rundir import Introduction, Opened
 from elastic_gpt.settings import SettingsError, Traffic, refuse_rounded
 from elastic_gpt.snapshot import SnapshotError, Snapshots
-from elastic_gpt.state import Held, NotFinite, Restored, Resume, broken, restore, training_state
+from elastic_gpt.state import Held, Memory, NotFinite, Offer, Restored, Resume, broken, restore, training_state
 from elastic_gpt.storage import Unreachable
 from elastic_gpt.world import Device, NotJoined, PeerLost, Signals, World, join, leave, place
 
+NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
 LAST_CALL_SECONDS = 0.15  # from the first signal: who is asked in the same moment hears it a little later
 LEAVE_SECONDS = 1.0  # from the signal to leave, for the peers of a world that forms; then this worker saves alone
 TURN_SECONDS = 0.5  # between two nodes that would save the same state; between two looks at whether another one does
@@ -197,6 +200,10 @@ class Worlds(abc.ABC):
         self.left = False  # whether the ledger has been told that this node leaves
         self.reporter: Reporter | None = None
         self.slow: set[str] = set()  # nodes
+        self.group_left: Callable[[], bool] = lambda: (
+            True
+        )  # whether the group of the last world was left in time; waits for that
+        self.not_joined = 0  # worlds in a row that could not be formed
         self.observers: list[Observer] = []
         """The user's own observers, which hear of steps and events on the first worker."""
 
@@ -206,8 +213,8 @@ class Worlds(abc.ABC):
     """Whether there is a validation loss."""
 
     @abc.abstractmethod
-    def open(self, world: World) -> tuple[Run, Claim | None]:
-        """Open the run directory in a world, and claim it."""
+    def open(self, world: World, me: Introduction) -> Opened[Any]:
+        """Open the run directory in a world, and claim it (rundir.open_together)."""
 
     @abc.abstractmethod
     def batches(self, world: World) -> Batches:
@@ -229,12 +236,17 @@ class Worlds(abc.ABC):
 
     def __iter__(self) -> Iterator[Step]:
         """The steps that are left, in one world after the other. Returns only if the run is finished; else the process ends."""
+        if self.agent:
+            self.agent.waits(self.held.step)
         while True:
             try:
-                if self.agent and not self.agent.next_world(self.held.step, lambda: self.signals.stop):
+                if self.agent and not self.agent.next_world(lambda: self.signals.stop):
                     self.part()
+                    raise SystemExit(NO_WORLD if self.agent.given_up else RESTART_ME)
+                if not self.group_left():
                     raise SystemExit(RESTART_ME)
                 world = join(self.plan.device, self.plan.timeout_seconds, self.called_away)
+                self.not_joined = 0
                 code = yield from self.in_world(world)
             except PeerLost as error:
                 lost_at = self.held.step
@@ -242,8 +254,8 @@ class Worlds(abc.ABC):
                     self.ledger.write("interrupted", node=error.noticed_by, cause="lost a peer")
                 if error.noticed_by and error.stuck:
                     self.ledger.write("replaced", node=error.noticed_by, cause=STUCK)
-                alone = isinstance(error, NotJoined) and not self.signals.leave
-                if self.agent is None or error.stuck or alone or not leave() or not self.keep():
+                self.not_joined += isinstance(error, NotJoined)
+                if self.agent is None or error.stuck or not leave() or not self.keep():
                     raise
                 print(
                     f"{error}; this worker keeps step {lost_at} and waits for a new world", file=sys.stderr, flush=True
@@ -317,7 +329,7 @@ class Worlds(abc.ABC):
             self.reporter.drain()
 
     def keep(self) -> bool:
-        """Keep this worker's state between two worlds: in its tensors, and in shared memory in case it dies as well.
+        """Wait for another world, and keep this worker's state: in its tensors, and in shared memory in case it dies as well.
 
         Returns whether the state is whole.
         """
@@ -327,6 +339,10 @@ class Worlds(abc.ABC):
             self.held.reports, self.reporter = list(self.reporter.recent), None
         if self.held.step < 0 or broken(self.tensors):
             return False
+        if self.agent:  # which finds the next world meanwhile
+            if self.not_joined > 1:  # one may be a peer that died in that moment
+                time.sleep(NETWORK_SECONDS)
+            self.agent.waits(self.held.step, no_world=self.not_joined > 0)
         if self.snapshots and self.snapshots.step < self.held.step:
             self.snapshots.save(self.held.step, self.held.life, self.tensors, self.held.reports)
             self.snapshots.wait()
@@ -335,11 +351,17 @@ class Worlds(abc.ABC):
     def in_world(self, world: World) -> Generator[Step, None, int]:
         """One life of the run, until the run is over or the world changes. Returns the exit code."""
         joined = time.time()
-        lived_on = self.held.life >= 0
-        run, claim = self.open(world)
-        over = False
+        memory = Memory(self.held, None)
+
+        def offer(run: Run) -> Offer:
+            self.snapshots = memory.snapshots = self._open_snapshots(run, world)
+            return memory.offer(run, world.node)
+
+        because = self.agent.started_because if self.agent else ""
+        opened = self.open(world, Introduction(self.held.life >= 0, because, offer))
+        claim, over = opened.claim, False
         try:
-            over, code = yield from self._live(world, run, joined, lived_on)
+            over, code = yield from self._live(world, opened, memory, joined)
         except ValueError:  # a user's mistake: another try would not help
             over = True
             raise
@@ -348,36 +370,38 @@ class Worlds(abc.ABC):
                 claim.release()
         return code
 
-    def _live(self, world: World, run: Run, joined: float, lived_on: bool) -> Generator[Step, None, tuple[bool, int]]:
+    def _live(
+        self, world: World, opened: Opened[Any], memory: Memory, joined: float
+    ) -> Generator[Step, None, tuple[bool, int]]:
         """Restore the state, then train to the end or until the world changes.
 
         Args:
+            memory: what this worker has offered the others.
             joined: when the world was formed, seconds since 1970.
-            lived_on: whether this process was in the life before.
 
         Returns:
             Whether the job is over, and the exit code.
         """
-        plan, tensors, held, ledger, signals = self.plan, self.tensors, self.held, self.ledger, self.signals
+        plan, tensors, ledger, signals = self.plan, self.tensors, self.ledger, self.signals
+        run, snapshots = opened.run, memory.snapshots
         self.gradients.world = world
         batches = self.batches(world)
         max_skipped = plan.max_skipped + (HALVINGS if self.scale else 0)
 
         # --- restore the state
-        snapshots = self.snapshots = self._open_snapshots(run, world)
         checkpoints = Checkpoints(
             checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run, ledger.path
         )
-        restored = restore(tensors, snapshots, checkpoints, run, world, plan.resume, held)
+        restored = restore(tensors, memory, opened.offers, checkpoints, run, world, plan.resume)
         if name := broken(tensors):
             raise NotFinite(f"{restored.source} is not finite ({name}): delete it, and an older state is taken")
-        here = world.gather((world.node, lived_on, self.agent.started_because if self.agent else ""))
-        nodes, stayed = sorted({node for node, *_ in here}), sorted({node for node, lives_on, _ in here if lives_on})
-        pace = Pace([node for node, *_ in here], plan.global_batch // plan.micro_batch, self.slow)
+        here = opened.members
+        nodes, stayed = sorted({one.node for one in here}), sorted({one.node for one in here if one.lived_on})
+        pace = Pace([one.node for one in here], plan.global_batch // plan.micro_batch, self.slow)
         observers, last_step = self._open_observers(run, nodes, stayed, world, restored)
-        for node, _, cause in here if world.first else []:
-            if cause:  # the agent ended the worker that was here before
-                ledger.write("replaced", node=node, cause=cause)
+        for one in here if world.first else []:
+            if one.started_because:
+                ledger.write("replaced", node=one.node, cause=one.started_because)
         # --- reports
         back = time.time()
         flops, peak = self.speed(world)
@@ -478,7 +502,9 @@ class Worlds(abc.ABC):
             reporter.drain()
             keep_finite(step)
             # Now all of them have done the last step, and those have heard it whose leaving was why the others were called.
-            leaving = sum(world.gather(signals.leave))
+            told = world.gather((signals.leave, signals.waited, bool(checkpoints.pending), checkpoints.saved == step))
+            leaving, asked = sum(one for one, *_ in told), time.monotonic() - max(waited for _, waited, *_ in told)
+            _, _, saving, saved = told[0]
             reporter.all_did()
             finished = step >= plan.steps
             if finished and restored.step < step and self.evaluates:
@@ -486,15 +512,15 @@ class Worlds(abc.ABC):
             if world.first and not finished:
                 ledger.write("interrupted", node=world.node, cause="asked to stop", step=step)
             if snapshots:
-                if not finished:
+                if not finished and snapshots.step != step:
                     snapshots.save(step, run.life, tensors, list(reporter.recent))
                 snapshots.wait()
             if world.first and leaving and not checkpoints.pending and checkpoints.saved != step:
                 checkpoints.save(step, tensors, list(reporter.recent), push_out=not reporter.skipped)
             if 0 < leaving < world.size and not finished:
-                time.sleep(max(0.0, LAST_CALL_SECONDS - max(world.gather(signals.waited))))
+                time.sleep(max(0.0, asked + LAST_CALL_SECONDS - time.monotonic()))
                 leaving = sum(world.gather(signals.leave))
-            deadline = time.monotonic() + plan.grace_seconds - max(world.gather(signals.waited))
+            deadline = asked + plan.grace_seconds
 
             def settle() -> bool:
                 """Save this step on storage at the end, and if nodes leave (all may). Returns whether it is there."""
@@ -510,7 +536,8 @@ class Worlds(abc.ABC):
                     wait()
                 return checkpoints.saved == step
 
-            saved = world.first_does(settle)
+            if finished or leaving or saving:  # else nothing is to be saved, and nobody waits for it
+                saved = world.first_does(settle)
             self.stored = step if saved else -1
             self.left = signals.leave and saved  # else `part` saves, and tells it then
             if world.first_of_node and self.left and not finished:
@@ -525,7 +552,9 @@ class Worlds(abc.ABC):
             if snapshots and saved and (finished or leaving == world.size):
                 snapshots.discard()
         # --- the exit code
-        leave()
+        self.group_left = (
+            ThreadPoolExecutor(1, "leave").submit(leave).result
+        )  # gloo takes 20 ms, in which the agent can begin
         if finished and not saved:
             raise OSError(
                 f"{shown(plan.run_dir)} holds no checkpoint of the last step: make room, then run again to save it"

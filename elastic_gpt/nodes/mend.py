@@ -75,7 +75,7 @@ def agent(workers: Workers | None) -> None:
     leave_when_asked(lease)
     say_the_last_word_once()
     finish_without_a_master()
-    end_what_would_fail_again()
+    end_what_would_fail_again(workers)
     if workers:
         keep_the_living(workers, lease)
         look_when_a_worker_waits(workers)
@@ -85,14 +85,14 @@ def poll_the_rendezvous() -> None:
     """0.6.1: agents poll the rendezvous only every 5 s, and each membership change waits for that."""
     from dlrover.python.common.constants import JobConstant
 
-    JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.02
+    JobConstant.RENDEZVOUS_DEFAULT_INTERVAL = 0.01
 
 
 def poll_the_store() -> None:
     """0.6.1: agents look for rank 0's address in the master's store only every 2 s."""
     from dlrover.python.elastic_agent.torch import master_kv_store
 
-    master_kv_store.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 0.02)))
+    master_kv_store.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(min(seconds, 0.01)))
 
 
 def find_a_new_master_soon() -> None:
@@ -285,16 +285,19 @@ def finish_without_a_master() -> None:
     ElasticTrainingAgent._exit_barrier = lambda _: None
 
 
-def end_what_would_fail_again() -> None:
+def end_what_would_fail_again(workers: Workers | None) -> None:
     """0.6.1: it restarts workers whatever they failed with.
 
-    A user's mistake would be made again, and so would a crash soon after each start.
+    A user's mistake would be made again, and so would a crash soon after each start. That a world cannot be formed counts
+    whether a worker ends by it or lives on.
     """
     from dlrover.python.diagnosis.common.constants import DiagnosisActionType
     from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
 
     diagnose = DiagnosisAgent.diagnose_training_failure
     crashes = Crashes()
+    if workers:  # all workers of a node are in one world, so one of them counts
+        workers.no_world = lambda rank: rank == 0 and crashes.too_many({NO_WORLD})
 
     def diagnose_training_failure(self: Any) -> Any:
         action = diagnose(self)

@@ -6,7 +6,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from elastic_gpt.agent import BEAT_SECONDS, MOST_BYTES
@@ -33,6 +33,8 @@ class Workers:
         self._beats: dict[int, tuple[float, dict[str, float]]] = {}  # by local rank: when it came, and what it said
         self._looked = time.monotonic()
         self._because: dict[int, str] = {}
+        self.no_world: Callable[[int], bool] = lambda _: False
+        """Whether worlds could not be formed too often; called with the local rank of a worker whose world was not."""
         self._came = threading.Event()  # a worker has begun to wait since somebody looked
         threading.Thread(target=self._listen, name="workers", daemon=True).start()
 
@@ -120,6 +122,8 @@ class Workers:
             elif self._connections.get(rank := ranks[connection]) is connection:
                 if "busy" in message:
                     self._beats[rank] = time.monotonic(), message
+                elif message.get("no_world") and self.no_world(rank):
+                    self._tell(rank, {"end": True})
                 elif message["waits"] >= -1:
                     self._waiting.add(rank)
                     self._came.set()

@@ -29,19 +29,15 @@ def dtype(config: TrainConfig, world: World) -> torch.dtype:
     return devices.usual_dtype(world.device)
 
 
-def settle(config: TrainConfig, world: World) -> TrainConfig:
+def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
     """On CPUs, `config` with the dtype that "auto" stands for. On other devices the device decides.
 
     A run keeps the type in its config.yaml; "auto" there means float32. For a new run, the first
-    worker measures, and all ranks use its answer, even on other processors. Raises SettingsError on
-    all ranks if config.yaml is damaged.
+    worker measures, and all ranks use its answer, even on other processors. Raises SettingsError
+    if config.yaml is damaged.
     """
-    if config.dtype != "auto" or config.elastic.exact or not devices.is_host(world.device):
+    if config.dtype != "auto" or config.elastic.exact or not devices.is_host(device):
         return config
-    return world.first_does(lambda: _with_dtype(config))
-
-
-def _with_dtype(config: TrainConfig) -> TrainConfig:
     before = settings_before(config.run_dir / "config.yaml")
     if before:
         return dataclasses.replace(config, dtype=before.get("dtype", "auto"))

@@ -9,16 +9,15 @@ import yaml
 
 from elastic_gpt import settings
 from elastic_gpt.checkpoint import refuse_newer, writer
-from elastic_gpt.claim import Claim
 from elastic_gpt.contract import CONFIG, RUN_FORMAT_VERSION, TOKENIZER
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger
 from elastic_gpt.mirror import shown
-from elastic_gpt.rundir import open_together, settings_before
+from elastic_gpt.rundir import Introduction, Opened, open_together, settings_before
 from elastic_gpt.settings import SettingsError
 from elastic_gpt.storage import LocalStorage
 from elastic_gpt.world import World
-from model_zoo.nanogpt import places
+from model_zoo.nanogpt import places, precision
 from model_zoo.nanogpt.config import TrainConfig
 from model_zoo.nanogpt.initial import FINGERPRINT
 from model_zoo.nanogpt.initial import fingerprint as fingerprint_of_start
@@ -32,11 +31,14 @@ IDENTITY = (
     FINGERPRINT,
 )
 PATHS = ("run_dir", "data.dir", "init_from")  # may differ: a volume may be mounted elsewhere
+YAML_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # each membership change waits for this
 ABOUT = ("format_version", "writer")  # entries of config.yaml that are not settings
 
 
-def open_run(config: TrainConfig, meta: Meta, world: World) -> tuple[Run, Claim | None]:
+def open_run(config: TrainConfig, meta: Meta, world: World, me: Introduction) -> Opened[TrainConfig]:
     """Make or find the run directory, and claim it for this job. The first worker has the claim.
+
+    What it tells all ranks is the config with the type of matrix products that the run has.
 
     Raises:
         SettingsError: on all ranks, if their settings or data differ, if the run in the directory has other values of
@@ -47,7 +49,12 @@ def open_run(config: TrainConfig, meta: Meta, world: World) -> tuple[Run, Claim 
     mine = settings.flatten(_resolved(config, meta))
     for path in PATHS:
         mine.pop(path)
-    return open_together(config.run_dir, mine, world, lambda take: _make(config, meta, take))
+
+    def make(take: Callable[[], tuple[Run, Ledger]]) -> tuple[Run, TrainConfig]:
+        settled = precision.settle(config, world.device)
+        return _make(settled, meta, take), settled
+
+    return open_together(config.run_dir, mine, world, make, me)
 
 
 def _resolved(config: TrainConfig, meta: Meta) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def _make(config: TrainConfig, meta: Meta, take: Callable[[], tuple[Run, Ledger]
     if not resolved["tokenizer_fingerprint"]:
         with contextlib.suppress(DataError):  # data of another tool that has no tokenizer in it
             resolved["tokenizer_fingerprint"] = vocabulary_fingerprint(load_tokenizer(tokenizer))
-    text = yaml.safe_dump(resolved, sort_keys=False)
+    text = yaml.dump(resolved, Dumper=YAML_DUMPER, sort_keys=False)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         LocalStorage(config.run_dir).write_text(path.name, text)
     return run

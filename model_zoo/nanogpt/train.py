@@ -8,6 +8,7 @@
 The same command resumes an interrupted run. It needs only the run directory.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,14 +26,13 @@ import torch
 
 from elastic_gpt import devices, settings
 from elastic_gpt.batches import Batches
-from elastic_gpt.claim import Claim, InUse, job, refuse_if_in_use
+from elastic_gpt.claim import InUse, job, refuse_if_in_use
 from elastic_gpt.contract import CONFIG, DONE
 from elastic_gpt.evaluator import Evaluator
 from elastic_gpt.gradients import LossScale
-from elastic_gpt.identity import Run
 from elastic_gpt.order import Order, sequence_count
 from elastic_gpt.run import exits
-from elastic_gpt.rundir import settings_before
+from elastic_gpt.rundir import Introduction, Opened, settings_before
 from elastic_gpt.settings import SettingsError
 from elastic_gpt.state import Restored
 from elastic_gpt.world import World, place
@@ -96,17 +96,16 @@ class Training(Worlds):
         sequences = sequence_count(len(self.train_tokens), config.model.block_size)
         self.order = Order(sequences, config.global_batch, config.seed)
 
-    def open(self, world: World) -> tuple[Run, Claim | None]:
-        config = precision.settle(self.config, world)
-        run, claim = open_run(config, self.meta, world)
-        if (
-            config.init_from is not None and run.saved is None
-        ):  # other ranks get these weights when the state is restored
+    def open(self, world: World, me: Introduction) -> Opened[TrainConfig]:
+        opened = open_run(self.config, self.meta, world, me)
+        config = dataclasses.replace(self.config, dtype=opened.told.dtype)
+        # Other ranks get these weights when the state is restored.
+        if config.init_from is not None and opened.run.saved is None:
             world.first_does(lambda: None if self.held.step >= 0 else start(self.gpt, config))
         self.dtype = precision.dtype(config, world)
         if not hasattr(self, "loss_sum"):
             self.loss_sum = loss_function(self.gpt, config, self.dtype, world)
-        return run, claim
+        return opened
 
     def batches(self, world: World) -> Batches:
         config, merged = self.config, merged_micro_batches(self.config, world)

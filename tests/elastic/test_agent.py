@@ -41,17 +41,19 @@ def test_a_worker_waits_for_its_place_in_a_world(name: str, monkeypatch: pytest.
         asked.append(workers.waiting())
         return False
 
-    assert agent.next_world(5, ended)
+    agent.waits(5)
+    assert agent.next_world(ended)
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("9", "10")
     assert asked[0] == set()
     assert not agent.called()
     workers.call()
     until(agent.called)
     assert agent.called()  # until it has come
-    until(lambda: not agent.next_world(6, lambda: workers.waiting() == {1}))
+    agent.waits(6)
+    until(lambda: not agent.next_world(lambda: workers.waiting() == {1}))
     workers.call()  # who waits already has come
     workers.give({1: {}})
-    assert agent.next_world(6, never)
+    assert agent.next_world(never)
     assert not agent.called()
 
 
@@ -79,7 +81,8 @@ def test_two_threads_may_ask_whether_their_worker_is_called(name: str, monkeypat
 
 def test_a_worker_that_is_asked_to_end_waits_no_longer(name: str) -> None:
     _workers, agent = Workers(name), Agent(name, 0)
-    assert not agent.next_world(-1, lambda: True)
+    agent.waits(-1)
+    assert not agent.next_world(lambda: True)
 
 
 def test_the_first_part_in_a_world_has_no_usual_time(name: str) -> None:

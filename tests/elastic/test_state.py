@@ -6,14 +6,30 @@ from typing import Any
 import pytest
 import torch
 
+from elastic_gpt import state as state_room
 from elastic_gpt.checkpoint import CheckpointError, Checkpoints
 from elastic_gpt.identity import Run
 from elastic_gpt.settings import Resume
 from elastic_gpt.snapshot import Snapshots
-from elastic_gpt.state import Held, broken, restore
+from elastic_gpt.state import Held, Memory, Restored, broken
 from elastic_gpt.storage import Unreachable
 from elastic_gpt.world import World
 from tests.elastic.worlds import run_world
+
+
+def restore(
+    tensors: dict[str, torch.Tensor],
+    snapshots: Snapshots | None,
+    checkpoints: Checkpoints,
+    run: Run,
+    world: World,
+    resume: Resume = "auto",
+    held: Held | None = None,
+) -> Restored:
+    """As a life begins: each rank offers what it has, then all restore."""
+    memory = Memory(held or Held(), snapshots)
+    offers = world.gather(memory.offer(run, world.node))
+    return state_room.restore(tensors, memory, offers, checkpoints, run, world, resume)
 
 
 def state(value: float) -> dict[str, torch.Tensor]:

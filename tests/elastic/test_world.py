@@ -1,5 +1,6 @@
 """world.py: joining, leaving, and signals."""
 
+import contextlib
 import datetime
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 
 from elastic_gpt import world
 from elastic_gpt.nodes.mend import CRASHES, Crashes
-from elastic_gpt.world import PeerLost, Signals, World, leave
+from elastic_gpt.world import NotJoined, PeerLost, Signals, World, _listens, join, leave
 from tests.conftest import PATIENCE, TINY, environment, until
 from tests.elastic.worlds import run_world
 
@@ -239,3 +240,26 @@ def test_a_rank_that_comes_before_rank_0_makes_no_client_which_would_look_again_
         with pytest.raises(PeerLost):  # called away while it looks
             world._meet(1, 2, PATIENCE, lambda: next(looks) == 3)
     assert clients == []
+
+
+def test_a_process_whose_world_could_not_be_formed_can_be_in_the_next_one() -> None:
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        ports = [listener.getsockname()[1] for listener in listeners]
+    assert run_world(2, joins_the_second, ports) == [[0, 1]] * 2
+
+
+def joins_the_second(world: World, ports: list[int]) -> list[int]:
+    leave()
+    os.environ["MASTER_PORT"] = str(ports[0])
+    if world.rank == 0:
+        with pytest.raises(NotJoined, match="could not join its peers"):
+            join("cpu", 1.0)
+    else:  # it comes to the store of the first, and is gone when the group is made
+        until(lambda: _listens(("127.0.0.1", ports[0])))
+        store = torch.distributed.TCPStore("127.0.0.1", ports[0], 2, False, wait_for_workers=False)
+        store.add("there", 1)
+    os.environ["MASTER_PORT"] = str(ports[1])
+    return join("cpu", PATIENCE).gather(world.rank)

@@ -14,14 +14,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
 
 from elastic_gpt import Elastic, Observer, checkpoint, world, worlds
 from elastic_gpt.checkpoint import Checkpoints, save_tensors
-from elastic_gpt.contract import RESTART_ME, WORLDS, Progress
+from elastic_gpt.contract import DONE, NO_WORLD, RESTART_ME, WORLDS, Progress
 from elastic_gpt.gradients import Gradients, StepSums
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.mirror import Mirror, mirror_of
+from elastic_gpt.nodes.mend import CRASHES, end_what_would_fail_again
 from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.reports import StepReport
 from elastic_gpt.storage import Unreachable
@@ -41,19 +43,98 @@ class Kept(Observer):
         self.heard.append(event["event"])
 
 
+def agent_of_this_process(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    """The agent's side of this process, which is its worker 0."""
+    name = f"test-{secrets.token_hex(8)}"
+    for variable in ("DLROVER_MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(variable, "none")
+    for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # a world changes them
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.setenv(WORLDS, name)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(world, "die_with_parent", lambda _: None)  # the test's process is to outlive whoever started it
+    return Workers(name)
+
+
+ALONE_WORLD = {"RANK": "0", "WORLD_SIZE": "1"}
+
+
+@linux
+@pytest.mark.parametrize("often", [False, True])
+def test_a_worker_whose_world_cannot_be_formed_keeps_its_state_until_that_was_too_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: bool
+) -> None:
+    monkeypatch.setattr(worlds, "NETWORK_SECONDS", 0.01)
+    monkeypatch.setattr(DiagnosisAgent, "diagnose_training_failure", DiagnosisAgent.diagnose_training_failure)
+    workers, heard, given = agent_of_this_process(monkeypatch), Kept(), []
+    end_what_would_fail_again(workers)
+    failures = CRASHES[NO_WORLD][0] if often else 2
+
+    def agent() -> None:
+        until(lambda: workers.waiting() == {0})
+        workers.give({0: ALONE_WORLD})
+        until(lambda: "9" in heard.heard)
+        workers.call()
+        for _ in range(failures):
+            until(lambda: workers.waiting() == {0})
+            given.append(len(heard.heard))
+            # A rank 0 whose peer never comes; nobody listens where another rank looks for it.
+            workers.give({0: {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}})
+        if often:
+            return
+        until(lambda: workers.waiting() == {0})
+        workers.give({0: ALONE_WORLD})
+        until(lambda: len(heard.heard) > given[-1] + 3)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=agent, daemon=True).start()
+    sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 10**9, "timeout_seconds": 0.2}
+    with pytest.raises(SystemExit) as end:
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
+    assert end.value.code == (NO_WORLD if often else DONE)
+    assert len(given) == failures
+    joined = [event for event in Ledger(tmp_path).events() if event["event"] == "joined"]
+    restored = [event for event in Ledger(tmp_path).events() if event["event"] == "restored"]
+    assert len(joined) == (1 if often else 2)
+    assert often or (joined[1]["stayed"] and restored[1]["dropped"] == 0 and restored[1]["step"] >= 9)
+
+
+@linux
+def test_a_checkpoint_on_its_way_is_whole_before_the_next_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody leaves, so that ranks would not wait for anything else at the end of a life."""
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        save_tensors(*args)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    workers, heard, there = agent_of_this_process(monkeypatch), Kept(), []
+
+    def agent() -> None:
+        until(lambda: workers.waiting() == {0})
+        workers.give({0: ALONE_WORLD})
+        until(lambda: "5" in heard.heard)
+        workers.call()
+        until(lambda: workers.waiting() == {0})
+        there.append(Checkpoints(tmp_path / "checkpoints").newest_step())
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=agent, daemon=True).start()
+    sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 5}
+    with pytest.raises(SystemExit):
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
+    assert there == [5]
+
+
 @linux
 @pytest.mark.parametrize("asked", ["in order", "after a world that lost a peer before its first step", "at the end"])
 def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     lost = asked.startswith("after")
-    name = f"test-{secrets.token_hex(8)}"
-    for variable in ("DLROVER_MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(variable, "none")
-    monkeypatch.setenv(WORLDS, name)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(world, "die_with_parent", lambda _: None)  # the test's process is to outlive whoever started it
-    workers, heard = Workers(name), Kept()
+    workers, heard = agent_of_this_process(monkeypatch), Kept()
 
     def agent() -> None:
         until(lambda: workers.waiting() == {0})

@@ -27,7 +27,7 @@ def settled(run: Path, monkeypatch: pytest.MonkeyPatch, gain: float | None, **se
         return gain
 
     monkeypatch.setattr(precision, "measured_gain", measured)
-    return precision.settle(TrainConfig(run_dir=run, **({"model": WIDE} | settings)), WORLD).dtype
+    return precision.settle(TrainConfig(run_dir=run, **({"model": WIDE} | settings)), WORLD.device).dtype
 
 
 @pytest.mark.parametrize(("gain", "dtype"), [(2.0, "bfloat16"), (1.1, "float32"), (0.25, "float32")])

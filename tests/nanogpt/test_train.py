@@ -30,6 +30,7 @@ from elastic_gpt.contract import shared_memory
 from elastic_gpt.gradients import Gradients, StepSums
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger
+from elastic_gpt.rundir import Introduction
 from elastic_gpt.settings import SettingsError, parse
 from elastic_gpt.snapshot import Snapshots
 from elastic_gpt.storage import Unreachable
@@ -253,7 +254,7 @@ def test_a_torn_config_is_one_line(data: Path, undisturbed: Path, tmp_path: Path
     (tmp_path / "run" / "config.yaml").write_text(text)
     config = parse(TrainConfig, arguments(data, tmp_path / "run"), presets=PRESETS, prog="x", environment={})
     with pytest.raises(SettingsError, match=r"config\.yaml is damaged: restore it"):
-        rundir.open_run(config, read_meta(data), ALONE)
+        rundir.open_run(config, read_meta(data), ALONE, Introduction())
 
 
 @pytest.mark.parametrize(("lives", "agent", "code"), [(0, True, 1), (1, True, 3), (1, False, 1)])
@@ -316,7 +317,7 @@ def opens(world: World, data: Path, folders: list[Path]) -> str:
     config = parse(TrainConfig, flags, presets=PRESETS, prog="x", environment={})
     world = dataclasses.replace(world, local_rank=0, node=f"node-{world.rank}")
     try:
-        return rundir.open_run(config, read_meta(data), world)[0].run_id
+        return rundir.open_run(config, read_meta(data), world, Introduction()).run.run_id
     except SettingsError as error:
         return str(error)
 

@@ -27,7 +27,8 @@ def test_an_agent_that_sleeps_looks_again_once_a_worker_waits_and_only_once(name
     workers, agent = Workers(name), Agent(name, 0)
     sleeper = threading.Thread(target=workers.sleep, args=(10 * PATIENCE,), daemon=True)
     sleeper.start()
-    agent.next_world(3, lambda: workers.waiting() == {0})
+    agent.waits(3)
+    agent.next_world(lambda: workers.waiting() == {0})
     until(lambda: not sleeper.is_alive())
     began = time.monotonic()
     workers.sleep(0.05)  # else an agent would spin while it waits for a world
@@ -36,14 +37,17 @@ def test_an_agent_that_sleeps_looks_again_once_a_worker_waits_and_only_once(name
 
 def test_a_worker_that_has_ended_does_not_wait_and_its_successor_does(name: str) -> None:
     workers, first = Workers(name), Agent(name, 0)
-    first.next_world(3, lambda: workers.waiting() == {0})
+    first.waits(3)
+    first.next_world(lambda: workers.waiting() == {0})
     first._socket.close()
     until(lambda: not workers.waiting())
     old = Agent(name, 0)
-    old.next_world(3, lambda: workers.waiting() == {0})
+    old.waits(3)
+    old.next_world(lambda: workers.waiting() == {0})
     workers.forget()
     second = Agent(name, 0)
-    second.next_world(-1, lambda: workers.waiting() == {0})
+    second.waits(-1)
+    second.next_world(lambda: workers.waiting() == {0})
     workers.forget()  # from here on messages of the first two do not count
     old._tell(waits=4)
     third = Agent(name, 0)
@@ -80,7 +84,8 @@ def test_a_worker_that_stands_still_is_named_and_its_successor_is_told(
     workers.forget()
     assert workers.hung() == {}  # it has ended
     second = Agent(name, 0)
-    assert second.next_world(-1, lambda: bool(workers.waiting() and workers.give({0: {}}))) or second.started_because
+    second.waits(-1)
+    assert second.next_world(lambda: bool(workers.waiting() and workers.give({0: {}}))) or second.started_because
     assert second.started_because.startswith("no sign of life")
 
 
@@ -112,4 +117,5 @@ def test_garbage_costs_nobody_but_its_sender(name: str) -> None:
         other.send(json.dumps({"waits": 3}).encode())  # without saying who it is
         assert other.recv(9) == b""
     agent = Agent(name, 0)
-    agent.next_world(3, lambda: workers.waiting() == {0})
+    agent.waits(3)
+    agent.next_world(lambda: workers.waiting() == {0})

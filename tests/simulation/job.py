@@ -762,6 +762,8 @@ class Job:
             if not node.alive or node.id in world:
                 continue
             at, word = master.heard.get(node.id, (-math.inf, b""))
+            if master.restarted and now - master.began < RECONNECT_SECONDS and node.id not in master.heard:
+                at, word = now, node.lease.word  # it has not had the time to find this master
             patient = master.waiting_since is not None and now - master.waiting_since >= PATIENCE_SECONDS
             if now - at >= LEASE_SECONDS or patient or node.id in master.told_gone:
                 self.left_out.add(node.id)

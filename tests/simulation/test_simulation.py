@@ -7,6 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from elastic_gpt.nodes import rendezvous
 from elastic_gpt.nodes.rendezvous import Leases
 from tests.simulation import job as job_room
 from tests.simulation.job import Job, Violation, virtual_time
@@ -105,3 +106,55 @@ def test_a_seed_finds_a_lease_that_is_given_up_in_a_world(monkeypatch: pytest.Mo
     start = job_room.Node.start_worker
     monkeypatch.setattr(job_room.Node, "start_worker", lambda node, in_world=False: start(node))  # noqa: ARG005
     assert broken_by(range(1471, 1472)) != {}
+
+
+def trains(job: Job, nodes: int) -> list[Any]:
+    """Let time pass until so many nodes train together."""
+    job.clock.run(60.0, stop=lambda: bool(job.lives) and len(job.lives[-1].world) == nodes and job.settled)
+    return living(job)
+
+
+def one_comes_to_a_new_master_first(job: Job, faults: Faults) -> None:
+    """A new node asks a master that was just started anew, which the one that trains is slow to find."""
+    (old,) = trains(job, 1)
+    job.scale(2)
+    job.clock.run(60.0, stop=lambda: len(living(job)) == 2)
+    job.kill_master(2.0)
+    faults.stop(old, 4.0)
+
+
+def a_world_comes_back_whole(job: Job, faults: Faults) -> None:
+    """Two were cut off, so that a third node went on without them; they find the next master before that one does.
+
+    Why it is not enough for a new master that all of the newest world it has heard of are there.
+    """
+    two = trains(job, 2)
+    for node in two:
+        faults.cut(node, 14.0)
+    job.clock.run(job.clock.now + 6.0)
+    job.scale(3)
+    job.clock.run(job.clock.now + 8.0)
+    job.kill_master(6.0)
+    for node in living(job):
+        if node not in two:
+            faults.stop(node, 8.0)
+
+
+@pytest.mark.parametrize("what", [one_comes_to_a_new_master_first, a_world_comes_back_whole])
+def test_a_new_master_waits_until_all_have_found_it(monkeypatch: pytest.MonkeyPatch, what: Any) -> None:
+    def lived(seed: int) -> str:
+        job = Job(seed, least=1, most=4, wanted=1 if what is one_comes_to_a_new_master_first else 2)
+        with virtual_time(job.clock):
+            try:
+                job.begin_all()
+                what(job, Faults(job))
+                job.settle()
+            except Violation as violation:
+                return str(violation)
+        return ""
+
+    seeds = range(20)
+    assert [lived(seed) for seed in seeds] == [""] * len(seeds)
+    monkeypatch.setattr(rendezvous, "RECONNECT_SECONDS", 0.0)
+    found = [lived(seed) for seed in seeds]
+    assert any("which holds a lease" in why or "has step" in why for why in found)
