@@ -9,11 +9,12 @@ import torch
 
 from elastic_gpt.world import World
 
-# Half the rounding error of a float32 sum of gradients of 1e-4. Of a single micro-batch 2**-5 fits into an int32.
+# Two units of the last digit of a float32 of 1e-4. Gradients below 2**-5, divided among the micro-batches, fit into an int32;
+# and sums of what is set aside are exact below 2**53 of these, which is 2**17: far above what a run survives.
 QUANTUM = 2.0**-36
-# Sums of float64 are exact below 2**53: gradients below 2**17. Those above are summed as float64 sums are.
 BLOCK = 256  # neighbours of a large gradient that travel with it; and a slot of `agreed` is 1/256 of what travels
-CHUNK = 1 << 16  # gradients that are counted together on a CPU: they stay in its cache
+FEW = 1 << 12  # of which those are searched one by one that hold a large one
+CHUNK = 1 << 16
 
 
 class ExactSum:
@@ -32,6 +33,7 @@ class ExactSum:
         # Rounded down to what a float32 can hold.
         self.most = float((2**31 - 1) // micro_batches & ~0xFF)
         self._chunk = CHUNK if gradient.device.type == "cpu" else max(1, len(gradient))
+        self._scratch = torch.empty(self._chunk, dtype=torch.int32, device=gradient.device)
         self._before: torch.Tensor | None = None  # int32 (N,): this rank's micro-batches but the last, if it has more than one
         self._counted = False  # whether there is anything in it
         self._aside: list[tuple[torch.Tensor, torch.Tensor]] = []  # where, int64 (n,), and what was cut off, float64 (n,)
@@ -85,16 +87,21 @@ class ExactSum:
     def _rounded(self, part: slice) -> torch.Tensor:
         """The gradient's part in whole numbers, int32. What is too large for them is set aside."""
         gradient = self.gradient[part].mul_(1 / QUANTUM)  # a power of two: nothing is rounded
+        if self._any_large(gradient):
+            for number, few in enumerate(gradient.split(FEW)):
+                if self._any_large(few):
+                    self._set_aside(part.start + number * FEW, few)
+        return self._scratch[: len(gradient)].copy_(gradient.round_())
+
+    def _any_large(self, gradient: torch.Tensor) -> bool:
         least, greatest = gradient.aminmax()
-        if not (-self.most <= float(least) and float(greatest) <= self.most):  # NaN is neither
-            self._set_aside(part.start, gradient)
-        return gradient.round_().to(torch.int32)
+        return not (-self.most <= float(least) and float(greatest) <= self.most)  # NaN is neither
 
     def _set_aside(self, start: int, gradient: torch.Tensor) -> None:
         """Cut off what is too large. What is NaN or infinite becomes so in the sum, since the rest of it is."""
-        gradient.round_()
-        fits = gradient.clamp(-self.most, self.most).nan_to_num_(0.0)
-        large = (gradient != fits).nonzero().squeeze(1)
-        self._aside.append((start + large, gradient[large].double() - fits[large]))
+        large = (gradient != gradient.clamp(-self.most, self.most)).nonzero().squeeze(1)
+        numbers = gradient[large].round()
+        fits = numbers.clamp(-self.most, self.most).nan_to_num_(0.0)
+        self._aside.append((start + large, numbers.double() - fits))
         self.blocks[(start + large) // BLOCK] = 1.0
-        gradient.copy_(fits)
+        gradient[large] = fits
