@@ -4,7 +4,7 @@
     python benchmarks/gradients.py --workers 2 3 --link 100mbit 1gbit loopback        (as root)
 
 Prints seconds a step and the ratio to DDP's (below 1: ours is faster), medians of interleaved steps, over gloo on this machine.
-With a rate as --link each worker is in a network namespace of its own, whose only way to the others is a link of that rate each way.
+With a rate as --link each worker is in a network namespace of its own, whose only way to the others is a link of that rate.
 """
 
 import argparse
@@ -34,7 +34,9 @@ SEQUENCES = 4  # in a micro-batch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 8], help="in a step, of all workers together")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=[2, 8], help="in a step, of all workers together"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind that are counted")
     parser.add_argument("--link", nargs="+", default=["loopback"], metavar="RATE", help="as tc has it, or loopback")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)

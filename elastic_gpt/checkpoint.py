@@ -29,7 +29,14 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from elastic_gpt.contract import CHECKPOINT_FORMAT_VERSION, CHECKPOINTS, CONFIG, EXACT_SUMS, MANIFEST, RUN_FORMAT_VERSION
+from elastic_gpt.contract import (
+    CHECKPOINT_FORMAT_VERSION,
+    CHECKPOINTS,
+    CONFIG,
+    EXACT_SUMS,
+    MANIFEST,
+    RUN_FORMAT_VERSION,
+)
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import strict_json
 from elastic_gpt.mirror import mirror_of

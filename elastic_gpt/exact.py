@@ -22,7 +22,7 @@ class ExactSum:
 
     Args:
         gradient: float32 (N,): what a backward pass adds to, and where the sum is wanted.
-        blocks: zeros, float32 (N / BLOCK, rounded up): gets 1 where something was set aside, and has to be summed over the ranks.
+        blocks: zeros, float32 (N / BLOCK, rounded up): gets 1 where something was set aside; to be summed over the ranks.
         micro_batches: their number in a global batch.
     """
 
@@ -34,9 +34,13 @@ class ExactSum:
         self.most = float((2**31 - 1) // micro_batches & ~0xFF)
         self._chunk = CHUNK if gradient.device.type == "cpu" else max(1, len(gradient))
         self._scratch = torch.empty(self._chunk, dtype=torch.int32, device=gradient.device)
-        self._before: torch.Tensor | None = None  # int32 (N,): this rank's micro-batches but the last, if it has more than one
+        self._before: torch.Tensor | None = (
+            None  # int32 (N,): this rank's micro-batches but the last, if it has more than one
+        )
         self._counted = False  # whether there is anything in it
-        self._aside: list[tuple[torch.Tensor, torch.Tensor]] = []  # where, int64 (n,), and what was cut off, float64 (n,)
+        self._aside: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # where, int64 (n,), and what was cut off, float64 (n,)
 
     def zero(self) -> None:
         """Begin a step."""
