@@ -125,6 +125,7 @@ def large_and_small(world: World) -> list[float]:
         gradients.zero()
         for index in share(8, world.rank, world.size):
             values = torch.full((1201,), 2.0**-9)
+            values[3] = 1.75 * exact_module.QUANTUM
             values[0], values[700], values[1200] = VALUES[index], VALUES[-1 - index] * 100, most * (1 if index else 2)
             gradients.backward(index, NO_IDS, (parameter * values).sum())
         gradients.reduce(stop=False, leave=False)
@@ -137,6 +138,7 @@ def test_exact_sums_are_those_of_whole_numbers_in_every_world_however_large_they
     whole = [round(torch.tensor(value).double().item() / quantum) for value in VALUES]
     assert found[0] == torch.tensor(sum(whole) * quantum, dtype=torch.float64).float().item()
     assert found[1] == found[1199] == 2.0**-6
+    assert found[3] == 8 * 2 * quantum
     assert found[1200] == pytest.approx(9 * 2.0**-8, rel=1e-5)
     for size in (2, 3, 4):  # of four ranks each has two
         assert run_world(size, large_and_small) == [found] * size
