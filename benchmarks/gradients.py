@@ -1,10 +1,10 @@
 """Compares a step with our flat gradient buffer, also in exact mode, with DistributedDataParallel, in turn in one run.
 
-    python benchmarks/gradients.py [--workers 2] [--rounds 7]
-    python benchmarks/gradients.py --link 100mbit 1gbit        (as root)
+    python benchmarks/gradients.py [--workers 2] [--micro-batches 2 8] [--rounds 7]
+    python benchmarks/gradients.py --workers 2 3 --link 100mbit 1gbit loopback        (as root)
 
 Prints seconds a step and the ratio to DDP's (below 1: ours is faster), medians of interleaved steps, over gloo on this machine.
-With --link each worker is in a network namespace of its own, whose only way to the others is a link of that rate each way.
+With a rate as --link each worker is in a network namespace of its own, whose only way to the others is a link of that rate.
 """
 
 import argparse
@@ -33,38 +33,43 @@ SEQUENCES = 4  # in a micro-batch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2])
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=[2, 8], help="in a step, of all workers together"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind that are counted")
-    parser.add_argument("--link", nargs="+", default=[], metavar="RATE", help="as tc has it; none: the loopback device")
+    parser.add_argument("--link", nargs="+", default=["loopback"], metavar="RATE", help="as tc has it, or loopback")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
-        measure(arguments.workers, arguments.rounds)
+        measure(arguments.micro_batches, arguments.rounds)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the network is taken down then, too
-    print(
-        f"torch {torch.__version__}, {arguments.workers} gloo processes, 1 thread each, medians of {arguments.rounds}"
-    )
-    if not arguments.link:
-        start(arguments.workers, arguments.rounds, "127.0.0.1", "lo", [[]] * arguments.workers)
-    for rate in arguments.link:
-        print(f"a link of {rate} each way:", flush=True)
-        with network(arguments.workers, rate) as prefixes:
-            start(arguments.workers, arguments.rounds, address(0), "eth0", prefixes)
+    print(f"torch {torch.__version__}, gloo processes of 1 thread each, medians of {arguments.rounds} steps")
+    counts = [str(count) for count in arguments.micro_batches]
+    command = [sys.executable, __file__, "--rounds", str(arguments.rounds), "--micro-batches", *counts]
+    for workers in arguments.workers:
+        for rate in arguments.link:
+            load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+            print(f"{workers} workers, {rate}; load average before {load}:", flush=True)
+            if rate == "loopback":
+                start(command, "127.0.0.1", "lo", [[]] * workers)
+                continue
+            with network(workers, rate) as prefixes:
+                start(command, address(0), "eth0", prefixes)
 
 
-def start(workers: int, rounds: int, first: str, interface: str, prefixes: list[list[str]]) -> None:
-    """Run all ranks, each with the command before it that puts it into its place."""
+def start(command: list[str], first: str, interface: str, prefixes: list[list[str]]) -> None:
+    """Run `command` as each rank, with the command before it that puts it into its place."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     place = {
         "MASTER_ADDR": first,
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(workers),
+        "WORLD_SIZE": str(len(prefixes)),
         "GLOO_SOCKET_IFNAME": interface,
     }
-    command = [sys.executable, __file__, "--workers", str(workers), "--rounds", str(rounds)]
     ranks = [
         subprocess.Popen([*prefix, *command, "--rank", str(rank)], env=os.environ | place | {"RANK": str(rank)})
         for rank, prefix in enumerate(prefixes)
@@ -114,10 +119,10 @@ def network(workers: int, rate: str) -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "delete", one], check=False)
 
 
-def measure(workers: int, rounds: int) -> None:
+def measure(micro_batches_in_a_step: list[int], rounds: int) -> None:
     torch.set_num_threads(1)
     world = join("cpu", 120.0)
-    for micro_batches in (workers, 4 * workers):
+    for micro_batches in micro_batches_in_a_step:
         steps = {
             "DDP, no_sync until the last": ddp_step(world, micro_batches),
             "sent after the backward pass": our_step(world, micro_batches, overlapped=False),

@@ -29,7 +29,14 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from elastic_gpt.contract import CHECKPOINT_FORMAT_VERSION, CHECKPOINTS, CONFIG, MANIFEST, RUN_FORMAT_VERSION
+from elastic_gpt.contract import (
+    CHECKPOINT_FORMAT_VERSION,
+    CHECKPOINTS,
+    CONFIG,
+    EXACT_SUMS,
+    MANIFEST,
+    RUN_FORMAT_VERSION,
+)
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import strict_json
 from elastic_gpt.mirror import mirror_of
@@ -260,6 +267,7 @@ class Checkpoints:
         manifest = {
             "format_version": CHECKPOINT_FORMAT_VERSION,
             "writer": writer(),
+            "exact_sums": EXACT_SUMS,
             "run_id": self.run and self.run.run_id,
             "life": self.run and self.run.name,
             "step": step,
@@ -329,6 +337,10 @@ class Checkpoints:
             if isinstance(error, CheckpointError | Unreachable):
                 raise
             raise CheckpointError(f"checkpoint {self.storage}/{self.name(step)} is damaged: {error}") from error
+
+    def exact_sums(self, step: int) -> int:
+        """How the version that saved this checkpoint sums gradients in exact mode, as EXACT_SUMS says."""
+        return self._manifest(step).get("exact_sums", 1)
 
     def _manifest(self, step: int) -> dict[str, Any]:
         return json.loads(self.storage.read_text(f"{self.name(step)}/MANIFEST.json"))

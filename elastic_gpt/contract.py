@@ -33,6 +33,7 @@ WORLDS = "ELASTIC_GPT_WORLDS"  # environment variable of a worker: its agent's s
 
 RUN_FORMAT_VERSION = 1  # in the config.yaml of a run directory
 CHECKPOINT_FORMAT_VERSION = 1  # in the manifest of a checkpoint
+EXACT_SUMS = 2  # there too: how exact mode sums gradients; what another number made is another run bit for bit. None: 1
 
 # Names in a run directory:
 CONFIG = "config.yaml"  # the resolved settings

@@ -98,7 +98,7 @@ def refuse(device: Device, *, exact: bool) -> None:
         )
     if exact and pick(device).type == "mps":
         raise SettingsError(
-            "elastic.exact sums in float64, which Apple GPUs do not have: leave it out, or take --device cpu"
+            "elastic.exact needs float64, which Apple GPUs do not have: leave it out, or take --device cpu"
         )
 
 

@@ -24,16 +24,11 @@ from dataclasses import dataclass
 
 import torch
 
+from elastic_gpt.exact import BLOCK, ExactSum
 from elastic_gpt.order import share
 from elastic_gpt.settings import Traffic
 from elastic_gpt.world import PeerLost, World
 
-# In exact mode a gradient is counted in whole multiples of this. Sums of such multiples held in float64 are exact while they
-# stay below 2**53 of them, that is |gradient| < 512; so the order of summation, hence the world, cannot change them.
-QUANTUM = 2.0**-44
-# A float64 between 2**8 and 2**9 counts in multiples of QUANTUM: to add this number and take it away again rounds to them.
-# What is too large for that, 2**7 and more, has no bits below QUANTUM, since a gradient comes as a float32.
-ROUNDER = 1.5 * 2.0**52 * QUANTUM
 HALF = 24  # bits of a sequence id in one slot: whole numbers up to 2**24 are exact in float32
 PIECE = 1 << 18  # gradients that are sent together: 1 MB, which a link of 100 Mbit/s carries in 0.1 s
 
@@ -80,37 +75,37 @@ class Gradients:
         self.world = world
         self.tokens = tokens
         self.traffic = traffic
-        self.exact = exact
         *starts, size = itertools.accumulate((parameter.numel() for parameter in self.parameters), initial=0)
         # A backward pass comes to the last parameters first. The last piece is at the beginning, and may be shorter.
         borders = [*range(size, 0, -PIECE), 0]
         self.pieces = [slice(start, end) for end, start in itertools.pairwise(borders)]
         # What the ranks agree on is a tensor of its own: it is always exact, and sent last.
-        self._agreed_sizes = [micro_batches, 2 * global_batch, 2, micro_batches]
+        self._agreed_sizes = [micro_batches, 2 * global_batch, 2, micro_batches, -(-size // BLOCK) if exact else 0]
         self._starts = [*starts, size]
         self._missing = len(self.parameters)  # all gradients of parameters from this one on are there
         self._came: set[int] = set()  # others, which came out of order
         self._sender = Sender()
         self._sent = 0  # pieces
-        self._allocate()
+        self.exact: ExactSum | None = None
+        self._allocate(exact)
 
-    def _allocate(self) -> None:
+    def _allocate(self, exact: bool) -> None:
         device, size = self.world.device, self._starts[-1]
         self.agreed = torch.zeros(sum(self._agreed_sizes), dtype=torch.float32, device=device)
-        self.losses, ids, self.stops, self.seconds = self.agreed.split(self._agreed_sizes)
+        self.losses, ids, self.stops, self.seconds, blocks = self.agreed.split(self._agreed_sizes)
         self.ids = ids.view(2, len(self.losses), -1)
         self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
         for start, parameter in zip(self._starts[:-1], self.parameters, strict=True):
             parameter.grad = self.gradient[start : start + parameter.numel()].view_as(parameter)
-        self.total = torch.zeros_like(self.gradient, dtype=torch.float64) if self.exact else None
-        self.scratch = torch.empty(min(size, PIECE), dtype=torch.float64, device=device) if self.exact else None
+        if exact:
+            self.exact = ExactSum(self.gradient, blocks, len(self.losses))
 
     def zero(self) -> None:
         """Begin a step."""
         self.gradient.zero_()
         self.agreed.zero_()
-        if self.total is not None:
-            self.total.zero_()
+        if self.exact:
+            self.exact.zero()
         self._sent = 0
 
     def backward(
@@ -136,8 +131,8 @@ class Gradients:
         self.losses[micro_batch] = mean.detach()
         halves = torch.stack((ids >> HALF, ids & ((1 << HALF) - 1)))
         self.ids[:, micro_batch : micro_batch + merged] = halves.view(2, merged, -1)
-        for piece in self.pieces[self._sent :] if self.total is not None else ():
-            self._count(piece)
+        if self.exact and not last:
+            self.exact.count()
 
     def reduce(self, stop: bool, leave: bool) -> StepSums:
         """Sum over all ranks. Afterwards every `.grad` is the mean gradient over the global batch's tokens.
@@ -156,16 +151,19 @@ class Gradients:
             self._send_from(0)
             # Slots that one rank fills and the others leave zero are exact in any order as they are.
             self._sender.send(functools.partial(self.world.sum, self.agreed))
+            if self.exact:
+                self._sender.send(functools.partial(self.exact.settle, self.world))
             # A GPU's sums are only queued: nothing of the state may be touched before the host has seen them end.
             self._sender.send(self.world.settle)
             try:
                 self._sender.wait()
             except PeerLost as lost:
                 if lost.given_up:  # what comes late is written where nobody looks any more
-                    self._allocate()
+                    self._allocate(self.exact is not None)
                 raise
-        elif self.total is not None:
-            self.gradient.copy_(self.total)
+        elif self.exact:
+            self.exact.close(slice(0, len(self.gradient)))
+            self.exact.settle(self.world)
         # One slot per micro-batch, added up in the same order everywhere: the loss does not depend on the world either.
         return StepSums(self.losses.sum(), self.ids.flatten(1).clone(), self.stops.clone(), self.seconds.clone())
 
@@ -203,39 +201,23 @@ class Gradients:
         """Send the pieces from the buffer's end to `start`, unless they were."""
         while self._sent < len(self.pieces) and self.pieces[self._sent].start >= start:
             piece = self.pieces[self._sent]
-            if self.total is not None:
-                self._count(piece)
+            if self.exact:
+                self.exact.close(piece)
             self._sent += 1
             self._sender.send(functools.partial(self._sum, piece))
 
-    def _count(self, piece: slice) -> None:
-        """Exact mode: add the gradient of a micro-batch to the total, in whole multiples of QUANTUM."""
-        assert self.total is not None
-        assert self.scratch is not None
-        gradient = self.gradient[piece]
-        rounded = self.scratch[: len(gradient)]
-        rounded.copy_(gradient).add_(ROUNDER).sub_(ROUNDER)  # NaN and infinity pass through, to be seen
-        self.total[piece].add_(rounded)
-        gradient.zero_()
-
     def _sum(self, piece: slice) -> None:
         """Sum a piece over the ranks, in the sender's thread."""
-        if self.total is None and self.traffic == "float32":
-            self.world.sum(self.gradient[piece])
+        values = self.gradient[piece]
+        if self.traffic == "float32":
+            self.world.sum(self.exact.numbers[piece] if self.exact else values)
             return
-        # Each rank adds up one part, with more digits than travel, and gives the sum to all: in exact mode it goes back as the
-        # float32 that is wanted. And a total of one micro-batch is a float32: then nothing travels as float64.
+        # Each rank adds up one part, with more digits than travel, and gives the sum to all.
         size = self.world.size
-        if self.total is None:
-            values, there, back, digits = self.gradient[piece], torch.bfloat16, torch.bfloat16, torch.float32
-        else:
-            one_each = len(self.losses) <= size
-            values, digits, back = self.total[piece], torch.float64, torch.float32
-            there = torch.float32 if one_each else torch.float64
-        parts = values.new_zeros((size, -(-len(values) // size)), dtype=there)
+        parts = values.new_zeros((size, -(-len(values) // size)), dtype=torch.bfloat16)
         parts.view(-1)[: len(values)].copy_(values)
-        mine = self.world.exchange(parts).sum(0, dtype=digits).to(back)
-        self.gradient[piece].copy_(self.world.exchange(mine.repeat(size, 1)).view(-1)[: len(values)])
+        mine = self.world.exchange(parts).sum(0, dtype=torch.float32).to(torch.bfloat16)
+        values.copy_(self.world.exchange(mine.repeat(size, 1)).view(-1)[: len(values)])
 
     def clip(self, limit: float) -> torch.Tensor:
         """Scale the gradient down to the norm `limit` (0: no limit). Returns its norm before, a scalar on the device."""

@@ -76,7 +76,7 @@ class Plan:
     max_skipped: int = 10
     """The run ends after so many updates in a row that are not finite."""
     exact: bool = False
-    """Parameters equal bit for bit at every world size on the same kind of device."""
+    """Parameters equal bit for bit at every world size on the same kind of device. Gradients are rounded to 1.5e-11."""
     traffic: Traffic = "float32"
     """Type in which gradients travel between workers; bfloat16 is half the bytes and rounds them, so not in exact mode."""
     snapshot_interval: int = 10

@@ -1,8 +1,6 @@
 """gradients.py: the mean gradient of the global batch, on any number of ranks, in real gloo worlds."""
 
-import functools
 import itertools
-import operator
 import os
 import threading
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from elastic_gpt import exact as exact_module
 from elastic_gpt import gradients as module
 from elastic_gpt.gradients import Gradients, LossScale, not_finite
 from elastic_gpt.order import micro_batch_seed, share
@@ -113,20 +112,61 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens() -> None:
         torch.testing.assert_close(gradients.gradient, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_exact_sums_do_not_depend_on_the_order_even_where_float64_sums_do() -> None:
-    tiny = 2.0**-46
-    results = []
-    for values in ([256.0, *[tiny] * 4, -256.0], [*[tiny] * 4, 256.0, -256.0]):
-        one_by_one = functools.reduce(operator.add, values)  # sum() compensates from Python 3.12 on
-        assert (one_by_one == 0.0) == (values[0] == 256.0)  # in float64 the order decides
-        parameter = torch.nn.Parameter(torch.ones(1))
-        gradients = make(parameter, single(), micro_batches=6, tokens=1, exact=True)
+VALUES = (1.0, 2.0**-30, 900.0, -(2.0**-36), 1.75 * 2.0**-36, -900.0, 2.0**-7 + 2.0**-20, -1.0)
+
+
+def large_and_small(world: World) -> list[float]:
+    """Sums over eight micro-batches, of numbers that fit into their share of an int32 and of some that do not."""
+    parameter = torch.nn.Parameter(torch.zeros(1201))
+    gradients = make(parameter, world, micro_batches=8, exact=True)
+    assert gradients.exact
+    most = gradients.exact.most * exact_module.QUANTUM
+    for _ in range(2):  # nothing of the first step is left in the second
         gradients.zero()
-        for index, value in enumerate(values):
-            gradients.backward(index, NO_IDS, (parameter * torch.tensor(value)).sum())
+        for index in share(8, world.rank, world.size):
+            values = torch.full((1201,), 2.0**-9)
+            values[3] = 1.75 * exact_module.QUANTUM
+            values[0], values[700], values[1200] = VALUES[index], VALUES[-1 - index] * 100, most * (1 if index else 2)
+            gradients.backward(index, NO_IDS, (parameter * values).sum())
         gradients.reduce(stop=False, leave=False)
-        results.append(gradients.gradient.item())
-    assert results[0] == results[1]
+    return gradients.gradient.tolist()
+
+
+def test_exact_sums_are_those_of_whole_numbers_in_every_world_however_large_they_are() -> None:
+    found = large_and_small(single())
+    quantum = exact_module.QUANTUM
+    whole = [round(torch.tensor(value).double().item() / quantum) for value in VALUES]
+    assert found[0] == torch.tensor(sum(whole) * quantum, dtype=torch.float64).float().item()
+    assert found[1] == found[1199] == 2.0**-6
+    assert found[3] == 8 * 2 * quantum
+    assert found[1200] == pytest.approx(9 * 2.0**-8, rel=1e-5)
+    for size in (2, 3, 4):  # of four ranks each has two
+        assert run_world(size, large_and_small) == [found] * size
+
+
+def test_a_micro_batch_takes_no_more_than_its_share_of_an_int32() -> None:
+    for count in (1, 2, 3, 7, 8, 480, 65537):
+        summed = exact_module.ExactSum(torch.zeros(4), torch.zeros(1), count)
+        assert 0 < summed.most * count < 2**31
+        assert torch.tensor(summed.most).item() == summed.most  # as a float32
+
+
+def test_an_exact_sum_takes_the_bytes_and_collectives_of_an_inexact_one_and_few_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(World, "sum", lambda _, values: sent.append(values.nbytes))
+    for exact in (False, True):
+        weight = torch.nn.Parameter(torch.zeros(100_000))
+        gradients = make(
+            weight, World(0, 2, 0, "", torch.device("cpu"), False), micro_batches=8, exact=exact, piece=1 << 14
+        )
+        for index in range(4):
+            gradients.backward(index, NO_IDS, weight.sum() * 1e-4)
+        gradients.reduce(stop=False, leave=False)
+    half = len(sent) // 2
+    assert len(sent) == 2 * half
+    assert sum(sent[half:]) < 1.005 * sum(sent[:half])
 
 
 class Waits(torch.autograd.Function):

@@ -25,6 +25,22 @@ def test_a_run_that_nobody_touched_is_the_same_and_is_only_read(run: Path) -> No
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_of_a_version_that_sums_in_another_way_is_not_taken_for_a_forged_one(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    for manifest in (copy / "checkpoints").rglob("MANIFEST.json"):
+        old = json.loads(manifest.read_text())
+        assert old.pop("exact_sums") == 2
+        manifest.write_text(json.dumps(old | {"before": None}))
+    metrics = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[9]["loss"] += 1e-6
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert elastic_gpt("replay", copy).stdout.splitlines()[-2:] == [
+        "not compared bit for bit: the version that saved the checkpoint of step 8 sums gradients in another way",
+        "the same: 16 steps from 8 to 24, sequences and losses, up to float sums",
+    ]
+
+
 @pytest.mark.parametrize(("field", "value"), [("loss", 1.0), ("sequence_hash", "0" * 16)])
 def test_a_line_that_was_changed_is_found(run: Path, tmp_path: Path, field: str, value: object) -> None:
     changed = shutil.copytree(run, tmp_path / "run") / "metrics.jsonl"
