@@ -78,6 +78,7 @@ class ExactSum:
             large.view(-1).index_add_(0, row * BLOCK + index % BLOCK, rest)
         if len(blocks):
             world.sum(large)
+            world.settle()
         where = where[where < len(self.gradient)]  # the last block may be shorter
         large = (large.view(-1)[: len(where)] + self.numbers[where]) * QUANTUM
         for part in self._chunks(slice(0, len(self.gradient))):

@@ -151,10 +151,10 @@ class Gradients:
             self._send_from(0)
             # Slots that one rank fills and the others leave zero are exact in any order as they are.
             self._sender.send(functools.partial(self.world.sum, self.agreed))
-            if self.exact:
-                self._sender.send(functools.partial(self.exact.settle, self.world))
             # A GPU's sums are only queued: nothing of the state may be touched before the host has seen them end.
             self._sender.send(self.world.settle)
+            if self.exact:
+                self._sender.send(functools.partial(self.exact.settle, self.world))
             try:
                 self._sender.wait()
             except PeerLost as lost:
