@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from elastic_gpt import Elastic, devices, world
+from elastic_gpt.exact import ExactSum
+from elastic_gpt.gradients import Gradients
 from elastic_gpt.world import PeerLost, World, join, leave
 from elastic_gpt.worlds import Step
 from tests.conftest import PATIENCE
@@ -205,6 +207,25 @@ def test_nothing_of_the_state_is_touched_before_the_sum_was_seen_to_end(nccl: Nc
     assert step().did  # and the same step in another world is done
     assert run.held.step == 6
     assert any(not torch.equal(before[name], tensor) for name, tensor in run.tensors.items())
+
+
+def test_an_exact_sum_is_read_only_when_it_was_seen_to_end(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.nn.Parameter(torch.ones(1000))
+    sizes = {"micro_batches": 2, "global_batch": 2, "tokens": 2}
+    gradients, nccl.ends = Gradients([weight], of_two(), exact=True, **sizes), 2
+    seen, settle = [], ExactSum.settle
+
+    def look(self: ExactSum, world: World) -> None:
+        seen.append(nccl.queue[-1].looks >= nccl.ends)
+        settle(self, world)
+
+    monkeypatch.setattr(ExactSum, "settle", look)
+    gradients.zero()
+    gradients.backward(0, NO_IDS, (weight * 1e6).sum())  # so large that some of it is set aside, and travels by itself
+    gradients.reduce(stop=False, leave=False)
+    assert seen == [True]
+    # The numbers, what the ranks agree on, and what was set aside; they end in their order.
+    assert [one.looks >= nccl.ends for one in nccl.queue] == [False, True, True]
 
 
 def lives_on(here: World) -> tuple[bool, float, int]:
