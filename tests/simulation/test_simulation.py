@@ -158,3 +158,11 @@ def test_a_new_master_waits_until_all_have_found_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rendezvous, "RECONNECT_SECONDS", 0.0)
     found = [lived(seed) for seed in seeds]
     assert any("which holds a lease" in why or "has step" in why for why in found)
+
+
+def test_a_seed_finds_a_world_that_a_new_master_does_not_know_and_that_waits_for_one_that_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    are_gone = Leases.are_gone
+    monkeypatch.setattr(Leases, "are_gone", lambda self, nodes=(): are_gone(self, nodes or ()))
+    assert "no world of all 2 nodes" in broken_by(range(68094, 68095))[68094]
