@@ -3,12 +3,14 @@
 A new kind (XPU, for example) is a line in each of these functions and in `Device` in settings.py.
 """
 
+import contextlib
 import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +248,57 @@ def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
         return list(np.asarray(host).tolist())
 
     return read
+
+
+def lock_pages(memory: np.ndarray, device: torch.device) -> Callable[[], object]:
+    """Page-lock host memory, so that `device` copies into it while the host does something else.
+
+    Returns what unlocks it again, which also happens when `memory` is freed. Raises RuntimeError if the driver refuses.
+    """
+    cudart: Any = torch.cuda.cudart()
+    address = memory.ctypes.data
+    with torch.cuda.device(device):
+        failed = cudart.cudaHostRegister(address, memory.nbytes, 0)
+        if int(failed):
+            # The runtime keeps the error, and the next kernel would raise it.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device=device).add_(1)
+            raise RuntimeError(cudart.cudaGetErrorString(failed))
+    unlock = weakref.finalize(memory, cudart.cudaHostUnregister, address)
+    unlock.atexit = False  # the end of the process does it
+    return unlock
+
+
+class SideCopy:
+    """A copy into page-locked host memory by a stream of its own, while the device goes on computing.
+
+    It begins when the device has done all that was queued before, and nobody waits for it who does not say so.
+
+    Args:
+        pairs: where to, and what is copied. What is on the host already is copied at once.
+        device: of the others.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> None:
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for host, tensor in pairs:
+                host.copy_(tensor, non_blocking=True)
+        self._device = device
+        self._ended: Any = torch.cuda.Event(blocking=True)  # blocking: who waits for it does not spin
+        self._ended.record(stream)
+
+    def goes_before(self) -> None:
+        """Have the device end the copy before it does what is queued from now on. The host does not wait."""
+        self._ended.wait(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> None:
+        """Until it has ended. Raises RuntimeError if the device is lost."""
+        self._ended.synchronize()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    # Streams of one priority are a pool, and are handed out in turn. NCCL's are of the usual one, and may stand still.
+    return torch.cuda.Stream(device, priority=-1)

@@ -3,6 +3,8 @@
 Two buffers take turns, so one of them is whole at any moment. A snapshot is a file `N.tensors`,
 written in place, and its header `N.json`. The header is removed before the tensors are overwritten.
 It is renamed into place again when their checksum is known.
+
+A GPU copies its state beside the next step, whose passes only read it: `goes_before` has the update come after the copy.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ import stat
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from elastic_gpt import devices
 from elastic_gpt.ledger import strict_json
 
 ALIGNMENT = 64  # bytes; tensors begin at multiples of it
@@ -74,6 +77,7 @@ class Snapshots:
         tensors: the live state. Its names, shapes and dtypes define the layout.
         name: name of this life.
         history: path of the run's metrics.jsonl.
+        changed_by_forward: names of the tensors that a forward pass may change. Updates alone change the others.
 
     Raises:
         SnapshotError: if shared memory cannot hold two buffers.
@@ -88,9 +92,10 @@ class Snapshots:
         *,
         name: str = "",
         history: Path | None = None,
+        changed_by_forward: Collection[str] = (),
     ) -> None:
         self.run, self.folder, self.identity = folder, folder / node, identity
-        self.name, self.history = name, history
+        self.name, self.history, self.changed_by_forward = name, history, changed_by_forward
         self.held: list[IO[bytes]] = []
         self.places: dict[str, tuple[int, int]] = {}
         end = 0
@@ -115,6 +120,9 @@ class Snapshots:
                 " enlarge /dev/shm (in a pod: a Memory volume mounted there). Until then a lost worker costs the steps"
                 " since the last checkpoint"
             ) from error
+        self.unlocks: list[Callable[[], object]] = []
+        self.device = self._lock_pages(tensors)  # the one that copies beside its work, if any
+        self.copy: devices.SideCopy | None = None  # one before which the state must not change
         self.turn = 0
         self.step = -1  # step of the newest snapshot that this process has saved
         self.checksummer = ThreadPoolExecutor(1, "snapshot")
@@ -136,12 +144,22 @@ class Snapshots:
 
     @torch.no_grad()
     def save(self, step: int, life: int, tensors: dict[str, torch.Tensor], reports: list[dict[str, Any]]) -> None:
-        """Copy the state. A thread computes the checksum and commits, while training goes on."""
+        """Copy the state. A thread computes the checksum and commits, while training goes on.
+
+        A GPU has only begun to copy then: call `goes_before` before the state is changed.
+        """
         self.wait()
         number = self.turn
         self._header(number).unlink(missing_ok=True)
-        for name, tensor in tensors.items():
-            self._view(self.buffers[number], name, tensor).copy_(tensor)
+        pairs = {name: (self._view(self.buffers[number], name, tensor), tensor) for name, tensor in tensors.items()}
+        if self.device is None:
+            for host, tensor in pairs.values():
+                host.copy_(tensor)
+        else:
+            for name in self.changed_by_forward:  # in the order of the device's work, so before the next forward pass
+                host, tensor = pairs.pop(name)
+                host.copy_(tensor, non_blocking=True)
+            self.copy = devices.SideCopy(pairs.values(), self.device)
         header = {
             "identity": self.identity,
             "step": step,
@@ -150,16 +168,24 @@ class Snapshots:
             "history_bytes": _length(self.history),
             "reports": list(reports),
         }
-        self.pending = self.checksummer.submit(self._commit, number, header)
+        self.pending = self.checksummer.submit(self._commit, number, header, self.copy)
         self.turn, self.step = 1 - number, step
+
+    def goes_before(self) -> None:
+        """Have a copy that is on its way end before the device does what is queued from now on. The host does not wait."""
+        copy, self.copy = self.copy, None
+        if copy:
+            copy.goes_before()
 
     def wait(self) -> None:
         """Wait until the newest snapshot is committed."""
         pending, self.pending = self.pending, None
         try:
             if pending:
+                self.copy = None
                 pending.result()
-        except OSError as error:  # without a header it does not count; the one before is still whole
+        except (OSError, RuntimeError) as error:  # a device that is lost raises the latter
+            # Without a header it does not count; the one before is still whole.
             print(f"warning: a snapshot could not be kept: {error}", file=sys.stderr, flush=True)
 
     @torch.no_grad()
@@ -180,7 +206,9 @@ class Snapshots:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def discard(self) -> None:
-        """Delete this node's snapshots at the end of the run."""
+        """Delete this node's snapshots at the end of the run. None may be on its way."""
+        for unlock in self.unlocks:
+            unlock()
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # the last node on this machine can remove the run's folder
             self.run.rmdir()
@@ -194,6 +222,25 @@ class Snapshots:
                 # Space is reserved now, since a memory-mapped write to a full /dev/shm is a SIGBUS and not an error.
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
         return np.memmap(path, dtype=np.uint8, mode="r+")
+
+    def _lock_pages(self, tensors: dict[str, torch.Tensor]) -> torch.device | None:
+        """Lock the pages of both buffers for the device of the state. None if it copies at once, or cannot do otherwise."""
+        device = next((tensor.device for tensor in tensors.values() if devices.works_on(tensor.device)), None)
+        if device is None:
+            return None
+        try:
+            for buffer in self.buffers:
+                self.unlocks.append(devices.lock_pages(buffer, device))
+        except RuntimeError as error:
+            for unlock in self.unlocks:
+                unlock()
+            print(
+                f"warning: the memory for snapshots cannot be page-locked ({error}): training waits while one is copied",
+                file=sys.stderr,
+                flush=True,
+            )
+            return None
+        return device
 
     def _view(self, buffer: np.memmap, name: str, like: torch.Tensor) -> torch.Tensor:
         start, end = self.places[name]
@@ -209,7 +256,9 @@ class Snapshots:
         except (OSError, ValueError, KeyError, TypeError):  # another file, or just deleted
             return None
 
-    def _commit(self, number: int, header: dict[str, Any]) -> None:
+    def _commit(self, number: int, header: dict[str, Any], copy: devices.SideCopy | None) -> None:
+        if copy:
+            copy.wait()
         aside = self._header(number).with_suffix(".partial")
         aside.write_text(strict_json(header | {"crc32": zlib.crc32(self.buffers[number].data)}))
         aside.rename(self._header(number))

@@ -157,6 +157,8 @@ class Step:
             self.lost = error
             return
         # After the sum over the ranks nothing can fail, so either all ranks do the step or none.
+        if worlds.snapshots:
+            worlds.snapshots.goes_before()  # here the state begins to change
         if worlds.scale:
             worlds.scale.unscale(worlds.gradients.gradient)
         norm = worlds.gradients.clip(plan.clip)
@@ -575,7 +577,16 @@ class Worlds(abc.ABC):
             folder, metrics = shared_memory() / run.run_id, self.plan.run_dir / METRICS
             # A mirror may be ahead of the store, with which the next life begins.
             history = None if mirror_of(metrics) else metrics
-            return Snapshots(folder, world.node, run.run_id, self.tensors, name=run.name, history=history)
+            buffers = {f"model.{name}" for name, _ in self.model.named_buffers(remove_duplicate=False)}
+            return Snapshots(
+                folder,
+                world.node,
+                run.run_id,
+                self.tensors,
+                name=run.name,
+                history=history,
+                changed_by_forward=self.tensors.keys() & buffers,
+            )
         except SnapshotError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
             return None
@@ -627,6 +638,9 @@ def _on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints, ledger: L
             snapshots.wait()
         _tell_saved(checkpoints, ledger, print, wait=True)
         raise
+    finally:
+        if snapshots:
+            snapshots.goes_before()  # whoever left the loop may change the state
 
 
 def _tell_saved(checkpoints: Checkpoints, ledger: Ledger, say: Callable[[str], None], wait: bool = False) -> None:

@@ -1,8 +1,10 @@
 """devices.py: what each kind of device can do; no other module decides by it."""
 
 import ast
+import contextlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +75,49 @@ def test_a_cpu_has_no_known_peak_and_nothing_to_wait_for() -> None:
     values.zero_()
     assert read() == [1.0, 2.0]
     assert devices.pinned(values, here) is values
+
+
+class Cudart:
+    """In the place of torch.cuda.cudart(): notes what is registered; from the second time on it refuses."""
+
+    def __init__(self) -> None:
+        self.registered: list[int] = []
+
+    def cudaHostRegister(self, address: int, _size: int, _flags: int) -> int:
+        if self.registered:
+            return 2
+        self.registered.append(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.registered.remove(address)
+        return 0
+
+    def cudaGetErrorString(self, code: int) -> str:
+        return f"error {code}"
+
+
+def test_pages_are_locked_until_they_are_unlocked_or_their_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart, drained = Cudart(), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+
+    def ones(_size: int, device: torch.device) -> None:
+        drained.append(device)
+        raise RuntimeError("CUDA error: out of memory")  # of the refusal, though nothing is wrong with this kernel
+
+    monkeypatch.setattr(torch, "ones", ones)
+    here, memory = torch.device("cpu"), np.zeros(10, np.uint8)
+    unlock = devices.lock_pages(memory, here)
+    assert cudart.registered == [memory.ctypes.data]
+    with pytest.raises(RuntimeError, match="error 2"):
+        devices.lock_pages(np.zeros(10, np.uint8), here)
+    assert drained == [here]
+    unlock()
+    assert cudart.registered == []
+    devices.lock_pages(memory, here)
+    del memory
+    assert cudart.registered == []
 
 
 def test_few_rows_are_slow_in_float32_on_amds_processors_alone(monkeypatch: pytest.MonkeyPatch) -> None:

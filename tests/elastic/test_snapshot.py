@@ -6,16 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from elastic_gpt import devices
 from elastic_gpt.identity import Run
 from elastic_gpt.snapshot import LEFT_OVER_SECONDS, Snapshot, SnapshotError, Snapshots
 from tests.conftest import until
+from tests.gpu.late_copies import LateCopy, copy_late
 
 
 def always(_snapshot: Snapshot) -> bool:
@@ -212,6 +217,104 @@ def test_what_a_killed_job_left_is_swept_and_what_lives_or_is_recent_is_not(tmp_
     Snapshots(tmp_path / "new", "node", "run", state(0))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "new", "recent"]
     living.discard()
+
+
+def test_a_device_copies_beside_its_work_and_the_header_comes_after_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = copy_late(monkeypatch)
+    live = state(10)
+    snapshots = Snapshots(tmp_path / "run", "node", "run", live)
+    snapshots.save(10, 0, live, [])
+    assert snapshots.pending
+    with pytest.raises(TimeoutError):
+        snapshots.pending.result(timeout=0.2)
+    assert not list(tmp_path.glob("run/node/*.json"))
+    snapshots.goes_before()  # the update waits for the copy, and the host for neither
+    for tensor in live.values():
+        tensor.add_(1)
+    snapshots.wait()
+    newest, loaded = snapshots.newest(always), state(0)
+    assert newest
+    snapshots.load(newest, loaded)
+    assert (newest.step, len(begun)) == (10, 1)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state(10).items())
+
+
+def test_a_save_right_after_a_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = copy_late(monkeypatch)
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    snapshots.save(10, 0, state(10), [])
+    second = threading.Thread(target=snapshots.save, args=(20, 0, state(20), []))
+    second.start()
+    second.join(0.2)
+    assert len(begun) == 1
+    begun[0].make()
+    second.join()
+    assert len(begun) == 2
+    assert (newest := snapshots.newest(always))
+    assert newest.step == 10
+    begun[1].make()
+    snapshots.wait()
+    assert (newest := snapshots.newest(always))
+    assert newest.step == 20
+
+
+def test_a_device_that_is_lost_costs_the_snapshot_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = copy_late(monkeypatch)
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    snapshots.save(10, 0, state(10), [])
+    begun[0].make()
+
+    def lost(_: LateCopy) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(LateCopy, "wait", lost)
+    monkeypatch.setattr(LateCopy, "goes_before", lost)
+    snapshots.save(20, 0, state(20), [])
+    snapshots.wait()
+    snapshots.goes_before()  # nothing is on its way any more
+    assert "could not be kept: CUDA error" in capsys.readouterr().err
+    assert (newest := snapshots.newest(always))
+    assert newest.step == 10
+
+
+def test_memory_that_cannot_be_page_locked_is_said_once_and_copied_to_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, locked = copy_late(monkeypatch), []
+
+    def lock_pages(memory: np.ndarray, _device: torch.device) -> Callable[[], None]:
+        if locked:
+            raise RuntimeError("out of memory")
+        locked.append(memory)
+        return locked.clear
+
+    monkeypatch.setattr(devices, "lock_pages", lock_pages)
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    assert locked == []  # what was locked is unlocked again
+    assert capsys.readouterr().err.count("cannot be page-locked (out of memory)") == 1
+    snapshots.save(10, 0, state(10), [])
+    snapshots.wait()
+    assert (newest := snapshots.newest(always))
+    assert (newest.step, begun) == (10, [])
+
+
+def test_pages_are_unlocked_with_the_snapshots_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_late(monkeypatch)
+    locked: list[int] = []
+
+    def lock_pages(memory: np.ndarray, _device: torch.device) -> Callable[[], None]:
+        locked.append(memory.nbytes)
+        return lambda: locked.remove(memory.nbytes)
+
+    monkeypatch.setattr(devices, "lock_pages", lock_pages)
+    snapshots = Snapshots(tmp_path / "run", "node", "run", state(0))
+    assert locked == [snapshots.bytes] * 2
+    snapshots.discard()
+    assert locked == []
 
 
 SAVER = """

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from elastic_gpt import Elastic, devices, reports
 from elastic_gpt import batches as batches_room
-from elastic_gpt import devices, reports
 from elastic_gpt.batches import Batches
 from elastic_gpt.order import Order
 from elastic_gpt.world import World
+from elastic_gpt.worlds import Worlds
 from model_zoo.nanogpt import train
 from tests.gpu.host_waits import host_waits
+from tests.gpu.late_copies import keep_snapshots
 
 STEPS = 7
 TOLIST = torch.Tensor.tolist  # which host_waits replaces
@@ -24,7 +26,7 @@ TOLIST = torch.Tensor.tolist  # which host_waits replaces
 @pytest.fixture
 def gpus_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is used as a GPU is."""
-    monkeypatch.setattr(devices, "works_on", lambda _: True)
+    keep_snapshots(monkeypatch)
     monkeypatch.setattr("model_zoo.nanogpt.startup.is_host", lambda _: False)
     for room in ("cross_entropy", "model"):
         monkeypatch.setattr(f"model_zoo.nanogpt.{room}.on_host", lambda _: False)
@@ -84,6 +86,75 @@ def test_the_host_waits_for_no_step_but_the_one_before(
     assert found == []
     # Of seven steps the last two are still on their way; the fourth was waited for, since a snapshot followed it.
     assert read == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6)]
+
+
+def clones(run: Worlds) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.tensors.items()}
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])  # float16's scale is a part of the state
+def test_a_snapshot_is_the_state_of_its_step_though_the_copy_is_made_beside_the_next(
+    data: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, states = keep_snapshots(monkeypatch), {}
+    run = training(data, tmp_path / "run", "--elastic.snapshot-interval=1", "--dtype=" + dtype)
+    for step in run:
+        states[step.number] = clones(run)
+        for tokens, targets in step:
+            step.backward(run.loss_sum(tokens, targets))
+        step.update(1e-3)
+    assert sorted(kept) == list(range(STEPS + 1))  # the last one is of the end of the life, or of its interval
+    assert all(equal(kept[step], state) for step, state in states.items())
+
+
+class Counts(torch.nn.Module):
+    """Counts its forward passes, in a buffer."""
+
+    passes: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.register_buffer("passes", torch.zeros(1))
+        self.register_buffer("unsaved", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return x @ self.weight
+
+
+def own(run: Path) -> Elastic:
+    model = Counts()
+    examples = torch.utils.data.TensorDataset(torch.ones(16, 2), torch.ones(16))
+    sizes = {"steps": 3, "global_batch": 4, "micro_batch": 2, "snapshot_interval": 1}
+    return Elastic(run, model, torch.optim.SGD(model.parameters(), lr=0.1), examples, device="cpu", **sizes)
+
+
+def test_what_a_forward_pass_changes_is_in_the_snapshot_as_it_was_before_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, run = keep_snapshots(monkeypatch), own(tmp_path)
+    for step in run:
+        for inputs, wanted in step:
+            step.backward(((run.model(inputs) - wanted) ** 2).sum())
+        step.update()
+    assert {step: one["model.passes"].item() for step, one in kept.items()} == {0: 0, 1: 2, 2: 4, 3: 6}
+
+
+def test_who_leaves_the_loop_may_change_the_state_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, run = keep_snapshots(monkeypatch), own(tmp_path)
+    steps = iter(run)
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]  # as a for loop does that is left
+    with torch.no_grad():
+        run.model.weight.fill_(7.0)
+    assert run.snapshots
+    run.snapshots.wait()
+    assert kept[0]["model.weight"].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.usefixtures("gpus_way")
