@@ -151,7 +151,8 @@ class Snapshots:
         self.wait()
         number = self.turn
         self._header(number).unlink(missing_ok=True)
-        pairs = {name: (self._view(self.buffers[number], name, tensor), tensor) for name, tensor in tensors.items()}
+        views = self._views(self.buffers[number], tensors)
+        pairs = {name: (views[name], tensor) for name, tensor in tensors.items()}
         if self.device is None:
             for host, tensor in pairs.values():
                 host.copy_(tensor)
@@ -192,8 +193,8 @@ class Snapshots:
     def load(self, snapshot: Snapshot, tensors: dict[str, torch.Tensor]) -> None:
         """Copy a snapshot into the live state."""
         buffer = np.memmap(snapshot.header.with_suffix(".tensors"), dtype=np.uint8, mode="c")
-        for name, tensor in tensors.items():
-            tensor.copy_(self._view(buffer, name, tensor))
+        for name, saved in self._views(buffer, tensors).items():
+            tensors[name].copy_(saved)
 
     def drop_others(self, nodes: list[str]) -> None:
         """Delete the snapshots of nodes of this run that have gone.
@@ -242,9 +243,11 @@ class Snapshots:
             return None
         return device
 
-    def _view(self, buffer: np.memmap, name: str, like: torch.Tensor) -> torch.Tensor:
-        start, end = self.places[name]
-        return torch.from_numpy(buffer[start:end]).view(like.dtype).view(like.shape)
+    def _views(self, buffer: np.memmap, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a state as they lie in a buffer."""
+        whole = torch.from_numpy(buffer)
+        places = {name: whole[slice(*self.places[name])] for name in tensors}
+        return {name: place.view(tensors[name].dtype).view(tensors[name].shape) for name, place in places.items()}
 
     def _read(self, header: Path) -> Snapshot | None:
         """The snapshot that a header describes; None if it is not of this run."""

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +119,55 @@ def test_pages_are_locked_until_they_are_unlocked_or_their_memory_is_freed(monke
     devices.lock_pages(memory, here)
     del memory
     assert cudart.registered == []
+
+
+def test_a_side_copy_comes_after_what_was_queued_and_before_what_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Stream:
+        def __init__(self, *_: object, **how: int) -> None:
+            self.name = f"side stream of priority {how['priority']}" if how else "computing"
+
+        def wait_stream(self, other: "Stream") -> None:
+            done.append(f"{self.name} waits for {other.name}")
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking
+
+        def record(self, stream: Stream) -> None:
+            done.append(f"event on {stream.name}")
+
+        def wait(self, stream: Stream) -> None:
+            done.append(f"{stream.name} waits for the event")
+
+        def synchronize(self) -> None:
+            done.append("the host waits for the event")
+
+    class Source(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            done.append(f"{function.__name__} {kwargs}")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(devices, "_side_stream", devices._side_stream.__wrapped__)
+    host, values = torch.zeros(2), torch.ones(2)
+    copy = devices.SideCopy([(host, values.as_subclass(Source))], torch.device("cpu"))  # type: ignore[arg-type]
+    assert host.tolist() == [1.0, 1.0]
+    copy.goes_before()
+    copy.wait()
+    side = "side stream of priority -1"
+    assert done == [
+        f"{side} waits for computing",
+        "copy_ {'non_blocking': True}",
+        f"event on {side}",
+        "computing waits for the event",
+        "the host waits for the event",
+    ]
 
 
 def test_few_rows_are_slow_in_float32_on_amds_processors_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def keep_snapshots(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, torch
     def commit_and_read(self: Snapshots, number: int, header: dict[str, Any], copy: Any) -> None:
         commit(self, number, header, copy)
         kept[header["step"]] = {
-            name: self._view(self.buffers[number], name, like).clone() for name, like in layout.items()
+            name: saved.clone() for name, saved in self._views(self.buffers[number], layout).items()
         }
 
     monkeypatch.setattr(Snapshots, "save", note_and_save)

@@ -2,13 +2,17 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from elastic_gpt import devices
+from elastic_gpt.snapshot import Snapshots
 from elastic_gpt.worlds import Step
 from model_zoo.nanogpt import train
 from model_zoo.nanogpt.engine import Request, generate
@@ -90,6 +94,77 @@ def test_no_step_waits_for_the_gpu_and_memory_stays_as_it_is(data: Path, tmp_pat
     do(run, step)
     for last in steps:
         do(run, last)
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A folder in shared memory: the kernel may refuse to lock pages of files on a disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def test_a_snapshot_is_copied_beside_the_work_and_nobody_waits_for_it(in_memory: Path) -> None:
+    names = [f"model.{number}" for number in range(8)]
+    live = {name: torch.zeros(4 << 20, device=GPU) for name in names} | {"optimizer.step": torch.zeros((), device=GPU)}
+    live["model.odd"] = torch.zeros(512, 256, device=GPU).T  # is copied by way of the GPU's own memory
+    live["model.buffer"] = torch.zeros(100, device=GPU)
+    snapshots = Snapshots(in_memory / "run", "node", "run", live, changed_by_forward=["model.buffer"])
+    assert all(torch.from_numpy(buffer).is_pinned() for buffer in snapshots.buffers)
+    a = torch.randn(2048, 2048, device=GPU)
+    for step in range(1, 6):
+        snapshots.goes_before()
+        for tensor in live.values():
+            tensor.add_(1)
+        snapshots.wait()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1_000_000_000)  # cycles: some half a second
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            snapshots.save(step, 0, live, [])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not torch.cuda.current_stream().query()  # it still sleeps: the host did not wait
+        assert not (snapshots.folder / f"{1 - snapshots.turn}.json").exists()
+        live["model.buffer"].add_(100)  # the next step: a forward pass, then the update
+        a @ a
+        snapshots.goes_before()
+        for tensor in live.values():
+            tensor.add_(100)
+        snapshots.wait()
+        newest, found = snapshots.newest(lambda _: True), {name: torch.zeros_like(live[name]) for name in live}
+        assert newest
+        snapshots.load(newest, found)
+        assert newest.step == step
+        assert all((tensor == step).all() for tensor in found.values())
+        for name, tensor in live.items():
+            tensor.sub_(200 if name == "model.buffer" else 100)
+    snapshots.discard()
+    assert not torch.from_numpy(snapshots.buffers[0]).is_pinned()
+
+
+@pytest.mark.parametrize("more", [["--dtype=bfloat16"], ["--dtype=float16"], ["--dtype=bfloat16", "--compile"]])
+def test_each_snapshot_of_a_run_is_the_state_of_its_step(data: Path, tmp_path: Path, more: list[str]) -> None:
+    run = training(data, tmp_path / "run", GPU, 20, "--elastic.snapshot-interval=1", *more)
+    for step in run:
+        expected = {name: tensor.clone() for name, tensor in run.tensors.items()}
+        do(run, step)
+        assert run.snapshots
+        run.snapshots.wait()
+        newest = run.snapshots.newest(lambda _: True)
+        assert newest
+        assert newest.step == step.number
+        found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+        run.snapshots.load(newest, found)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_memory_that_the_driver_does_not_lock_leaves_no_error_behind() -> None:
+    memory = np.zeros(1 << 20, np.uint8)
+    unlock = devices.lock_pages(memory, torch.device(GPU))
+    with pytest.raises(RuntimeError, match="registered"):
+        devices.lock_pages(memory, torch.device(GPU))
+    assert torch.ones(10, device=GPU).sum().item() == 10
+    unlock()
 
 
 def test_exact_runs_are_equal_bit_for_bit(data: Path, tmp_path: Path) -> None:
