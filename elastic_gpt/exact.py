@@ -7,13 +7,14 @@ aside in float64. Such numbers are few. They travel behind the others, in blocks
 
 import torch
 
+from elastic_gpt.devices import is_host
 from elastic_gpt.world import World
 
 # Two units of the last digit of a float32 of 1e-4. Gradients below 2**-5, divided among the micro-batches, fit into an int32;
 # and sums of what is set aside are exact below 2**53 of these, which is 2**17: far above what a run survives.
 QUANTUM = 2.0**-36
 BLOCK = 256  # neighbours of a large gradient that travel with it; and a slot of `agreed` is 1/256 of what travels
-FEW = 1 << 12  # of which those are searched one by one that hold a large one
+FEW = 1 << 12  # of which, on a CPU, those are searched one by one that hold a large one
 CHUNK = 1 << 16
 
 
@@ -32,7 +33,9 @@ class ExactSum:
         """The same memory: once a part is closed, it holds whole numbers."""
         # Rounded down to what a float32 can hold.
         self.most = float((2**31 - 1) // micro_batches & ~0xFF)
-        self._chunk = CHUNK if gradient.device.type == "cpu" else max(1, len(gradient))
+        # A GPU is better asked once about all than often about few: each answer is waited for.
+        on_host = is_host(gradient.device)
+        self._chunk, self._few = (CHUNK, FEW) if on_host else (max(1, len(gradient)),) * 2
         self._scratch = torch.empty(self._chunk, dtype=torch.int32, device=gradient.device)
         self._before: torch.Tensor | None = (
             None  # int32 (N,): this rank's micro-batches but the last, if it has more than one
@@ -93,9 +96,9 @@ class ExactSum:
         """The gradient's part in whole numbers, int32. What is too large for them is set aside."""
         gradient = self.gradient[part].mul_(1 / QUANTUM)  # a power of two: nothing is rounded
         if self._any_large(gradient):
-            for number, few in enumerate(gradient.split(FEW)):
-                if self._any_large(few):
-                    self._set_aside(part.start + number * FEW, few)
+            for number, few in enumerate(gradient.split(self._few)):
+                if len(few) == len(gradient) or self._any_large(few):
+                    self._set_aside(part.start + number * self._few, few)
         return self._scratch[: len(gradient)].copy_(gradient.round_())
 
     def _any_large(self, gradient: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from elastic_gpt import Elastic, devices, reports
+from elastic_gpt import Elastic, devices, exact, reports
 from elastic_gpt import batches as batches_room
 from elastic_gpt.batches import Batches
 from elastic_gpt.order import Order
@@ -28,6 +28,7 @@ def gpus_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is used as a GPU is."""
     keep_snapshots(monkeypatch)
     monkeypatch.setattr("model_zoo.nanogpt.startup.is_host", lambda _: False)
+    monkeypatch.setattr(exact, "is_host", lambda _: False)
     for room in ("cross_entropy", "model"):
         monkeypatch.setattr(f"model_zoo.nanogpt.{room}.on_host", lambda _: False)
 
@@ -83,7 +84,10 @@ def test_the_host_waits_for_no_step_but_the_one_before(
             saved = (step.number + 1) % 4 == 0
             step = next(steps)
         found += [] if saved else waits.found
-    assert found == []
+    # In exact mode a micro-batch is searched for large numbers: two answers, and a third if there are any. So is their sum.
+    searches = [wait for wait in found if any(f" in {place}:" in wait for place in ("_any_large", "_set_aside", "settle"))]
+    assert found == searches
+    assert len(searches) <= ("--elastic.exact" in flags) * STEPS * (3 * 4 + 1)
     # Of seven steps the last two are still on their way; the fourth was waited for, since a snapshot followed it.
     assert read == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6)]
 
@@ -179,6 +183,24 @@ def test_exact_mode_has_only_operations_that_repeat_their_bits(
         assert asked == [torch.device("cpu")]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_an_exact_sum_asks_a_gpu_once_where_its_large_numbers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer is waited for, and in an untrained model a micro-batch has large numbers nearly everywhere."""
+    values = torch.randn(50_000, generator=torch.Generator().manual_seed(0)) * 0.01
+    sums = []
+    for on_host in (True, False):
+        monkeypatch.setattr(exact, "is_host", lambda _, there=on_host: there)
+        gradient, blocks = values.clone(), torch.zeros(-(-len(values) // exact.BLOCK))
+        summed = exact.ExactSum(gradient, blocks, 8)
+        with host_waits() as waits:
+            summed.count()
+        assert blocks.sum() > 10
+        assert on_host or len(waits.found) == 3  # the least, the greatest, and which are beyond what fits
+        summed.close(slice(0, len(gradient)))
+        summed.settle(World(0, 1, 0, "", torch.device("cpu"), False))
+        sums.append(gradient)
+    assert torch.equal(*sums)
 
 
 def test_the_stand_in_sees_what_would_wait() -> None:
