@@ -256,8 +256,9 @@ class Worlds(abc.ABC):
                     self.ledger.write("interrupted", node=error.noticed_by, cause="lost a peer")
                 if error.noticed_by and error.stuck:
                     self.ledger.write("replaced", node=error.noticed_by, cause=STUCK)
-                self.not_joined += isinstance(error, NotJoined)
-                if self.agent is None or error.stuck or not leave() or not self.keep():
+                no_world = isinstance(error, NotJoined)
+                self.not_joined += no_world
+                if self.agent is None or error.stuck or not leave() or not self.keep(no_world=no_world):
                     raise
                 print(
                     f"{error}; this worker keeps step {lost_at} and waits for a new world", file=sys.stderr, flush=True
@@ -330,10 +331,14 @@ class Worlds(abc.ABC):
             self.reporter.step(step.number + 1, *step.did)
             self.reporter.drain()
 
-    def keep(self) -> bool:
+    def keep(self, *, no_world: bool = False) -> bool:
         """Wait for another world, and keep this worker's state: in its tensors, and in shared memory in case it dies as well.
 
-        Returns whether the state is whole.
+        Args:
+            no_world: whether the last world could not be formed. One that this worker was called away from might have been.
+
+        Returns:
+            Whether the state is whole.
         """
         if self.reporter:
             self.reporter.drain()
@@ -342,9 +347,9 @@ class Worlds(abc.ABC):
         if self.held.step < 0 or broken(self.tensors):
             return False
         if self.agent:  # which finds the next world meanwhile
-            if self.not_joined > 1:  # one may be a peer that died in that moment
+            if no_world and self.not_joined > 1:  # one may be a peer that died in that moment
                 time.sleep(NETWORK_SECONDS)
-            self.agent.waits(self.held.step, no_world=self.not_joined > 0)
+            self.agent.waits(self.held.step, no_world=no_world)
         if self.snapshots and self.snapshots.step < self.held.step:
             self.snapshots.save(self.held.step, self.held.life, self.tensors, self.held.reports)
             self.snapshots.wait()

@@ -100,6 +100,34 @@ def test_a_worker_whose_world_cannot_be_formed_keeps_its_state_until_that_was_to
 
 
 @linux
+def test_a_world_that_a_worker_was_called_away_from_does_not_count_as_one_that_could_not_be_formed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers, heard, counted = agent_of_this_process(monkeypatch), Kept(), []
+    workers.no_world = lambda rank: bool(counted.append(rank))
+    alone_of_two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+    def agent() -> None:
+        until(lambda: workers.waiting() == {0})
+        workers.give({0: ALONE_WORLD})
+        until(lambda: "9" in heard.heard)
+        workers.call()
+        for called in (False, True, True):  # the first waits for its peer in vain
+            until(lambda: workers.waiting() == {0})
+            workers.give({0: alone_of_two})
+            if called:
+                workers.call()
+        until(lambda: workers.waiting() == {0})
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=agent, daemon=True).start()
+    sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 10**9, "timeout_seconds": 2.0}
+    with pytest.raises(SystemExit):
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
+    assert counted == [0]
+
+
+@linux
 def test_a_checkpoint_on_its_way_is_whole_before_the_next_world(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +353,7 @@ def test_a_worker_whose_device_cannot_be_freed_of_a_lost_peers_sum_is_started_an
     workers = Workers(name)
     run = Elastic(tmp_path, *model(), DATA, steps=10, global_batch=16, micro_batch=4)
     keep, kept = run.keep, list[int]()
-    monkeypatch.setattr(run, "keep", lambda: kept.append(run.held.step) or keep())
+    monkeypatch.setattr(run, "keep", lambda **how: kept.append(run.held.step) or keep(**how))
 
     def agent() -> None:
         until(lambda: workers.waiting() == {0})
