@@ -101,7 +101,9 @@ class Ledger:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
             unfinished = file.read(1) not in (b"", b"\n")  # the half line of a killed writer
-            file.write((b"\n" if unfinished else b"") + lines.encode())
+            content = (b"\n" if unfinished else b"") + lines.encode()
+            while content:  # of a disk that gets full, the first write takes a part and the next one says so
+                content = content[file.write(content) :]
             if sync:
                 os.fsync(file.fileno())
         if mirror := mirror_of(self.path):

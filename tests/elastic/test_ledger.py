@@ -1,6 +1,7 @@
 """ledger.py: what happened to a run, and what it cost."""
 
 import json
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ def test_lost_nodes_are_told_from_those_that_said_goodbye(tmp_path: Path) -> Non
     ledger.write("stopped", step=9)
     ledger.begin_life(["x"], 1, 9, "checkpoint", 0)  # a node that was asked to stop is not lost
     assert [event["node"] for event in ledger.events() if event["event"] == "lost"] == ["b"]
+
+
+def test_the_beginning_of_a_life_that_a_full_disk_cuts_is_an_error_and_no_half_of_it_counts(tmp_path: Path) -> None:
+    """The system writes as much as there is room for, and says only that it was less."""
+    ledger = Ledger(tmp_path)
+    ledger.begin_life(["a"], 1, 0, "start", 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.path.stat().st_size + 100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            ledger.begin_life(["a", "b"], 2, 5, "worker of node a", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ledger.lives() == 1
+    ledger.begin_life(["a", "b"], 2, 5, "worker of node a", 0)
+    assert ledger.branches() == [(0, 0), (1, 5)]
 
 
 def test_a_world_that_was_left_out_is_told_once(tmp_path: Path) -> None:
