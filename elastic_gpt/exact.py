@@ -41,6 +41,7 @@ class ExactSum:
             None  # int32 (N,): this rank's micro-batches but the last, if it has more than one
         )
         self._counted = False  # whether there is anything in it
+        self._rest: torch.Tensor | None = None  # float64 (N,): sums of what was cut off, in a step with very much of it
         self._aside: list[
             tuple[torch.Tensor, torch.Tensor]
         ] = []  # where, int64 (n,), and what was cut off, float64 (n,)
@@ -48,6 +49,7 @@ class ExactSum:
     def zero(self) -> None:
         """Begin a step."""
         self._counted = False
+        self._rest = None
         self._aside.clear()
 
     def count(self) -> None:
@@ -61,6 +63,13 @@ class ExactSum:
                 self._before[part].copy_(self._rounded(part))
             self.gradient[part].zero_()
         self._counted = True
+        # Else each micro-batch might add as much again.
+        if 2 * sum(len(index) for index, _ in self._aside) > len(self.gradient):
+            if self._rest is None:
+                self._rest = torch.zeros_like(self.gradient, dtype=torch.float64)
+            for index, rest in self._aside:
+                self._rest.index_add_(0, index, rest)
+            self._aside.clear()
 
     def close(self, piece: slice) -> None:
         """After the last micro-batch, once a step: replace a piece of the gradient by this rank's whole numbers."""
@@ -79,10 +88,12 @@ class ExactSum:
         for index, rest in self._aside:
             row = torch.searchsorted(blocks, index // BLOCK)
             large.view(-1).index_add_(0, row * BLOCK + index % BLOCK, rest)
+        where = where[where < len(self.gradient)]  # the last block may be shorter
+        if self._rest is not None:
+            large.view(-1)[: len(where)] += self._rest[where]
         if len(blocks):
             world.sum(large)
             world.settle()
-        where = where[where < len(self.gradient)]  # the last block may be shorter
         large = (large.view(-1)[: len(where)] + self.numbers[where]) * QUANTUM
         for part in self._chunks(slice(0, len(self.gradient))):
             torch.mul(self.numbers[part].to(torch.float32), QUANTUM, out=self.gradient[part])

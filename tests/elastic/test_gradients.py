@@ -151,6 +151,24 @@ def test_a_micro_batch_takes_no_more_than_its_share_of_an_int32() -> None:
         assert torch.tensor(summed.most).item() == summed.most  # as a float32
 
 
+def test_what_many_large_micro_batches_set_aside_takes_no_more_memory_than_their_sum() -> None:
+    """In a small model, or at the beginning of a run, much of a gradient may be large."""
+    values = torch.linspace(-50.0, 50.0, 1000)
+    gradient, blocks = torch.zeros(1000), torch.zeros(-(-1000 // exact_module.BLOCK))
+    summed = exact_module.ExactSum(gradient, blocks, 64)
+    for _ in range(2):
+        summed.zero()
+        blocks.zero_()
+        gradient.zero_()
+        for micro_batch in range(64):
+            gradient.add_(values * (micro_batch + 1))
+            summed.count() if micro_batch < 63 else summed.close(slice(0, 1000))
+            assert sum(len(index) for index, _ in summed._aside) <= 1000
+        summed.settle(single())
+        whole = sum((values * (number + 1)).double().mul(2.0**36).round() for number in range(64)) * 2.0**-36
+        assert torch.equal(gradient, whole.float())
+
+
 def test_an_exact_sum_takes_the_bytes_and_collectives_of_an_inexact_one_and_few_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

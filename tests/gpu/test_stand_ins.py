@@ -85,7 +85,9 @@ def test_the_host_waits_for_no_step_but_the_one_before(
             step = next(steps)
         found += [] if saved else waits.found
     # In exact mode a micro-batch is searched for large numbers: two answers, and a third if there are any. So is their sum.
-    searches = [wait for wait in found if any(f" in {place}:" in wait for place in ("_any_large", "_set_aside", "settle"))]
+    searches = [
+        wait for wait in found if any(f" in {place}:" in wait for place in ("_any_large", "_set_aside", "settle"))
+    ]
     assert found == searches
     assert len(searches) <= ("--elastic.exact" in flags) * STEPS * (3 * 4 + 1)
     # Of seven steps the last two are still on their way; the fourth was waited for, since a snapshot followed it.
