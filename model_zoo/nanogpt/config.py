@@ -83,8 +83,8 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class ElasticConfig:
     exact: bool = False
-    """Sum gradients so that parameters are equal bit for bit at every world size on the same kind of device. They are rounded
-    to multiples of 1.5e-11."""
+    """Sum gradients, rounded to multiples of 1.5e-11, so that parameters are equal bit for bit at every world size on the same
+    kind of device."""
     traffic: Traffic = "float32"
     """Type in which gradients travel between workers: bfloat16 is half the bytes, and rounds them. Not in exact mode."""
     snapshot_interval: int = 10
