@@ -125,6 +125,7 @@ class Snapshots:
         self.copy: devices.SideCopy | None = None  # one before which the state must not change
         self.turn = 0
         self.step = -1  # step of the newest snapshot that this process has saved
+        self.saved_in = ""  # name of the life in which that was
         self.checksummer = ThreadPoolExecutor(1, "snapshot")
         self.pending: Future[None] | None = None
 
@@ -170,7 +171,17 @@ class Snapshots:
             "reports": list(reports),
         }
         self.pending = self.checksummer.submit(self._commit, number, header, self.copy)
-        self.turn, self.step = 1 - number, step
+        self.turn, self.step, self.saved_in = 1 - number, step, self.name
+
+    def begin_life(self, name: str, known: Collection[str]) -> None:
+        """From now on snapshots are of the life `name`; `known` are those before it.
+
+        One that was saved in another life counts for nobody: its rank 0 died before it had written it down. It is saved anew,
+        in the same buffer.
+        """
+        if self.step >= 0 and self.saved_in not in known:
+            self.step, self.turn = -1, 1 - self.turn
+        self.name = name
 
     def goes_before(self) -> None:
         """Have a copy that is on its way end before the device does what is queued from now on. The host does not wait."""

@@ -576,7 +576,7 @@ class Worlds(abc.ABC):
         if not world.first_of_node:
             return None
         if self.snapshots:
-            self.snapshots.name = run.name
+            self.snapshots.begin_life(run.name, run.lives)
             return self.snapshots
         try:
             folder, metrics = shared_memory() / run.run_id, self.plan.run_dir / METRICS

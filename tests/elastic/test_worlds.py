@@ -26,6 +26,7 @@ from elastic_gpt.mirror import Mirror, mirror_of
 from elastic_gpt.nodes.mend import CRASHES, end_what_would_fail_again
 from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.reports import StepReport
+from elastic_gpt.snapshot import Snapshots
 from elastic_gpt.storage import Unreachable
 from elastic_gpt.world import PeerLost, World
 from tests.conftest import PATIENCE, until
@@ -125,6 +126,30 @@ def test_a_world_that_a_worker_was_called_away_from_does_not_count_as_one_that_c
     with pytest.raises(SystemExit):
         train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
     assert counted == [0]
+
+
+def test_what_was_saved_in_a_life_that_was_never_written_down_is_saved_anew_and_in_its_place(tmp_path: Path) -> None:
+    """The ranks save as soon as they have restored, and rank 0 may die before it has written that the life began."""
+    run = Elastic(tmp_path, *model(), DATA, steps=10, global_batch=16, micro_batch=4)
+
+    def begins(life: str, *before: str) -> Snapshots:
+        lives = {name: number for number, name in enumerate(before)}
+        where = World(0, 1, 0, "a", torch.device("cpu"), True)
+        run.snapshots = run._open_snapshots(Run(secret, len(before), [], name=life, lives=lives), where)
+        assert run.snapshots
+        return run.snapshots
+
+    secret = secrets.token_hex(6)
+    begins("first").save(5, 0, run.tensors, [])
+    begins("never", "first").save(7, 1, run.tensors, [])
+    snapshots = begins("second", "first")
+    assert snapshots.step != 7
+    snapshots.save(7, 1, run.tensors, [])
+    assert begins("third", "first", "second").step == 7
+    snapshots.wait()
+    newest = {name: snapshots.newest(lambda one, name=name: one.name == name) for name in ("first", "never", "second")}
+    assert {name: one and one.step for name, one in newest.items()} == {"first": 5, "never": None, "second": 7}
+    snapshots.discard()
 
 
 @linux
