@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt replay") ->
     if not first < last or last not in done:
         raise ValueError(f"from step {first} there is no step {last} to come to: take one up to {max(done, default=0)}")
     checkpoints.check_chain()
+    before = _settings_then(Ledger(args.run).events(), before, first, last)
     exact = bool(before["elastic.exact"])
     other_sums = exact and checkpoints.exact_sums(first) != EXACT_SUMS
     exact = exact and not other_sums
@@ -112,6 +113,35 @@ def _history(ledger: Ledger) -> Run | None:
     names = {event["name"]: event["life"] for event in ledger.events() if event.get("name")}
     known = ledger.identities()
     return Run(known[-1]["run_id"], ledger.lives(), ledger.branches(), lives=names) if known else None
+
+
+def _settings_then(events: list[dict[str, Any]], now: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+    """The settings with which the run trained from step `first` to `last`; it may have been given others since.
+
+    Raises ValueError if they changed in between.
+    """
+    starts, changes = [], list[dict[str, list[Any]]]()  # of each life the step at which it began, and what it changed
+    new: dict[str, list[Any]] = {}
+    for event in events:
+        if event["event"] == "settings_changed":
+            new |= event["changes"]
+        elif event["event"] == "restored":
+            starts.append(event["step"])
+            changes.append(new)
+            new = {}
+    # A step is of the last life that began before it: what earlier ones did there is not kept.
+    lives = [max(life for life, start in enumerate(starts) if start < step) for step in (first + 1, last)]
+    for life in range(lives[0] + 1, lives[1] + 1):
+        decides = [name for name in changes[life] if name == "steps" or name.startswith("optimizer.")]
+        if decides:
+            (old, value), start = changes[life][decides[0]], starts[life]
+            raise ValueError(
+                f"{decides[0]} became {value} at step {start}, before it was {old}: take --to {start}, or --from a later step"
+            )
+    then = dict(now)
+    for changed in reversed([*changes[lives[1] + 1 :], new]):
+        then |= {name: old for name, (old, _) in changed.items()}
+    return then
 
 
 def _those(steps: list[int]) -> str:

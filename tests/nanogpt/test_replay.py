@@ -41,6 +41,18 @@ def test_a_run_of_a_version_that_sums_in_another_way_is_not_taken_for_a_forged_o
     ]
 
 
+def test_a_run_that_was_given_more_steps_is_replayed_with_the_settings_of_then(
+    run: Path, tmp_path: Path, data: Path
+) -> None:
+    longer = shutil.copytree(run, tmp_path / "run")
+    flags = ["--steps=40", "--checkpoint.interval=8", "--checkpoint.keep=9", "--evaluate.interval=0"]
+    elastic_gpt("train", "debug_cpu", *TINY, *flags, "--data.dir", data, "--run-dir", longer)
+    for stretch in (["--to", "24"], ["--from", "24"]):
+        assert "the same: 16 steps from " in elastic_gpt("replay", longer, *stretch).stdout
+    told = elastic_gpt("replay", longer, code=2).stderr
+    assert "steps became 40 at step 24, before it was 24: take --to 24, or --from a later step" in told
+
+
 @pytest.mark.parametrize(("field", "value"), [("loss", 1.0), ("sequence_hash", "0" * 16)])
 def test_a_line_that_was_changed_is_found(run: Path, tmp_path: Path, field: str, value: object) -> None:
     changed = shutil.copytree(run, tmp_path / "run") / "metrics.jsonl"
