@@ -143,22 +143,24 @@ class World:
         return self.first_does_beside(work, None)[0]
 
     def first_does_beside(self, work: Callable[[], T], value: V) -> tuple[T, list[V]]:
-        """As `first_does`, and the `value` of every rank travels with the result; see `gather`."""
+        """As `first_does`, and the `value` of every rank travels with the first sign of life; see `gather`."""
         if self.size == 1:
             return work(), [value]
         with ThreadPoolExecutor(1) as background:
             future = background.submit(work) if self.first else None
+            values: list[V] = []
             while True:
                 ended = bool(future and wait([future], TOUCH_SECONDS).done)
                 error = future.exception() if future and ended else None
-                mine = (ended, future.result() if future and ended and not error else None, error, value)
-                told = self.gather(mine)
+                mine = (ended, future.result() if future and ended and not error else None, error)
+                told = self.gather((*mine, None if values else value))
+                values = values or [one for *_, one in told]
                 ended, result, error, _ = told[0]
                 if ended:
                     break
         if error:
             raise error
-        return result, [one for *_, one in told]
+        return result, values
 
     def _collective(
         self,

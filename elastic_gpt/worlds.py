@@ -246,6 +246,7 @@ class Worlds(abc.ABC):
                     self.part()
                     raise SystemExit(NO_WORLD if self.agent.given_up else RESTART_ME)
                 if not self.group_left():
+                    self.part()
                     raise SystemExit(RESTART_ME)
                 world = join(self.plan.device, self.plan.timeout_seconds, self.called_away)
                 self.not_joined = 0
@@ -268,6 +269,7 @@ class Worlds(abc.ABC):
                     if code != DONE or self.held.step < self.plan.steps:
                         self.part()
                         raise SystemExit(code)
+                    self.group_left()  # the user's code may make a group of its own
                     return
 
     def called_away(self) -> bool:

@@ -344,10 +344,11 @@ def wait_for_members(leases: Leases, *, restarted: bool) -> None:
         So they do for one of theirs that has gone before they met, and for one that was silent and is back, in a world of old.
         Who is in a world that the master before has formed is not known: anybody that has gone may be awaited in it.
         """
+        trains = isinstance(manager, rdzv_manager.ElasticTrainingRendezvousManager)  # the other one checks networks
         with manager._lock:
             world = {node.node_id for node in manager._rdzv_nodes.values()}
             back = leases.members() - world - known.get(manager, set()) if world else set()
-            return int(count(manager)) + leases.are_gone(last.get(manager)) + len(back)
+            return int(count(manager)) + leases.are_gone(last.get(manager, None if trains else ())) + len(back)
 
     kv_store_service.KVStoreService.set = set_value
     rdzv_manager.RendezvousManager.remove_alive_node = remove_alive_node

@@ -30,8 +30,8 @@ def collectives(world: World) -> tuple[list[float], list[int], list[float]]:
     return summed.tolist(), world.gather(world.rank), sent.tolist()
 
 
-def slow_work(world: World, fail: bool) -> str:
-    """Work that is not over before the ranks have met three times."""
+def slow_work(world: World, fail: bool) -> tuple[str, list[int]] | str:
+    """Work that is not over before the ranks have met three times; and what each rank told meanwhile."""
     met = threading.Semaphore(0)
     gather = World.gather
 
@@ -49,13 +49,13 @@ def slow_work(world: World, fail: bool) -> str:
 
     World.gather = counted  # type: ignore[method-assign]  # in a process of its own
     try:
-        return world.first_does(work)
+        return world.first_does_beside(work, 10 * world.rank)
     except ValueError as error:
         return str(error)
 
 
 def test_the_ranks_keep_in_touch_while_one_works_and_its_error_reaches_all() -> None:
-    assert run_world(3, slow_work, False) == ["done by 0"] * 3
+    assert run_world(3, slow_work, False) == [("done by 0", [0, 10, 20])] * 3
     assert run_world(3, slow_work, True) == ["of rank 0"] * 3
 
 
