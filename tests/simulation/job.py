@@ -463,6 +463,7 @@ class Master(Machine):
             setattr(owner, name, method)
         job.patch(self.leases, restarted)
         self.store, self.manager = KVStoreService(), ElasticTrainingRendezvousManager()
+        self.check = NetworkCheckRendezvousManager()  # which is always there
         self.restarted = restarted
         self.records = {node.id: Record(node.id, node.rank, "Running") for node in job.nodes.values() if node.alive}
         for record in job.pods.values():  # they were asked for, and have not come yet
@@ -489,6 +490,8 @@ class Master(Machine):
 
     def world(self, rank: int) -> tuple[int, dict[int, int]]:
         """The answer to get_comm_world: the round, and node ids by rank."""
+        if self.check.num_nodes_waiting():
+            raise Violation("an agent that asks for a world leaves for a network check, for which nobody waits")
         before = self.manager.get_rdzv_round()
         now = self.job.clock.now
         self.waiting_since = (self.waiting_since or now) if self.manager._waiting_nodes else None
