@@ -195,7 +195,10 @@ def test_a_run_through_kills_a_preemption_and_a_join_is_the_undisturbed_run(data
         restored
     )  # whoever lives has all that was ever written
     assert all(event["source"].startswith("worker of node") for event in restored[1:])  # never from a copy
-    assert all(job.node_name(2) in event["stayed"] for event in events(run, "joined")[1:-1])
+    # On a busy machine it may come when the first has begun.
+    first, *later = [event for event in events(run, "joined") if job.node_name(2) in event["nodes"]]
+    assert len(later) >= 4
+    assert all(job.node_name(2) in event["stayed"] for event in later)
     assert job.node_name(0) in [event["node"] for event in events(run, "lost")]
     (left,) = events(run, "left")
     assert (left["node"], left["step"] >= preempted_at) == (job.node_name(2), True)
