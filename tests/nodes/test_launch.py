@@ -196,7 +196,7 @@ def test_a_run_through_kills_a_preemption_and_a_join_is_the_undisturbed_run(data
     )  # whoever lives has all that was ever written
     assert all(event["source"].startswith("worker of node") for event in restored[1:])  # never from a copy
     # On a busy machine it may come when the first has begun.
-    first, *later = [event for event in events(run, "joined") if job.node_name(2) in event["nodes"]]
+    _, *later = [event for event in events(run, "joined") if job.node_name(2) in event["nodes"]]
     assert len(later) >= 4
     assert all(job.node_name(2) in event["stayed"] for event in later)
     assert job.node_name(0) in [event["node"] for event in events(run, "lost")]
