@@ -90,9 +90,8 @@ def ratios(runs: Sequence[Callable[[], Any]], rounds: int, device: str, *, backw
 
 
 def seconds(run: Callable[[], Any], device: str, backward: bool) -> float:
-    alone = (
-        device == "cpu" and torch.get_num_threads() == 1
-    )  # threads that wait for others take the processor's time, too
+    # Threads that wait for others take the processor's time, too.
+    alone = device == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
     if device == "cuda":
         torch.cuda.synchronize()

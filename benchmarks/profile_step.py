@@ -6,8 +6,8 @@
 On a CPU milliseconds of processor time, on a GPU those between two events around each operator. All of a step is in it: the
 gradient buffer, model, loss, clipping and optimizer, as a run has them, on random tokens; not the sum over workers, nor the
 data. The least of `--steps` steps for each group. The last line is a step that was not looked into, and what lies between
-the operators is the difference: autograd, Python and, on a GPU, waiting. The peak is that of a product of 2048 x 2048 in
-float32, by processor time; on a GPU of 8192 x 8192 in bfloat16.
+the operators is the difference: autograd, Python and, on a GPU, waiting. The peak is that of benchmarks/train.py:
+of a CPU a product of 2048 x 2048 in float32, of a GPU its data sheet.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from train import SIZES, processor
+from train import SIZES, peak, processor
 
 from elastic_gpt import devices, huge_pages
 from elastic_gpt.gradients import Gradients, not_finite, update
@@ -139,7 +139,7 @@ def profile(name: str, options: argparse.Namespace) -> None:
         optimizer=OptimizerConfig(kind=options.optimizer),
     )  # fmt: skip
     step = step_of(config, device, micro_batches)
-    highest = peak(device)
+    highest = peak(options.device, options.threads)
     for _ in range(2):
         step()
     whole, groups, operations = math.inf, [], Counter[str]()
@@ -166,13 +166,6 @@ def profile(name: str, options: argparse.Namespace) -> None:
     print(f"| between them | {max(0.0, 1000 * whole - sum(least.values())):,.1f} | | |")
     every = sum(operations.values()) / whole
     print(f"| a step | {1000 * whole:,.1f} | {every / 1e9:,.0f} | {every / highest:.0%} |", flush=True)
-
-
-def peak(device: torch.device) -> float:
-    """Operations a second of a large matrix product, the fastest of some."""
-    width, dtype = (8192, torch.bfloat16) if devices.works_on(device) else (2048, torch.float32)
-    a, b = torch.randn(2, width, width, dtype=dtype, device=device)
-    return 2 * width**3 / min(seconds(device, lambda: a @ b) for _ in range(6))
 
 
 def seconds(device: torch.device, run: Callable[[], Any]) -> float:

@@ -128,7 +128,9 @@ class Progress:
         names = values.get("slow")
         slow = [one for one in names if isinstance(one, str) and POD.fullmatch(one)] if isinstance(names, list) else []
         numbers: dict[str, Any] = {"slow": tuple(slow)}
-        for field in fields(cls)[:-1]:
+        for field in fields(cls):
+            if field.name in numbers:
+                continue
             read = int if field.type is int else float
             with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
                 numbers[field.name] = read(values[field.name])

@@ -37,9 +37,8 @@ class ExactSum:
         on_host = is_host(gradient.device)
         self._chunk, self._few = (CHUNK, FEW) if on_host else (max(1, len(gradient)),) * 2
         self._scratch = torch.empty(self._chunk, dtype=torch.int32, device=gradient.device)
-        self._before: torch.Tensor | None = (
-            None  # int32 (N,): this rank's micro-batches but the last, if it has more than one
-        )
+        # int32 (N,): this rank's micro-batches but the last, if it has more than one.
+        self._before: torch.Tensor | None = None
         self._counted = False  # whether there is anything in it
         self._rest: torch.Tensor | None = None  # float64 (N,): sums of what was cut off, in a step with very much of it
         self._aside: list[

@@ -31,11 +31,8 @@ from prepare.frontdoor import Parser, command
 
 IDENTITIES = ("created", "copied", "upgraded")
 PARTS = ("detection", "rendezvous", "restore", "first_step")  # the parts of a recovery, in seconds
-NOTES = {
-    "interrupted",
-    "recovered",
-    "slow",
-}  # only say what time was lost; on storage no later than the next other event
+# These only say what time was lost. They are on storage no later than the next other event.
+NOTES = {"interrupted", "recovered", "slow"}
 ASKED = {"stopped", "finished", "diverged"}  # ends of a life after which there is nothing to recover from
 
 

@@ -35,13 +35,14 @@ from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger
 from elastic_gpt.mirror import here, shown
 from elastic_gpt.order import Order
+from elastic_gpt.plan import Plan
 from elastic_gpt.reports import Observer
 from elastic_gpt.rundir import Introduction, Opened, open_together, settings_before
 from elastic_gpt.settings import SettingsError, flatten
 from elastic_gpt.state import NotFinite, Restored
 from elastic_gpt.storage import LocalStorage, Unreachable
 from elastic_gpt.world import NotJoined, PeerLost, World, place
-from elastic_gpt.worlds import NETWORK_SECONDS, Plan, Step, Worlds
+from elastic_gpt.worlds import NETWORK_SECONDS, Step, Worlds
 from prepare.frontdoor import fail
 from prepare.tokens import DataError
 

@@ -38,9 +38,8 @@ LEAVE_SECONDS = 5.0  # in which a group with a dead member has to be torn down
 CLOSE_SECONDS = 0.05  # for the connections of a group that was left to close; half of that is usual
 STILL_TIMEOUT = datetime.timedelta(seconds=0.1)  # of a collective, between two looks whether its peers are still there
 POLL_SECONDS = 0.0002  # between two looks whether the device has done a collective
-QUEUED = (
-    64  # collectives on the device whose end the host has not seen; its queue holds some more, then a launch blocks
-)
+# Collectives on the device whose end the host has not seen. Its queue holds some more, then a launch blocks.
+QUEUED = 64
 PROBE = 1 << 20  # tag of messages that nobody sends
 
 

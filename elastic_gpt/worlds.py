@@ -6,8 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -38,13 +36,13 @@ from elastic_gpt.observers import (
 )
 from elastic_gpt.order import micro_batch_seed
 from elastic_gpt.pace import Pace
+from elastic_gpt.plan import Plan
 from elastic_gpt.reports import Observer, Reporter
 from elastic_gpt.rundir import Introduction, Opened
-from elastic_gpt.settings import SettingsError, Traffic, refuse_rounded
 from elastic_gpt.snapshot import SnapshotError, Snapshots
-from elastic_gpt.state import Held, Memory, NotFinite, Offer, Restored, Resume, broken, restore, training_state
+from elastic_gpt.state import Held, Memory, NotFinite, Offer, Restored, broken, restore, training_state
 from elastic_gpt.storage import Unreachable
-from elastic_gpt.world import Device, NotJoined, PeerLost, Signals, World, join, leave, place
+from elastic_gpt.world import NotJoined, PeerLost, Signals, World, join, leave, place
 
 NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
 LAST_CALL_SECONDS = 0.15  # from the first signal: who is asked in the same moment hears it a little later
@@ -53,51 +51,6 @@ TURN_SECONDS = 0.5  # between two nodes that would save the same state; between 
 STALLED_SECONDS = 3.0  # without a change of its files, after which a save by another node has probably ended
 STUCK = "its GPU could not be freed of the sum that a lost peer was to answer"
 HALVINGS = 16  # skipped updates in which a float16 run's loss scale may find its size
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Settings that every elastic run has, whatever its model."""
-
-    run_dir: Path
-    steps: int
-    """Updates in the whole run."""
-    global_batch: int
-    """Sequences or examples a step, whatever the number of workers."""
-    micro_batch: int
-    """How many of them go through one forward pass; a divisor of global_batch."""
-    seed: int = 0
-    targets: int = 1
-    """Targets in one of them. The gradient is that of the mean loss over all targets of the global batch."""
-    device: Device = "auto"
-    resume: Resume = "auto"
-    clip: float = 0.0
-    """Largest norm of the gradient; 0: no clipping."""
-    max_skipped: int = 10
-    """The run ends after so many updates in a row that are not finite."""
-    exact: bool = False
-    """Parameters equal bit for bit at every world size on the same kind of device. Gradients are rounded to 1.5e-11."""
-    traffic: Traffic = "float32"
-    """Type in which gradients travel between workers; bfloat16 is half the bytes and rounds them, so not in exact mode."""
-    snapshot_interval: int = 10
-    checkpoint_interval: int = 100
-    checkpoint_keep: int = 2
-    checkpoint_dir: str | None = None
-    evaluate_interval: int = 0
-    """Steps between evaluations; 0: only at the end. For a run that evaluates."""
-    grace_seconds: float = 25.0
-    timeout_seconds: float = 120.0
-    observe_interval: int = 10
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "snapshot_interval", "checkpoint_interval"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.global_batch % self.micro_batch:
-            raise SettingsError(f"micro_batch {self.micro_batch} does not divide global_batch {self.global_batch}")
-        devices.refuse(self.device, exact=self.exact)
-        refuse_rounded(self.traffic, exact=self.exact)
 
 
 class Step:
@@ -202,9 +155,8 @@ class Worlds(abc.ABC):
         self.left = False  # whether the ledger has been told that this node leaves
         self.reporter: Reporter | None = None
         self.slow: set[str] = set()  # nodes
-        self.group_left: Callable[[], bool] = lambda: (
-            True
-        )  # whether the group of the last world was left in time; waits for that
+        # Waits until the group of the last world is left, and tells whether that was in time.
+        self.group_left: Callable[[], bool] = lambda: True
         self.not_joined = 0  # worlds in a row that could not be formed
         self.observers: list[Observer] = []
         """The user's own observers, which hear of steps and events on the first worker."""
@@ -561,9 +513,8 @@ class Worlds(abc.ABC):
             if snapshots and saved and (finished or leaving == world.size):
                 snapshots.discard()
         # --- the exit code
-        self.group_left = (
-            ThreadPoolExecutor(1, "leave").submit(leave).result
-        )  # gloo takes 20 ms, in which the agent can begin
+        # gloo takes 20 ms, in which the agent can begin.
+        self.group_left = ThreadPoolExecutor(1, "leave").submit(leave).result
         if finished and not saved:
             raise OSError(
                 f"{shown(plan.run_dir)} holds no checkpoint of the last step: make room, then run again to save it"

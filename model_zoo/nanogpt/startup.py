@@ -7,9 +7,9 @@ import torch
 from elastic_gpt.devices import is_host
 from elastic_gpt.mirror import shown
 from elastic_gpt.order import Order, share
+from elastic_gpt.plan import Plan
 from elastic_gpt.state import Restored
 from elastic_gpt.world import World
-from elastic_gpt.worlds import Plan
 from model_zoo.nanogpt.config import TrainConfig
 from model_zoo.nanogpt.model import GPT
 from prepare.tokens import Meta
