@@ -41,9 +41,8 @@ class ExactSum:
         self._before: torch.Tensor | None = None
         self._counted = False  # whether there is anything in it
         self._rest: torch.Tensor | None = None  # float64 (N,): sums of what was cut off, in a step with very much of it
-        self._aside: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # where, int64 (n,), and what was cut off, float64 (n,)
+        # Where, int64 (n,), and what was cut off, float64 (n,).
+        self._aside = list[tuple[torch.Tensor, torch.Tensor]]()
 
     def zero(self) -> None:
         """Begin a step."""
