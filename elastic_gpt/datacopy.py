@@ -174,8 +174,12 @@ def _make_room(folder: Path, needed: int, there: int, most_bytes: int, url: str)
         return shutil.disk_usage(cache).free >= needed - there
 
     def fits() -> bool:
-        files = (path for path in cache.rglob("*") if path.is_file() and folder.stem not in str(path))
-        return sum(path.stat().st_size for path in files) + needed <= most_bytes and room()
+        used = 0
+        for inside, _, names in os.walk(cache):
+            for path in [Path(inside, name) for name in names if folder.stem not in f"{inside}/{name}"]:
+                with contextlib.suppress(FileNotFoundError):  # another process may make room, too
+                    used += path.stat().st_size
+        return used + needed <= most_bytes and room()
 
     for lock in sorted(cache.glob("*.lock"), key=lambda lock: lock.stat().st_mtime):
         if not fits() and lock.stem != folder.stem:

@@ -9,6 +9,7 @@ A GPU copies its state beside the next step, whose passes only read it: `goes_be
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -58,7 +59,7 @@ def sweep(root: Path) -> None:
 
     Within the hour, a job that was killed can be resumed from its memory.
     """
-    for tensors in root.glob("*/*/0.tensors"):
+    for tensors in _there(root, "*/*/0.tensors"):
         with contextlib.suppress(OSError), tensors.open("rb") as file:  # another may sweep as well
             newest = max(path.stat().st_mtime for path in tensors.parent.iterdir())
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its worker lives
@@ -135,7 +136,7 @@ class Snapshots:
         Args:
             valid: tells whether a snapshot is part of the run's history, and not abandoned.
         """
-        found = [snapshot for header in self.run.glob("*/[01].json") if (snapshot := self._read(header))]
+        found = [snapshot for header in _there(self.run, "*/[01].json") if (snapshot := self._read(header))]
         found = [snapshot for snapshot in found if valid(snapshot)]
         found.sort(key=lambda snapshot: (snapshot.step, snapshot.life), reverse=True)
         newest = next(filter(_whole, found), None)
@@ -213,7 +214,7 @@ class Snapshots:
         Args:
             nodes: names of the nodes that are still there.
         """
-        for folder in self.run.glob("*"):
+        for folder in _there(self.run, "*"):
             if folder.name not in nodes:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -279,6 +280,11 @@ class Snapshots:
 
     def _header(self, number: int) -> Path:
         return self.folder / f"{number}.json"
+
+
+def _there(folder: Path, pattern: str) -> list[Path]:
+    """Paths that match. Unlike Path.glob, it does not fail if another process deletes a folder meanwhile."""
+    return [folder / found for found in glob.glob(pattern, root_dir=folder)]  # noqa: PTH207
 
 
 def _own(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """datacopy.py: data from an object store is copied to a machine once, and checked against its meta.json."""
 
 import json
+import os
 import shutil
 import threading
 import uuid
@@ -210,6 +211,25 @@ def test_a_cache_that_cannot_be_written_is_told(prepared: Path, tmp_path: Path) 
     (tmp_path / "cache").touch()
     with pytest.raises(DataError, match=r"cache cannot be written \(File exists\): name another --data\.cache FOLDER"):
         local_copy(stored(prepared, "memory:/"), tmp_path / "cache", MOST)
+
+
+def test_a_copy_that_another_process_deletes_meanwhile_hinders_nobody(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (stored(prepared, "memory:/", b" " * count) for count in (1, 2))
+    copy = local_copy(first, tmp_path, MOST)
+    done()
+    stat, looked = Path.stat, [0]
+
+    def vanishing(path: Path, **more: bool) -> os.stat_result:
+        looked[0] += path.parent == copy
+        if looked[0] == 2:
+            shutil.rmtree(copy, ignore_errors=True)
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    assert (local_copy(second, tmp_path, MOST) / "val.bin").exists()
+    assert not copy.exists()
 
 
 def test_copies_that_nobody_uses_make_room_and_used_ones_stay(prepared: Path, tmp_path: Path) -> None:

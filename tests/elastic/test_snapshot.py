@@ -1,8 +1,10 @@
 """snapshot.py: one snapshot is whole at any moment, and a damaged one or one of another run is never loaded."""
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +219,36 @@ def test_what_a_killed_job_left_is_swept_and_what_lives_or_is_recent_is_not(tmp_
     Snapshots(tmp_path / "new", "node", "run", state(0))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "new", "recent"]
     living.discard()
+
+
+def test_what_another_process_deletes_meanwhile_costs_no_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Snapshots(tmp_path / "mine", "node", "run", state(0))
+    mine.save(10, 0, state(10), [])
+    mine.wait()
+    others = [tmp_path / "mine" / "other", *(tmp_path / f"{letter}{number}" for letter in "az" for number in range(9))]
+
+    def crowd() -> None:
+        for other in others:
+            (other / "node").mkdir(parents=True)
+            (other / "node" / "0.tensors").touch()
+            (other / "0.json").touch()
+
+    def vanish(*_: object) -> None:
+        for other in others:
+            shutil.rmtree(other, ignore_errors=True)
+
+    with monkeypatch.context() as patch:
+        crowd()
+        patch.setattr(fcntl, "flock", vanish)  # as soon as one is looked at, all are gone
+        again = Snapshots(tmp_path / "mine", "node", "run", state(0))
+    with monkeypatch.context() as patch:
+        crowd()
+        patch.setattr(json, "loads", lambda text, loads=json.loads: (vanish(), loads(text))[1])
+        newest = again.newest(always)
+    assert newest
+    assert newest.step == 10
 
 
 def test_a_device_copies_beside_its_work_and_the_header_comes_after_the_copy(
