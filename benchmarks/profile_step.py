@@ -104,7 +104,7 @@ def step_of(config: TrainConfig, device: torch.device, micro_batches: int) -> Ca
         model.parameters(), world, micro_batches=micro_batches, global_batch=micro_batches * config.micro_batch,
         tokens=micro_batches * config.micro_batch * length, exact=False,
     )  # fmt: skip
-    loss_sum = loss_function(model, config, dtype, world)
+    loss_sum = loss_function(model, config, dtype, world.device)
     tokens = torch.randint(config.model.vocab_size, (sequences, length), device=device)
     ids = torch.arange(sequences, device=device)
 

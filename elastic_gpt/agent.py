@@ -1,11 +1,10 @@
 """A worker's connection to the agent of its node, which gives it one world after the other.
 
     worker  ── {"worker": LOCAL_RANK} ──►  agent   (elastic_gpt/nodes/workers.py)
-            ── {"waits": STEP, ...} ──►            it is in no world, and waits for one with the state of this step
+            ── {"waits": STEP} ──►                 it is in no world, and waits for one with the state of this step
             ── {"step": N, "busy": S, ...} ──►     twice a second: it lives, and has computed in step N for S seconds
             ◄── {"world": {...}} ──                the next world: RANK, WORLD_SIZE and so on
             ◄── {"come": true} ──                  the members change: finish the step in flight, then wait
-            ◄── {"end": true} ──                   too many worlds could not be formed: this node ends
 
 Without such an agent (torchrun, a single process) the environment names the only world that this
 process will be in.
@@ -44,8 +43,6 @@ class Agent:
         self._usual = 0.0  # seconds of the longest step so far
         self.started_because = ""
         """One line that says why the agent ended the worker that was here before; "" if it did not."""
-        self.given_up = False
-        """Whether the agent has said that too many worlds could not be formed."""
         self._tell(worker=local_rank)
         threading.Thread(target=self._beat, name="beats", daemon=True).start()
 
@@ -62,14 +59,13 @@ class Agent:
                 self._called = "come" in message
             return self._called
 
-    def waits(self, step: int, *, no_world: bool = False) -> None:
+    def waits(self, step: int) -> None:
         """Tells the agent that this worker wants a world, once for each. What it still has to do can be done meanwhile.
 
         Args:
             step: updates done in the state that this worker has in memory; -1: it has none.
-            no_world: whether the world that it was given could not be formed.
         """
-        self._tell(waits=step, no_world=no_world)
+        self._tell(waits=step)
 
     def next_world(self, ended: Callable[[], bool]) -> bool:
         """Wait for a world and put its place for this worker into the environment.
@@ -78,7 +74,7 @@ class Agent:
             ended: tells whether this worker was asked to end.
 
         Returns:
-            False if this worker was asked to end, or its agent gives up (`given_up`), so that there is no world.
+            False if this worker was asked to end, so that there is no world.
         """
         while not ended():
             with self._calls:
@@ -88,9 +84,6 @@ class Agent:
                 self.started_because = message["because"]
                 self._called, self._steps = False, 0
                 return True
-            if "end" in message:
-                self.given_up = True
-                break
         return False
 
     def computes(self, step: int) -> None:

@@ -27,7 +27,7 @@ from prepare.frontdoor import FAILED as FAILED
 from prepare.frontdoor import USERS_MISTAKE as USERS_MISTAKE
 
 RESTART_ME = 3  # of a worker: form a new world, or wait for storage; may be repeated without end
-NO_WORLD = 4  # of a worker: no world could be formed, perhaps because a peer died in that moment
+NO_WORLD = 4  # of a worker: again and again no world could be formed, so its node ends
 
 WORLDS = "ELASTIC_GPT_WORLDS"  # environment variable of a worker: its agent's socket (agent.py)
 

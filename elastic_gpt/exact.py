@@ -69,6 +69,16 @@ class ExactSum:
                 self._rest.index_add_(0, index, rest)
             self._aside.clear()
 
+    def alone(self) -> None:
+        """After the last micro-batch, in a world of one: what `close` and `settle` would make of the gradient."""
+        if self._counted:
+            self.close(slice(0, len(self.gradient)))
+            self.settle(None)
+            return
+        for part in self._chunks(slice(0, len(self.gradient))):  # a sum of one: nothing is cut off
+            # Whole numbers know no negative zero, hence 0.0.
+            self.gradient[part].mul_(1 / QUANTUM).round_().add_(0.0).mul_(QUANTUM)
+
     def close(self, piece: slice) -> None:
         """After the last micro-batch, once a step: replace a piece of the gradient by this rank's whole numbers."""
         for part in self._chunks(piece):
@@ -78,8 +88,8 @@ class ExactSum:
                 mine.add_(self._before[part])
             self.numbers[part].copy_(mine)
 
-    def settle(self, world: World) -> None:
-        """When the whole numbers and `blocks` are summed over the ranks: make the gradient of them."""
+    def settle(self, world: World | None) -> None:
+        """When the whole numbers and `blocks` are summed over the ranks, if there are others: make the gradient of them."""
         blocks = self.blocks.nonzero().squeeze(1)
         large = torch.zeros((len(blocks), BLOCK), dtype=torch.float64, device=blocks.device)
         where = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)).flatten()
@@ -89,7 +99,7 @@ class ExactSum:
         where = where[where < len(self.gradient)]  # the last block may be shorter
         if self._rest is not None:
             large.view(-1)[: len(where)] += self._rest[where]
-        if len(blocks):
+        if world and len(blocks):
             world.sum(large)
             world.settle()
         large = (large.view(-1)[: len(where)] + self.numbers[where]) * QUANTUM

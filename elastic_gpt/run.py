@@ -27,7 +27,6 @@ from elastic_gpt.claim import InUse
 from elastic_gpt.contract import (
     CONFIG,
     FAILED,
-    NO_WORLD,
     RESTART_ME,
     RUN_FORMAT_VERSION,
 )
@@ -51,7 +50,7 @@ from prepare.tokens import DataError
 def exits(run_dir: Path) -> Iterator[None]:
     """Tells an error in one line, and ends this process with the exit code (contract.py) that its agent knows.
 
-    After 1, 3 and 4 an agent tries again. Without an agent, 3 and 4 become 1.
+    After 1 and 3 an agent tries again. Without an agent, 3 becomes 1.
     """
     agent = "TORCHELASTIC_RUN_ID" in os.environ
     try:
@@ -64,7 +63,6 @@ def exits(run_dir: Path) -> Iterator[None]:
         print(f"warning: {text}" if isinstance(error, NotJoined) else text, file=sys.stderr, flush=True)
         if isinstance(error, NotJoined):
             time.sleep(NETWORK_SECONDS)
-            os._exit(NO_WORLD if agent else FAILED)
         # At once, since a process group with a dead member cannot be torn down properly.
         os._exit(RESTART_ME if agent else FAILED)
     except Unreachable as error:

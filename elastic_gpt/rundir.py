@@ -123,18 +123,26 @@ def open_together(
                 raise OSError(f"{told}: make room") from error
             raise SettingsError(f"{told}: choose another --run-dir") from error
 
-    run, told = world.first_does(first_makes)
+    try:
+        run, told = world.first_does(first_makes)
+        offers = _all_see(folder, run, world, me.offer(run))
+    except ValueError:  # a user's mistake: the job ends
+        for claim in claims:
+            claim.release()
+        raise
+    return Opened(run, next(iter(claims), None), told, [member for _, _, member in hellos], offers)
 
-    # --- all ranks see it, and say what they can give
-    offer = me.offer(run)
+
+def _all_see(folder: Path, run: Run, world: World, offer: Any) -> list[Any]:
+    """Wait until all ranks see in the run directory what the first one wrote. Returns what each offers."""
+    mirror = mirror_of(folder)
     for _ in range(LOOKS):  # all ranks look equally often, since each look is a collective
         if mirror and not world.first:
             mirror.pull(LEDGER)
         seen = any(event.get("run_id") == run.run_id for event in Ledger(folder).events())
         alone, offers = zip(*world.gather((None if seen else world.node, offer)), strict=True)
         if not any(alone):
-            members = [member for _, _, member in hellos]
-            return Opened(run, claims[0] if claims else None, told, members, list(offers))
+            return list(offers)
         time.sleep(LOOK_SECONDS)
     blind = next(filter(None, alone))
     raise SettingsError(

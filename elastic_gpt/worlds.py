@@ -45,6 +45,7 @@ from elastic_gpt.storage import Unreachable
 from elastic_gpt.world import NotJoined, PeerLost, Signals, World, join, leave, place
 
 NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
+MOST_NOT_JOINED = 10  # worlds in a row that could not be formed: then the network is set up wrongly
 LAST_CALL_SECONDS = 0.15  # from the first signal: who is asked in the same moment hears it a little later
 LEAVE_SECONDS = 1.0  # from the signal to leave, for the peers of a world that forms; then this worker saves alone
 TURN_SECONDS = 0.5  # between two nodes that would save the same state; between two looks at whether another one does
@@ -186,17 +187,21 @@ class Worlds(abc.ABC):
         """Lines for a person at the beginning of a life."""
         return []
 
+    def warm_up(self) -> None:  # noqa: B027 - a subclass may need it
+        """Do what is slow the first time, such as compiling. It is called where nobody waits for this worker yet."""
+
     # --- the loop
 
     def __iter__(self) -> Iterator[Step]:
         """The steps that are left, in one world after the other. Returns only if the run is finished; else the process ends."""
         if self.agent:
+            self.warm_up()
             self.agent.waits(self.held.step)
         while True:
             try:
                 if self.agent and not self.agent.next_world(lambda: self.signals.stop):
                     self.part()
-                    raise SystemExit(NO_WORLD if self.agent.given_up else RESTART_ME)
+                    raise SystemExit(RESTART_ME)
                 if not self.group_left():
                     self.part()
                     raise SystemExit(RESTART_ME)
@@ -213,9 +218,13 @@ class Worlds(abc.ABC):
                 self.not_joined += no_world
                 if self.agent is None or error.stuck or not leave() or not self.keep(no_world=no_world):
                     raise
-                print(
-                    f"{error}; this worker keeps step {lost_at} and waits for a new world", file=sys.stderr, flush=True
-                )
+                if self.not_joined == MOST_NOT_JOINED:
+                    self.part()
+                    cure = "name the network between the nodes in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+                    print(f"error: {error}, {MOST_NOT_JOINED} times in a row: {cure}", file=sys.stderr, flush=True)
+                    raise SystemExit(NO_WORLD) from error
+                keeps = f"keeps step {lost_at} and " if lost_at >= 0 else ""
+                print(f"{error}; this worker {keeps}waits for a new world", file=sys.stderr, flush=True)
             else:
                 if self.agent is None or code != RESTART_ME or self.signals.stop or not self.keep():
                     if code != DONE or self.held.step < self.plan.steps:
@@ -292,18 +301,19 @@ class Worlds(abc.ABC):
             no_world: whether the last world could not be formed. One that this worker was called away from might have been.
 
         Returns:
-            Whether the state is whole.
+            Whether the state is whole, or that with which a run begins.
         """
         if self.reporter:
             self.reporter.drain()
             self.reporter.close()
             self.held.reports, self.reporter = list(self.reporter.recent), None
-        if self.held.step < 0 or broken(self.tensors):
+        untouched = no_world and self.held.life < 0  # no world has given this worker a state
+        if not untouched and (self.held.step < 0 or broken(self.tensors)):
             return False
         if self.agent:  # which finds the next world meanwhile
             if no_world and self.not_joined > 1:  # one may be a peer that died in that moment
                 time.sleep(NETWORK_SECONDS)
-            self.agent.waits(self.held.step, no_world=no_world)
+            self.agent.waits(self.held.step)
         if self.snapshots and self.snapshots.step < self.held.step:
             self.snapshots.save(self.held.step, self.held.life, self.tensors, self.held.reports)
             self.snapshots.wait()

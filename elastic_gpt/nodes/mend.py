@@ -23,9 +23,7 @@ from elastic_gpt.nodes.workers import Workers
 from elastic_gpt.settings import SettingsError
 
 VERSION = "0.6.1"
-# Exit code of workers to (times, seconds): so many ends within so many seconds end the node. 1 is an exception; 4 means that no
-# world could be formed, perhaps because a peer died in that moment. 3 (a lost peer, storage that is away) has no limit.
-CRASHES = {FAILED: (3, 180.0), NO_WORLD: (10, 1800.0)}
+MOST_CRASHES, CRASH_SECONDS = 3, 180.0  # so many failures within so many seconds end the node; lost peers do not count
 ADDRESS_SECONDS = 10.0  # for rank 0 of a new world to tell its address, which takes a fraction of a second
 STEP_SECONDS = 30.0  # for a worker to finish its step at a membership change; torchelastic gives it as long
 LOOK_SECONDS = 0.01
@@ -75,7 +73,7 @@ def agent(workers: Workers | None) -> None:
     leave_when_asked(lease)
     say_the_last_word_once()
     finish_without_a_master()
-    end_what_would_fail_again(workers)
+    end_what_would_fail_again()
     if workers:
         keep_the_living(workers, lease)
         look_when_a_worker_waits(workers)
@@ -285,24 +283,22 @@ def finish_without_a_master() -> None:
     ElasticTrainingAgent._exit_barrier = lambda _: None
 
 
-def end_what_would_fail_again(workers: Workers | None) -> None:
+def end_what_would_fail_again() -> None:
     """0.6.1: it restarts workers whatever they failed with.
 
-    A user's mistake would be made again, and so would a crash soon after each start. That a world cannot be formed counts
-    whether a worker ends by it or lives on.
+    A user's mistake would be made again, and so would a crash soon after each start; a worker that could form no world has
+    tried often enough.
     """
     from dlrover.python.diagnosis.common.constants import DiagnosisActionType
     from dlrover.python.elastic_agent.diagnosis.diagnosis_agent import DiagnosisAgent
 
     diagnose = DiagnosisAgent.diagnose_training_failure
     crashes = Crashes()
-    if workers:  # all workers of a node are in one world, so one of them counts
-        workers.no_world = lambda rank: rank == 0 and crashes.too_many({NO_WORLD})
 
     def diagnose_training_failure(self: Any) -> Any:
         action = diagnose(self)
         codes = {failure.exitcode for failure in self._agent_context.run_result.failures.values()}
-        if crashes.too_many(codes) or USERS_MISTAKE in codes:
+        if crashes.too_many(codes) or codes & {USERS_MISTAKE, NO_WORLD}:
             action._action_type = DiagnosisActionType.RELAUNCH_WORKER  # the action that ends this agent
         return action
 
@@ -320,6 +316,11 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
     from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerState
 
+    def lose_workers() -> None:
+        for held in lease:
+            held.lose_workers()
+
+    workers.lost = lose_workers
     changed = ElasticTrainingAgent._membership_changed
     restart = ElasticTrainingAgent._restart_workers
     initialize = SimpleElasticAgent._initialize_workers
@@ -421,15 +422,13 @@ class Crashes:
     """Counts how often this node's workers have crashed."""
 
     def __init__(self) -> None:
-        self.ends: dict[int, list[float]] = {code: [] for code in CRASHES}  # exit code to times, on a monotonic clock
+        self.times: list[float] = []  # on a monotonic clock
 
     def too_many(self, codes: set[int]) -> bool:
         """Whether the workers that have just ended with `codes` should not be started again."""
         now = time.monotonic()
-        for code in codes & CRASHES.keys():
-            self.ends[code].append(now)
-        recent = {code: sum(now - end < CRASHES[code][1] for end in ends) for code, ends in self.ends.items()}
-        return any(recent[code] >= CRASHES[code][0] for code in recent)
+        self.times = [then for then in self.times if now - then < CRASH_SECONDS] + [now] * (FAILED in codes)
+        return len(self.times) >= MOST_CRASHES
 
 
 # --- in a master --------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ class Workers:
         self._beats: dict[int, tuple[float, dict[str, float]]] = {}  # by local rank: when it came, and what it said
         self._looked = time.monotonic()
         self._because: dict[int, str] = {}
-        self.no_world: Callable[[int], bool] = lambda _: False
-        """Whether worlds could not be formed too often; called with the local rank of a worker whose world was not."""
+        self.lost: Callable[[], None] = lambda: None
+        """Called as soon as a worker has ended in its world, which may be long before the agent looks."""
         self._came = threading.Event()  # a worker has begun to wait since somebody looked
         threading.Thread(target=self._listen, name="workers", daemon=True).start()
 
@@ -122,8 +122,6 @@ class Workers:
             elif self._connections.get(rank := ranks[connection]) is connection:
                 if "busy" in message:
                     self._beats[rank] = time.monotonic(), message
-                elif message.get("no_world") and self.no_world(rank):
-                    self._tell(rank, {"end": True})
                 elif message["waits"] >= -1:
                     self._waiting.add(rank)
                     self._came.set()
@@ -133,5 +131,7 @@ class Workers:
             connection.close()
             if self._connections.get(rank) is connection:  # no other worker has taken its place
                 del self._connections[rank]
+                if rank not in self._waiting:
+                    self.lost()  # within the lock: not after others were started in its place
                 self._waiting.discard(rank)
                 self._beats.pop(rank, None)

@@ -10,8 +10,8 @@ import time
 import torch
 
 from elastic_gpt import devices
+from elastic_gpt.contract import CONFIG
 from elastic_gpt.rundir import settings_before
-from elastic_gpt.world import World
 from model_zoo.nanogpt.config import TrainConfig
 from model_zoo.nanogpt.model import GPT
 
@@ -22,11 +22,20 @@ GAIN = 1.3  # bfloat16 is used if it is at least so many times as fast
 TOKENS, ROUNDS, SECONDS = 1024, 3, 3.0
 
 
-def dtype(config: TrainConfig, world: World) -> torch.dtype:
-    """The type of matrix products on this world's device."""
+def dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The type of matrix products on this device."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
-    return devices.usual_dtype(world.device)
+    return devices.usual_dtype(device)
+
+
+def is_known(config: TrainConfig, device: torch.device) -> bool:
+    """Whether `settle` needs no measurement, so that a worker knows the type before it meets the others."""
+    return not _is_open(config, device) or bool(settings_before(config.run_dir / CONFIG))
+
+
+def _is_open(config: TrainConfig, device: torch.device) -> bool:
+    return config.dtype == "auto" and not config.elastic.exact and devices.is_host(device)
 
 
 def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -36,9 +45,9 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
     worker measures, and all ranks use its answer, even on other processors. Raises SettingsError
     if config.yaml is damaged.
     """
-    if config.dtype != "auto" or config.elastic.exact or not devices.is_host(device):
+    if not _is_open(config, device):
         return config
-    before = settings_before(config.run_dir / "config.yaml")
+    before = settings_before(config.run_dir / CONFIG)
     if before:
         return dataclasses.replace(config, dtype=before.get("dtype", "auto"))
     if config.model.n_embd < NARROW:

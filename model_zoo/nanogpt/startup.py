@@ -58,14 +58,14 @@ def merged_micro_batches(config: TrainConfig, world: World) -> int:
 
 
 def loss_function(
-    model: GPT, config: TrainConfig, dtype: torch.dtype, world: World
+    model: GPT, config: TrainConfig, dtype: torch.dtype, device: torch.device
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A function of (tokens, targets): the sum of the cross-entropy, in the run's dtype, compiled if the settings say so."""
     # Only the model is compiled, without the world, so that a membership change recompiles nothing.
     forward = torch.compile(model, dynamic=False, fullgraph=True) if config.compile else model
 
     def loss_sum(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return forward(tokens, targets)
 
     return loss_sum

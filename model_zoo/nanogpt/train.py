@@ -82,6 +82,7 @@ class Training(Worlds):
     def __init__(self, config: TrainConfig, meta: Meta) -> None:
         self.config, self.meta = config, meta
         self.loss_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        self.dtype: torch.dtype | None = None  # of its matrix products
         # --- model and optimizer
         device = place(config.device)
         torch.manual_seed(config.seed)  # the same initial parameters on all workers
@@ -102,10 +103,28 @@ class Training(Worlds):
         # Other ranks get these weights when the state is restored.
         if config.init_from is not None and opened.run.saved is None:
             world.first_does(lambda: None if self.held.step >= 0 else start(self.gpt, config))
-        self.dtype = precision.dtype(config, world)
-        if not hasattr(self, "loss_sum"):
-            self.loss_sum = loss_function(self.gpt, config, self.dtype, world)
+        self._compute_in(precision.dtype(config, world.device))
         return opened
+
+    def warm_up(self) -> None:
+        """One pass over tokens of no meaning, forward and backward. A step begins with no gradient, and seeds of its own."""
+        config, device = self.config, place(self.config.device)
+        if not precision.is_known(config, device):
+            return
+        self._compute_in(precision.dtype(precision.settle(config, device), device))
+        shape = config.micro_batch, config.model.block_size
+        # Two tensors, as in a step: a graph is compiled anew if its inputs are no longer one.
+        tokens, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        self.loss_sum(tokens, targets).backward()
+        if config.compile and config.evaluate.interval > 0:  # which is another graph
+            self.gpt.eval()
+            with torch.no_grad():
+                self.loss_sum(tokens, targets)
+            self.gpt.train()
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        if dtype != self.dtype:
+            self.dtype, self.loss_sum = dtype, loss_function(self.gpt, self.config, dtype, place(self.config.device))
 
     def batches(self, world: World) -> Batches:
         config, merged = self.config, merged_micro_batches(self.config, world)
@@ -124,9 +143,11 @@ class Training(Worlds):
         return evaluator.evaluate()
 
     def speed(self, world: World) -> tuple[int, float | None]:
+        assert self.dtype is not None
         return self.gpt.flops_per_token(), devices.peak_flops(world.device, self.dtype)
 
     def introduce(self, world: World, restored: Restored) -> list[str]:
+        assert self.dtype is not None
         return arithmetic(self.config, self.meta, self.gpt, self.order, world, self.dtype, restored)
 
 

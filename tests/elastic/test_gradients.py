@@ -169,6 +169,25 @@ def test_what_many_large_micro_batches_set_aside_takes_no_more_memory_than_their
         assert torch.equal(gradient, whole.float())
 
 
+def test_the_only_gradient_of_a_world_of_one_is_what_whole_numbers_would_make_of_it() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(70_000) * torch.logspace(-14, 3, 70_000)
+    values[:6] = torch.tensor([-(2.0**-38), 0.0, -0.0, 1e30, torch.inf, torch.nan])
+    found = []
+    for alone in (True, False):
+        gradient = values.clone()
+        summed = exact_module.ExactSum(gradient, torch.zeros(-(-70_000 // exact_module.BLOCK)), 8)
+        if alone:
+            summed.alone()
+        else:
+            summed.close(slice(0, 70_000))
+            summed.settle(None)
+        found.append(gradient.view(torch.int32))  # in which 0.0 and -0.0 differ
+    assert torch.equal(found[0][:5], found[1][:5])
+    assert found[0][6:].tolist() == found[1][6:].tolist()
+    assert all(one.view(torch.float32)[5].isnan() for one in found)
+
+
 def test_an_exact_sum_takes_the_bytes_and_collectives_of_an_inexact_one_and_few_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

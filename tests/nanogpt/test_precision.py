@@ -43,7 +43,7 @@ def test_a_run_goes_on_in_the_type_it_has(dtype: str, tmp_path: Path, monkeypatc
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"dtype": dtype}))
     assert settled(tmp_path, monkeypatch, None) == dtype
     before = TrainConfig(dtype=dtype)  # type: ignore[arg-type]
-    assert precision.dtype(before, WORLD) == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    assert precision.dtype(before, WORLD.device) == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
 
 def test_what_the_user_says_exact_mode_and_narrow_models_need_no_measurement(
@@ -52,9 +52,20 @@ def test_what_the_user_says_exact_mode_and_narrow_models_need_no_measurement(
     assert settled(tmp_path, monkeypatch, None, dtype="bfloat16") == "bfloat16"
     exact = TrainConfig(elastic=ElasticConfig(exact=True))
     assert settled(tmp_path, monkeypatch, None, elastic=exact.elastic) == "auto"
-    assert precision.dtype(exact, WORLD) == torch.float32
+    assert precision.dtype(exact, WORLD.device) == torch.float32
     narrow = dataclasses.replace(WIDE, n_embd=64)
     assert settled(tmp_path, monkeypatch, None, model=narrow) == "float32"
+
+
+def test_the_type_is_known_before_there_is_a_world_unless_a_new_run_has_to_measure(tmp_path: Path) -> None:
+    def known(run: Path, **settings: Any) -> bool:
+        return precision.is_known(TrainConfig(run_dir=run, **({"model": WIDE} | settings)), WORLD.device)
+
+    assert not known(tmp_path)
+    assert known(tmp_path, dtype="bfloat16")
+    assert known(tmp_path, elastic=ElasticConfig(exact=True))
+    (tmp_path / "config.yaml").write_text("dtype: bfloat16\n")
+    assert known(tmp_path)
 
 
 def test_a_damaged_config_is_not_taken_for_a_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from elastic_gpt import gradients as sums
 from elastic_gpt import rundir as folders_of_runs
 from elastic_gpt import worlds as loop
 from elastic_gpt.checkpoint import Checkpoints
-from elastic_gpt.contract import shared_memory
+from elastic_gpt.contract import CLAIM, shared_memory
 from elastic_gpt.gradients import Gradients, StepSums
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger
@@ -331,6 +331,7 @@ def test_a_run_directory_that_the_nodes_do_not_share_is_noticed_by_all(data: Pat
     Ledger(tmp_path / "a").run_id()
     told = run_world(2, opens, data, [tmp_path / "b", tmp_path / "a"])  # another run's
     assert all("is not shared: node node-1" in text for text in told), told
+    assert not (tmp_path / "b" / CLAIM).exists()  # nobody waits for the job that has ended
 
 
 def test_a_failed_checkpoint_is_told_once_and_made_up_for_at_the_next_snapshot(data: Path, tmp_path: Path) -> None:
@@ -602,7 +603,7 @@ def test_a_broken_checkpoint_of_an_older_version_is_named_by_training_and_by_gen
 
 
 def in_two_worlds(world: World, arguments: list[str], pieces: int) -> list[int]:
-    """Train in a world of two, then, as one whose peer has gone, alone; the number of compiled graphs at each step.
+    """Train in a world of two, then, as one whose peer has gone, alone; the number of compiled graphs before and in each step.
 
     The peer dies in the sum of the fifth step, after `pieces` of the gradient.
     """
@@ -610,7 +611,7 @@ def in_two_worlds(world: World, arguments: list[str], pieces: int) -> list[int]:
 
     sums.PIECE = 1000
     config, meta = train.check(arguments)
-    config = dataclasses.replace(config, compile=True)
+    config = dataclasses.replace(config, compile=True, dtype="float32")
     compiler = torch.compile
     torch.compile = functools.partial(compiler, backend="aot_eager")  # traces as the real one does, without its minute
     training = train.Training(config, meta)
@@ -623,6 +624,10 @@ def in_two_worlds(world: World, arguments: list[str], pieces: int) -> list[int]:
 
     places = [tensor.data_ptr() for tensor in training.tensors.values()]
     reduce, sum_piece, graphs, left = Gradients.reduce, Gradients._sum, [], [pieces]
+    fresh = [tensor.clone() for tensor in training.tensors.values()]
+    training.warm_up()
+    graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert all(torch.equal(one, other) for one, other in zip(training.tensors.values(), fresh, strict=True))
 
     def counted(self: Gradients, stop: bool, leave: bool) -> StepSums:
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -662,6 +667,6 @@ def test_a_survivor_keeps_its_tensors_and_its_compiled_graph_and_does_the_droppe
 ) -> None:
     flags = arguments(data, tmp_path / "run", "--steps=8", "--evaluate.interval=0")
     (graphs,) = run_world(2, in_two_worlds, flags, pieces, dies=[1])
-    assert graphs == [1] * (8 + 1)  # the step that was dropped has been done again, and no other
+    assert graphs == [1] + [1] * (8 + 1)  # the step that was dropped has been done again, and no other
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
     assert [event["dropped"] for event in events(tmp_path / "run", "restored")] == [0, 0]

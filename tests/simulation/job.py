@@ -262,6 +262,8 @@ class Node(Machine):
         self.up = self.waits = False
         self.held = NOTHING
         if group:
+            self.lease.lose_workers()
+            self.lease.renew()  # its thread is woken
             group.lose(self, silently=False)
 
     def leave_group(self) -> None:
@@ -269,11 +271,12 @@ class Node(Machine):
         self.snapshot = max(self.snapshot, self.held)
 
     def give_up(self, group: Group) -> Callable[[], None]:
-        """What a worker does that has waited in vain for its peers: it ends."""
+        """What a worker does that has waited in vain for its peers: it waits for another world."""
 
         def end() -> None:
             if self.alive and self.group is group:
-                self.kill_worker()
+                group.over = True
+                self.leave_group()
 
         return end
 
