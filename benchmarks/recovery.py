@@ -3,9 +3,10 @@
     python benchmarks/recovery.py [--times 10]
 
 Three local nodes, one worker with one CPU thread each, `debug_cpu` under the real DLRover master and agents. Each round kills a
-worker, a node and rank 0's node, sends SIGTERM to one, restarts the master, and lets a node join after each that went; each
-event strikes at some moment between two saves. Prints the medians beside the goals and beside what was recorded before
-survivors stayed alive (docs/BENCHMARKS.md). A round takes about a minute. Others beside it: `elastic-gpt drill --against`.
+worker, a node and rank 0's node, sends SIGTERM to one, restarts the master, kills a worker right after that, and lets a node
+join after each that went; each event strikes at some moment between two saves. Prints the medians beside the goals and beside
+what was recorded before survivors stayed alive (docs/BENCHMARKS.md). A round takes about a minute. Others beside it:
+`elastic-gpt drill --against`.
 """
 
 import random
@@ -29,7 +30,8 @@ from elastic_gpt.ledger import PARTS, Ledger
 from prepare.frontdoor import Parser, whole
 
 NODES = 3
-ROUND = (WORKER, NODE, JOIN, FIRST, JOIN, PREEMPT, JOIN, MASTER)
+ROUND = (NODE, JOIN, WORKER, FIRST, JOIN, PREEMPT, JOIN, MASTER, WORKER)
+SOON = f"{WORKER}, right after a master's restart"  # when that still waits for nodes which it may not know
 GAP_SECONDS = (1.0, 2.0)
 LIMIT = 120.0
 
@@ -44,6 +46,7 @@ class Goal(NamedTuple):
 
 GOALS = {
     WORKER: Goal(0.5, "1.1 s, 6"),
+    SOON: Goal(0.5, "7.9 s, 5"),
     NODE: Goal(0.5, "2.2 s, 6"),
     FIRST: Goal(0.5, "2.2 s, 6"),
     PREEMPT: Goal(0.5, "3.1 s, 0"),
@@ -82,9 +85,10 @@ def main() -> None:
         done, events = job.done(), Ledger(job.run).events()
     ends = [*(event.time for event in struck), ended][1:]
     found: dict[str, list[tuple[float, int]]] = {kind: [] for kind in GOALS}
-    for event, cost, end in zip(struck, costs(done, struck, ended), ends, strict=True):
+    for number, (event, cost, end) in enumerate(zip(struck, costs(done, struck, ended), ends, strict=True)):
         again = sum(one["dropped"] for one in events if one["event"] == "restored" and event.time <= one["time"] < end)
-        found[event.kind].append((seconds_of(cost, event.time, end, events), again))
+        kind = SOON if number and struck[number - 1].kind == MASTER else event.kind
+        found[kind].append((seconds_of(cost, event.time, end, events), again))
     table = Table(
         "event", "times", "goal", "before", "median", "least to most", "steps again, most", "reached, to 0.1 s"
     )
