@@ -316,11 +316,6 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
     from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
     from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerState
 
-    def lose_workers() -> None:
-        for held in lease:
-            held.lose_workers()
-
-    workers.lost = lose_workers
     changed = ElasticTrainingAgent._membership_changed
     restart = ElasticTrainingAgent._restart_workers
     initialize = SimpleElasticAgent._initialize_workers

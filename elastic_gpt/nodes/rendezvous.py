@@ -63,7 +63,6 @@ class Lease:
         self._word = b""  # what this node is: nothing, waiting for a world, or in one
         self._numbers, self._lock = itertools.count(1), threading.Lock()
         self._leaves = self._ended = False
-        self._untold = False  # whether the word is new, and nobody has told it
         self._changed = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -78,12 +77,6 @@ class Lease:
     def pause(self) -> None:
         """This node is in no world and asks for none yet, so that others do not wait while its workers start."""
         self._say(b"")
-
-    def lose_workers(self) -> None:
-        """A worker has ended in its world, which is over for this node: as `pause`, but told by the lease's own thread."""
-        with self._lock:
-            self._word, self._untold = b"", not self._leaves
-        self._changed.set()
 
     def _say(self, word: bytes) -> None:
         if self._leaves:
@@ -113,7 +106,7 @@ class Lease:
 
     def renew(self) -> None:
         """Say once more what this node is. Called by a thread of this lease's own."""
-        if self._word or self._leaves or self._untold:
+        if self._word or self._leaves:
             self._tell_word()
         self._tell_progress()
 
@@ -124,7 +117,6 @@ class Lease:
                 self._word = word
             elif self._leaves:
                 self._word = b"" if self._ended else LEAVES
-            self._untold = False
             value = b"%d %s" % (next(self._numbers), self._word)
         self._tell(self._key, value)
 

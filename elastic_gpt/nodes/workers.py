@@ -6,7 +6,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from elastic_gpt.agent import BEAT_SECONDS, MOST_BYTES
@@ -33,8 +33,6 @@ class Workers:
         self._beats: dict[int, tuple[float, dict[str, float]]] = {}  # by local rank: when it came, and what it said
         self._looked = time.monotonic()
         self._because: dict[int, str] = {}
-        self.lost: Callable[[], None] = lambda: None
-        """Called as soon as a worker has ended in its world, which may be long before the agent looks."""
         self._came = threading.Event()  # a worker has begun to wait since somebody looked
         threading.Thread(target=self._listen, name="workers", daemon=True).start()
 
@@ -131,7 +129,5 @@ class Workers:
             connection.close()
             if self._connections.get(rank) is connection:  # no other worker has taken its place
                 del self._connections[rank]
-                if rank not in self._waiting:
-                    self.lost()  # within the lock: not after others were started in its place
                 self._waiting.discard(rank)
                 self._beats.pop(rank, None)

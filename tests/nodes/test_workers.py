@@ -59,30 +59,6 @@ def test_a_worker_that_has_ended_does_not_wait_and_its_successor_does(name: str)
     assert workers._connections.keys() == {0}
 
 
-def test_that_a_worker_has_ended_in_its_world_is_told_at_once_and_no_other_end(name: str) -> None:
-    workers, lost = Workers(name), []
-    workers.lost = lambda: lost.append(workers._connections.copy())
-
-    def worker() -> Agent:
-        agent = Agent(name, 0)
-        agent.waits(3)
-        agent.next_world(lambda: workers.waiting() == {0})
-        return agent
-
-    worker()._socket.close()  # one that waits: its agent holds a place in a world for it, or will
-    until(lambda: not workers.waiting())
-    old, forgotten = worker(), workers._connections[0]
-    workers.give({0: {}})
-    workers.forget()
-    new = worker()
-    workers.give({0: {}})
-    old._socket.close()
-    until(lambda: forgotten.fileno() < 0)
-    assert not lost
-    new._socket.close()
-    until(lambda: lost == [{}])
-
-
 def test_a_worker_that_stands_still_is_named_and_its_successor_is_told(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,8 +262,6 @@ class Node(Machine):
         self.up = self.waits = False
         self.held = NOTHING
         if group:
-            self.lease.lose_workers()
-            self.lease.renew()  # its thread is woken
             group.lose(self, silently=False)
 
     def leave_group(self) -> None:

@@ -105,7 +105,7 @@ def test_a_seed_finds_an_old_fault(monkeypatch: pytest.MonkeyPatch, leases: type
 def test_a_seed_finds_a_lease_that_is_given_up_in_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
     start = job_room.Node.start_worker
     monkeypatch.setattr(job_room.Node, "start_worker", lambda node, in_world=False: start(node))  # noqa: ARG005
-    assert broken_by(range(1679, 1680)) != {}
+    assert broken_by(range(1471, 1472)) != {}
 
 
 def trains(job: Job, nodes: int) -> list[Any]:
