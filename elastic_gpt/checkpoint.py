@@ -76,9 +76,14 @@ class Checkpoints:
         self.keep, self.run, self.ledger = keep, run, ledger
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[int] | None = None
+        self._saving_in: Run | None = None  # the life in which that began
         self.saved: int | None = None  # step of the newest checkpoint that this process knows to be whole
         self.listed = 0  # step of the newest one that `newest_step` saw, whole or not
         self.failed = False  # whether the last save failed
+
+    def begin_life(self, run: Run) -> None:
+        """From now on checkpoints are of this life. One that is on its way goes on, as that of the life in which it began."""
+        self.run, self.saved, self.listed = run, None, 0
 
     @staticmethod
     def name(step: int) -> str:
@@ -160,6 +165,7 @@ class Checkpoints:
         ones may be deleted.
         """
         assert self.pending is None
+        self._saving_in = self.run
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         self.pending = self.writer.submit(self._write, step, copies, list(reports), push_out)
 
@@ -169,9 +175,12 @@ class Checkpoints:
             return None
         pending, self.pending = self.pending, None
         try:
-            self.saved = pending.result()
+            step = pending.result()
             self.failed = False
-            return self.saved
+            if self.run and self._saving_in and not self.run.valid(self._saving_in.life, step):
+                return None  # a later life began before it
+            self.saved = step
+            return step
         except OSError as error:  # a full or read-only volume: training goes on, and the next save tries again
             self.failed = True
             return error
@@ -199,6 +208,7 @@ class Checkpoints:
             raise
         self.storage.sweep(folder)
         # Only those of the history that leads to this step: a damaged later one must not push out a good one.
+        push_out = push_out and not self._abandoned(step)
         for old in sorted({past for past in steps if past < step} | {step})[: -self.keep] if push_out else []:
             try:
                 self._delete_manifest(old)  # without it, it is no checkpoint
@@ -269,7 +279,7 @@ class Checkpoints:
             "writer": writer(),
             "exact_sums": EXACT_SUMS,
             "run_id": self.run and self.run.run_id,
-            "life": self.run and self.run.name,
+            "life": self._saving_in and self._saving_in.name,
             "step": step,
             "before": before,
             "ledger": self._ledger_up_to(None),

@@ -152,14 +152,13 @@ class Claim:
         count = 0
         while not self.ended.wait(RENEW_SECONDS):
             count += 1
-            with contextlib.suppress(OSError):  # the volume is away: try again in a moment
-                claim = read_claim(self.path)
-                if claim and claim["life"] != self.life:
+            # Written in place: a network file system shows a changed file sooner than an exchanged one. What is written to is
+            # what was looked at, whichever claim takes its name in between. If the volume is away: again in a moment.
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError), self.path.open("r+") as file:
+                if json.loads(file.read())["life"] != self.life:
                     return  # the next life of this job has taken it, or another job
-                if claim:
-                    # Written in place: a network file system shows a changed file sooner than an exchanged one.
-                    with self.path.open("r+") as file:
-                        file.write(self._text(count))
+                file.seek(0)
+                file.write(self._text(count))
 
     def _text(self, count: int) -> str:
         return json.dumps(self.content | {"renewed": f"{count:012d}"}, allow_nan=False)  # its length never changes

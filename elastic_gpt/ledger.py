@@ -91,8 +91,12 @@ class Ledger:
         for listener in self.listeners:
             listener(event)
 
-    def _append(self, *events: Mapping[str, Any], sync: bool = True) -> None:
-        """Append events, all or (if the writer is killed) the first of them. `sync`: they are on storage when this returns."""
+    def _append(self, *events: Mapping[str, Any], sync: bool = True) -> int:
+        """Append events, all or (if the writer is killed) the first of them. Returns where they end, in bytes.
+
+        Args:
+            sync: whether they are on storage when this returns.
+        """
         lines = "".join(strict_json(event) + "\n" for event in events)
         with self.path.open("ab+", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -101,10 +105,12 @@ class Ledger:
             content = (b"\n" if unfinished else b"") + lines.encode()
             while content:  # of a disk that gets full, the first write takes a part and the next one says so
                 content = content[file.write(content) :]
+            end = file.tell()
             if sync:
                 os.fsync(file.fileno())
         if mirror := mirror_of(self.path):
             mirror.append(self.path.name, lines.encode())
+        return end
 
     def events(self) -> list[dict[str, Any]]:
         """All events, oldest first."""
@@ -181,8 +187,7 @@ class Ledger:
         who = {"life": life, "name": name, "nodes": nodes, "world_size": world_size, "stayed": list(stayed)}
         state = {"life": life, "step": step, "source": source, "dropped": dropped}
         new += [_line("joined", who), _line("restored", state)]
-        self._append(*new)  # together, since all ranks wait for this
-        self._read_up_to = self.path.stat().st_size if self.path.exists() else 0
+        self._read_up_to = self._append(*new)  # together, since all ranks wait for this
         for line in new:
             self._tell(line)
 

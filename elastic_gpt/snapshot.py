@@ -61,7 +61,7 @@ def sweep(root: Path) -> None:
     """
     for tensors in _there(root, "*/*/0.tensors"):
         with contextlib.suppress(OSError), tensors.open("rb") as file:  # another may sweep as well
-            newest = max(path.stat().st_mtime for path in tensors.parent.iterdir())
+            newest = max((path.stat().st_mtime for path in tensors.parent.iterdir()), default=time.time())
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its worker lives
             if time.time() - newest > LEFT_OVER_SECONDS:
                 shutil.rmtree(tensors.parent, ignore_errors=True)

@@ -151,14 +151,15 @@ class World:
             while True:
                 ended = bool(future and wait([future], TOUCH_SECONDS).done)
                 error = future.exception() if future and ended else None
-                mine = (ended, future.result() if future and ended and not error else None, error)
+                # An exception is sent without its cause, by which a passing fault of storage is told from a user's mistake.
+                mine = (ended, future.result() if future and ended and not error else None, (error, _cause(error)))
                 told = self.gather((*mine, None if values else value))
                 values = values or [one for *_, one in told]
-                ended, result, error, _ = told[0]
+                ended, result, (error, cause), _ = told[0]
                 if ended:
                     break
         if error:
-            raise error
+            raise error from cause
         return result, values
 
     def _collective(
@@ -257,6 +258,12 @@ def _parcels(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         parcel.append(tensor)
     if parcel:
         yield parcel
+
+
+def _cause(error: BaseException | None) -> OSError | None:
+    """The system's error behind an exception, as one that can be sent."""
+    cause = error and error.__cause__
+    return OSError(cause.errno, cause.strerror) if isinstance(cause, OSError) else None
 
 
 def place(device: Device) -> torch.device:

@@ -43,6 +43,7 @@ from elastic_gpt.snapshot import SnapshotError, Snapshots
 from elastic_gpt.state import Held, Memory, NotFinite, Offer, Restored, broken, restore, training_state
 from elastic_gpt.storage import Unreachable
 from elastic_gpt.world import NotJoined, PeerLost, Signals, World, join, leave, place
+from prepare.frontdoor import last_word
 
 NETWORK_SECONDS = 2.0  # before another try to form a world: a network may need some to be up
 MOST_NOT_JOINED = 10  # worlds in a row that could not be formed: then the network is set up wrongly
@@ -151,7 +152,8 @@ class Worlds(abc.ABC):
         )
         self.tensors = training_state(model, optimizer, scale.state if scale else None)
         self.snapshots: Snapshots | None = None
-        self.last: tuple[World, Checkpoints] | None = None  # the last one in which this worker has done a step
+        self.checkpoints: Checkpoints | None = None
+        self.last: tuple[World, Run] | None = None  # the last ones in which this worker has done a step
         self.stored = -1  # step that the last world saved on storage at its end
         self.left = False  # whether the ledger has been told that this node leaves
         self.reporter: Reporter | None = None
@@ -194,6 +196,14 @@ class Worlds(abc.ABC):
 
     def __iter__(self) -> Iterator[Step]:
         """The steps that are left, in one world after the other. Returns only if the run is finished; else the process ends."""
+        try:
+            yield from self.in_all_worlds()
+        finally:  # it may be the newest state, and nobody else has it
+            if self.checkpoints:
+                _tell_saved(self.checkpoints, self.ledger, print, wait=True)
+
+    def in_all_worlds(self) -> Generator[Step, None, None]:
+        """As iterating, but a checkpoint may be on its way at the end."""
         if self.agent:
             self.warm_up()
             self.agent.waits(self.held.step)
@@ -216,13 +226,13 @@ class Worlds(abc.ABC):
                     self.ledger.write("replaced", node=error.noticed_by, cause=STUCK)
                 no_world = isinstance(error, NotJoined)
                 self.not_joined += no_world
+                if self.agent and self.not_joined == MOST_NOT_JOINED:
+                    self.part(ends=True)
+                    cure = "name the network between the nodes in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+                    last_word(f"error: {error}, {MOST_NOT_JOINED} times in a row: {cure}")
+                    raise SystemExit(NO_WORLD) from error
                 if self.agent is None or error.stuck or not leave() or not self.keep(no_world=no_world):
                     raise
-                if self.not_joined == MOST_NOT_JOINED:
-                    self.part()
-                    cure = "name the network between the nodes in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
-                    print(f"error: {error}, {MOST_NOT_JOINED} times in a row: {cure}", file=sys.stderr, flush=True)
-                    raise SystemExit(NO_WORLD) from error
                 keeps = f"keeps step {lost_at} and " if lost_at >= 0 else ""
                 print(f"{error}; this worker {keeps}waits for a new world", file=sys.stderr, flush=True)
             else:
@@ -238,18 +248,22 @@ class Worlds(abc.ABC):
         leaves = self.signals.leave and self.signals.waited > LEAVE_SECONDS and self.held.step >= 0
         return self.agent is not None and (leaves or self.agent.called())
 
-    def part(self) -> None:
+    def part(self, *, ends: bool = False) -> None:
         """Save this worker's state if its node leaves and nobody has it: all nodes may leave, and memory goes with them.
 
         Where the nodes of a world are asked in one step, they have saved it together. But one may be asked
         between two worlds, or so late that the others are done; and each may be the last.
+
+        Args:
+            ends: whether the node ends although nobody has asked it to leave.
         """
         step = self.held.step
-        if not self.signals.leave or self.stored == step or step < 0 or not self.last or broken(self.tensors):
+        if not (self.signals.leave or ends) or self.stored == step or step < 0 or not self.last or broken(self.tensors):
             return
-        world, checkpoints = self.last
-        if not world.first_of_node:
+        (world, run), checkpoints = self.last, self.checkpoints
+        if not world.first_of_node or not checkpoints:
             return
+        checkpoints.run = run  # a life that has begun since may be unknown to the ledger
         try:
             _tell_saved(checkpoints, self.ledger, print, wait=True)  # this worker's own, which may be of this step
             if self._others_went_on(world, checkpoints):
@@ -272,19 +286,19 @@ class Worlds(abc.ABC):
         Rank 0 of the last world is the first. The others look whether it does that, so that not all write the
         same state at once into storage that they share.
         """
-        step, run = self.held.step, checkpoints.run
+        step, began = self.held.step, time.monotonic() - self.signals.waited
         turn = min(self.plan.grace_seconds / 3 + world.rank * TURN_SECONDS, self.plan.grace_seconds / 2)
         files = checkpoints.files(step)
         while True:
             if mirror := mirror_of(self.plan.run_dir):
                 mirror.reopen()  # as a reader: another worker may be its writer now
-            if run and self.ledger.lives() > run.life + 1:
+            if self.ledger.lives() > self.held.life + 1:  # of that life nobody may have done a step
                 return True
             if checkpoints.saved == step or not world.rank or step in checkpoints.steps():
                 return False
             if (now := checkpoints.files(step)) != files:  # another one is writing it
-                files, turn = now, max(turn, self.signals.waited + STALLED_SECONDS)
-            if self.signals.waited > turn:
+                files, turn = now, max(turn, time.monotonic() - began + STALLED_SECONDS)
+            if time.monotonic() - began > turn:
                 return False
             time.sleep(TURN_SECONDS)
 
@@ -303,21 +317,20 @@ class Worlds(abc.ABC):
         Returns:
             Whether the state is whole, or that with which a run begins.
         """
+        untouched = no_world and self.held.life < 0  # no world has given this worker a state
+        whole = untouched or (self.held.step >= 0 and not broken(self.tensors))
+        if self.agent and whole:  # it finds the next world meanwhile
+            if no_world and self.not_joined > 1:  # one may be a peer that died in that moment
+                time.sleep(NETWORK_SECONDS)
+            self.agent.waits(self.held.step)
         if self.reporter:
             self.reporter.drain()
             self.reporter.close()
             self.held.reports, self.reporter = list(self.reporter.recent), None
-        untouched = no_world and self.held.life < 0  # no world has given this worker a state
-        if not untouched and (self.held.step < 0 or broken(self.tensors)):
-            return False
-        if self.agent:  # which finds the next world meanwhile
-            if no_world and self.not_joined > 1:  # one may be a peer that died in that moment
-                time.sleep(NETWORK_SECONDS)
-            self.agent.waits(self.held.step)
-        if self.snapshots and self.snapshots.step < self.held.step:
+        if whole and self.snapshots and self.snapshots.step < self.held.step:
             self.snapshots.save(self.held.step, self.held.life, self.tensors, self.held.reports)
             self.snapshots.wait()
-        return True
+        return whole
 
     def in_world(self, world: World) -> Generator[Step, None, int]:
         """One life of the run, until the run is over or the world changes. Returns the exit code."""
@@ -360,9 +373,7 @@ class Worlds(abc.ABC):
         max_skipped = plan.max_skipped + (HALVINGS if self.scale else 0)
 
         # --- restore the state
-        checkpoints = Checkpoints(
-            checkpoints_place(plan.run_dir, plan.checkpoint_dir), plan.checkpoint_keep, run, ledger.path
-        )
+        checkpoints = self._open_checkpoints(run)
         restored = restore(tensors, memory, opened.offers, checkpoints, run, world, plan.resume)
         if name := broken(tensors):
             raise NotFinite(f"{restored.source} is not finite ({name}): delete it, and an older state is taken")
@@ -391,7 +402,8 @@ class Worlds(abc.ABC):
         # --- save what the membership change left unsaved
         if snapshots and snapshots.step != restored.step:
             snapshots.save(restored.step, run.life, tensors, restored.reports)  # so that every node has it
-        if world.first and restored.step - checkpoints.listed >= plan.checkpoint_interval:
+        due = restored.step - checkpoints.listed >= plan.checkpoint_interval
+        if world.first and due and not checkpoints.pending:
             checkpoints.save(restored.step, tensors, restored.reports)  # it was due, but lost with its writer
 
         if restored.step >= plan.steps:
@@ -414,7 +426,7 @@ class Worlds(abc.ABC):
                 give_up(step, step - 1, f"the update of step {step} made the state infinite or not a number ({name})")
 
         step, stopping, leaving = restored.step, 0, 0
-        with contextlib.closing(batches), _on_its_way(snapshots, checkpoints, ledger):
+        with contextlib.closing(batches), _on_its_way(snapshots):
             while step < plan.steps and not stopping:
                 if self.evaluates and step > 0 and plan.evaluate_interval > 0 and step % plan.evaluate_interval == 0:
                     # Evaluates after the state is saved. If this world has to stop, the next one evaluates.
@@ -429,7 +441,7 @@ class Worlds(abc.ABC):
                     raise this.lost
                 if this.did is None:
                     raise RuntimeError("step.update() was not called: it ends each step")
-                self.last = world, checkpoints  # all ranks have come so far, so the ledger knows this life
+                self.last = world, run  # all ranks have come so far, so the ledger knows this life
                 rate, sums, norm = this.did
                 reporter.all_did()  # all ranks have come to this step, so they have done the ones before
                 step += 1
@@ -473,9 +485,9 @@ class Worlds(abc.ABC):
             reporter.drain()
             keep_finite(step)
             # Now all of them have done the last step, and those have heard it whose leaving was why the others were called.
-            told = world.gather((signals.leave, signals.waited, bool(checkpoints.pending), checkpoints.saved == step))
-            leaving, asked = sum(one for one, *_ in told), time.monotonic() - max(waited for _, waited, *_ in told)
-            _, _, saving, saved = told[0]
+            told = world.gather((signals.leave, signals.waited, checkpoints.saved == step))
+            leaving, asked = sum(one for one, *_ in told), time.monotonic() - max(waited for _, waited, _ in told)
+            *_, saved = told[0]
             reporter.all_did()
             finished = step >= plan.steps
             if finished and restored.step < step and self.evaluates:
@@ -507,7 +519,7 @@ class Worlds(abc.ABC):
                     wait()
                 return checkpoints.saved == step
 
-            if finished or leaving or saving:  # else nothing is to be saved, and nobody waits for it
+            if finished or leaving:  # else nothing is to be saved; what is on its way goes on in the next world
                 saved = world.first_does(settle)
             self.stored = step if saved else -1
             self.left = signals.leave and saved  # else `part` saves, and tells it then
@@ -534,11 +546,19 @@ class Worlds(abc.ABC):
             return over, DONE
         return over, RESTART_ME if world.elastic else 128 + signals.number
 
+    def _open_checkpoints(self, run: Run) -> Checkpoints:
+        if self.checkpoints:
+            self.checkpoints.begin_life(run)
+        else:
+            place = checkpoints_place(self.plan.run_dir, self.plan.checkpoint_dir)
+            self.checkpoints = Checkpoints(place, self.plan.checkpoint_keep, run, self.ledger.path)
+        return self.checkpoints
+
     def _open_snapshots(self, run: Run, world: World) -> Snapshots | None:
         """This node's snapshots, on its first worker. If shared memory is too small, says so and goes on without."""
         if not world.first_of_node:
             return None
-        if self.snapshots:
+        if self.snapshots and self.snapshots.folder.exists():  # else others took this node for one that has gone
             self.snapshots.begin_life(run.name, run.lives)
             return self.snapshots
         try:
@@ -595,8 +615,8 @@ class Worlds(abc.ABC):
 
 
 @contextlib.contextmanager
-def _on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints, ledger: Ledger) -> Iterator[None]:
-    """If a peer is lost while a state is being saved, wait until it is saved: it may be the newest one."""
+def _on_its_way(snapshots: Snapshots | None) -> Iterator[None]:
+    """If a peer is lost while a snapshot is being made, wait until it is whole: it may be the newest one."""
     try:
         yield
     except (PeerLost, NotFinite) as error:
@@ -604,7 +624,6 @@ def _on_its_way(snapshots: Snapshots | None, checkpoints: Checkpoints, ledger: L
             leave()  # first, since others may be waiting for this worker
         if snapshots:
             snapshots.wait()
-        _tell_saved(checkpoints, ledger, print, wait=True)
         raise
     finally:
         if snapshots:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -265,3 +266,22 @@ def test_a_manifest_that_another_node_wrote_meanwhile_stays_for_the_next_is_chai
         "step_00000020 does not say which events came before it: an older version wrote it",
         "step_00000030 does not say which events came before it: an older version wrote it",
     ]
+
+
+def test_a_checkpoint_that_a_later_life_went_back_from_meanwhile_counts_for_nothing_and_pushes_out_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, later = Run("run", 0, [], name="a"), Run("run", 1, [(0, 0), (1, 5)], name="b", lives={"a": 0})
+    tensors, gate = {"model.w": torch.ones(3), "optimizer.step.w": torch.tensor(1.0)}, threading.Event()
+    checkpoints = Checkpoints(tmp_path, keep=1, run=first)
+    checkpoints.save(5, tensors, [])
+    assert checkpoints.finished(wait=True) == 5
+    save = checkpoint.save_tensors
+    monkeypatch.setattr(checkpoint, "save_tensors", lambda *args: (gate.wait(60.0), save(*args)))
+    checkpoints.save(10, tensors, [])
+    checkpoints.begin_life(later)
+    gate.set()
+    assert checkpoints.finished(wait=True) is None
+    assert (checkpoints.saved, checkpoints.steps(), checkpoints.newest_step()) == (None, [5, 10], 5)
+    checkpoints.save(5, tensors, [])
+    assert checkpoints.finished(wait=True) == 5

@@ -1,6 +1,7 @@
 """ledger.py: what happened to a run, and what it cost."""
 
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -207,3 +208,20 @@ def test_who_listens_hears_who_joined_left_and_was_lost(tmp_path: Path) -> None:
         ("left", "b"), ("lost", "c"), ("joined", ["a", "d"]), ("restored", None)
     ]  # fmt: skip
     assert heard == ledger.events()[2:]
+
+
+def test_a_world_that_begins_while_another_writes_its_own_beginning_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = Ledger(tmp_path), Ledger(tmp_path)
+    flush, began = os.fsync, []
+
+    def meanwhile(descriptor: int) -> None:
+        flush(descriptor)
+        if not began:
+            began.append(True)
+            other.begin_life(["b"], 1, 0, "start", 0, "second")
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    one.begin_life(["a"], 1, 0, "start", 0, "first")
+    assert (one.superseded(), other.superseded()) == (True, False)

@@ -1,5 +1,6 @@
 """snapshot.py: one snapshot is whole at any moment, and a damaged one or one of another run is never loaded."""
 
+import builtins
 import errno
 import fcntl
 import json
@@ -13,12 +14,13 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 import torch
 
-from elastic_gpt import devices
+from elastic_gpt import devices, snapshot
 from elastic_gpt.identity import Run
 from elastic_gpt.snapshot import LEFT_OVER_SECONDS, Snapshot, SnapshotError, Snapshots
 from tests.conftest import until
@@ -239,6 +241,17 @@ def test_what_another_process_deletes_meanwhile_costs_no_snapshot(
         for other in others:
             shutil.rmtree(other, ignore_errors=True)
 
+    def unlinked(path: Path, mode: str) -> IO[bytes]:
+        file = builtins.open(path, mode)  # noqa: PTH123, SIM115
+        if "mine" not in str(path):
+            path.unlink()
+        return file
+
+    with monkeypatch.context() as patch:
+        crowd()
+        patch.setattr(Path, "open", unlinked)  # the files are gone, and the folders not yet
+        snapshot.sweep(tmp_path)
+    vanish()
     with monkeypatch.context() as patch:
         crowd()
         patch.setattr(fcntl, "flock", vanish)  # as soon as one is looked at, all are gone

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import os
 import signal
 import socket
@@ -16,8 +17,10 @@ import pytest
 import torch
 
 from elastic_gpt import world
+from elastic_gpt.contract import FAILED, USERS_MISTAKE
 from elastic_gpt.nodes.mend import CRASH_SECONDS, Crashes
 from elastic_gpt.world import NotJoined, PeerLost, Signals, World, _listens, join, leave
+from prepare.frontdoor import fail
 from tests.conftest import PATIENCE, TINY, environment, until
 from tests.elastic.worlds import run_world
 
@@ -52,6 +55,27 @@ def slow_work(world: World, fail: bool) -> tuple[str, list[int]] | str:
         return world.first_does_beside(work, 10 * world.rank)
     except ValueError as error:
         return str(error)
+
+
+def fails_for(world: World, number: int) -> int:
+    """The exit code of a rank when rank 0's work fails for an error of the system."""
+
+    def work() -> None:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise ValueError("cannot write run directory run") from error
+
+    try:
+        world.first_does(work)
+    except ValueError as error:
+        return fail(error)
+    raise AssertionError
+
+
+def test_what_an_error_came_from_reaches_all_ranks_so_that_a_passing_one_is_no_users_mistake() -> None:
+    assert run_world(2, fails_for, errno.ESTALE) == [FAILED] * 2
+    assert run_world(2, fails_for, errno.EACCES) == [USERS_MISTAKE] * 2
 
 
 def test_the_ranks_keep_in_touch_while_one_works_and_its_error_reaches_all() -> None:

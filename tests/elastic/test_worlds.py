@@ -92,6 +92,9 @@ def test_a_worker_whose_world_cannot_be_formed_keeps_its_state_until_that_was_to
     with pytest.raises(SystemExit) as end:
         train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
     assert end.value.code == (NO_WORLD if often else DONE)
+    assert not (often and workers.waiting())  # else another world would be given to one that ends
+    if trained and often:  # its node ends, and so does shared memory
+        assert Checkpoints(tmp_path / "checkpoints").newest_step() == len(read_metrics(tmp_path))
     assert len(given) == failures
     assert ("GLOO_SOCKET_IFNAME" in capsys.readouterr().err) == often
     joined = [event for event in Ledger(tmp_path).events() if event["event"] == "joined"]
@@ -175,36 +178,79 @@ def test_what_was_saved_in_a_life_that_was_never_written_down_is_saved_anew_and_
 
 
 @linux
-def test_a_checkpoint_on_its_way_is_whole_before_the_next_world(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["in order", "a peer is lost"])
+def test_a_checkpoint_on_its_way_holds_up_no_change_of_worlds_and_goes_on_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """Nobody leaves, so that ranks would not wait for anything else at the end of a life."""
+    written, reduce, left = threading.Event(), Gradients.reduce, []
 
     def slow(*args: Any) -> None:
-        time.sleep(0.5)
+        assert written.wait(PATIENCE)
         save_tensors(*args)
 
+    def loses(gradients: Gradients, stop: bool, leave: bool) -> StepSums:
+        if "5" in heard.heard and not left:
+            left.append(True)
+            raise PeerLost("a peer has gone")
+        return reduce(gradients, stop, leave)
+
     monkeypatch.setattr(checkpoint, "save_tensors", slow)
-    workers, heard, there = agent_of_this_process(monkeypatch), Kept(), []
+    if change == "a peer is lost":
+        monkeypatch.setattr(Gradients, "reduce", loses)
+    workers, heard = agent_of_this_process(monkeypatch), Kept()
 
     def agent() -> None:
         until(lambda: workers.waiting() == {0})
         workers.give({0: ALONE_WORLD})
         until(lambda: "5" in heard.heard)
-        workers.call()
+        if change == "in order":
+            workers.call()
         until(lambda: workers.waiting() == {0})
-        there.append(Checkpoints(tmp_path / "checkpoints").newest_step())
+        done = len(heard.heard)
+        workers.give({0: ALONE_WORLD})
+        until(lambda: len(heard.heard) > done + 3)
+        written.set()
+        until(lambda: any(event["event"] == "saved" for event in Ledger(tmp_path).events()))
         os.kill(os.getpid(), signal.SIGUSR1)
 
     threading.Thread(target=agent, daemon=True).start()
-    sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 5}
+    sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 5, "checkpoint_keep": 9}
     with pytest.raises(SystemExit):
         train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[heard], **sizes))
-    assert there == [5]
+    events = Ledger(tmp_path).events()
+    lives = [event["name"] for event in events if event["event"] == "joined"]
+    assert next(event["step"] for event in events if event["event"] == "saved") == 5
+    manifest = json.loads((tmp_path / "checkpoints" / "step_00000005" / "MANIFEST.json").read_text())
+    assert manifest["life"] == lives[0]
+    assert len(lives) == 2
+
+
+def test_a_checkpoint_on_its_way_is_saved_to_its_end_before_the_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        save_tensors(*args)
+
+    class Fails(Observer):
+        def on_step(self, report: StepReport) -> None:
+            if report.step == 5:
+                raise PeerLost("in the next step")
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    sizes = {"global_batch": 16, "micro_batch": 4, "checkpoint_interval": 4}
+    with pytest.raises(SystemExit):
+        train(Elastic(tmp_path, *model(), DATA, steps=10**9, observers=[Fails()], **sizes))
+    assert Checkpoints(tmp_path / "checkpoints").newest_step() == 4
+    assert [event["step"] for event in Ledger(tmp_path).events() if event["event"] == "saved"] == [4]
 
 
 @linux
-@pytest.mark.parametrize("asked", ["in order", "after a world that lost a peer before its first step", "at the end"])
+@pytest.mark.parametrize(
+    "asked",
+    ["in order", "after a world that lost a peer", "after a world that lost a peer in its first step", "at the end"],
+)
 def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
@@ -220,7 +266,10 @@ def test_a_worker_that_is_asked_to_leave_between_two_worlds_saves_what_it_holds(
             return
         until(lambda: workers.waiting() == {0})
         if lost:
-            monkeypatch.setattr(worlds, "restore", loses_a_peer)
+            if asked.endswith("first step"):  # this life is in the ledger already
+                monkeypatch.setattr(Gradients, "reduce", loses_a_peer)
+            else:
+                monkeypatch.setattr(worlds, "restore", loses_a_peer)
             workers.give({0: {"RANK": "0", "WORLD_SIZE": "1"}})
             until(lambda: bool(losses) and workers.waiting() == {0})
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -290,8 +339,8 @@ def test_of_nodes_that_leave_with_one_state_one_saves_it(
     for life in range(2 if others == "training on" else 1):
         run.ledger.begin_life(["a", "b"], 2, 0, "start", 0, f"life {life}")
     known, place = Run("run", 0, [], name="life 0"), tmp_path / "checkpoints"
-    run.last = World(rank, 2, 0, "ab"[rank], torch.device("cpu"), True), Checkpoints(place, run=known)
-    run.held.step = 5
+    run.last, run.checkpoints = (World(rank, 2, 0, "ab"[rank], torch.device("cpu"), True), known), Checkpoints(place)
+    run.held.step, run.held.life = 5, 0
     run.signals._asked(signal.SIGUSR1, None)
     before, first = len(run.ledger.events()), Checkpoints(place, run=known)
 
@@ -321,8 +370,11 @@ def test_a_node_that_leaves_and_cannot_save_says_so_and_is_not_taken_for_saved(
     run = Elastic(tmp_path, *model(), DATA, steps=10, global_batch=16, micro_batch=4)
     run.ledger.begin_life(["a"], 1, 0, "start", 0, "life 0")
     checkpoints = Checkpoints(tmp_path / "checkpoints", run=Run("run", 0, [], name="life 0"))
-    run.last = World(0, 1, 0, "a", torch.device("cpu"), True), checkpoints
-    run.held.step = 5
+    run.last, run.checkpoints = (
+        (World(0, 1, 0, "a", torch.device("cpu"), True), Run("run", 0, [], name="life 0")),
+        checkpoints,
+    )
+    run.held.step, run.held.life = 5, 0
     run.signals._asked(signal.SIGUSR1, None)
     if harm == "a full disk":
         monkeypatch.setattr(checkpoint, "save_tensors", Mock(side_effect=OSError("No space left on device")))
@@ -340,14 +392,33 @@ def test_a_node_that_leaves_and_cannot_save_says_so_and_is_not_taken_for_saved(
     assert run.stored == -1
 
 
+def test_a_node_whose_snapshots_others_have_deleted_keeps_new_ones(tmp_path: Path) -> None:
+    run, here = Elastic(tmp_path / "run", *model(), DATA, steps=10, global_batch=16, micro_batch=4), Run("run", 0, [])
+    world = World(0, 1, 0, f"node-{secrets.token_hex(4)}", torch.device("cpu"), True)
+    first = run._open_snapshots(here, world)
+    assert first
+    run.snapshots = first
+    assert run._open_snapshots(here, world) is first
+    Snapshots(first.run, "another", "run", run.tensors).drop_others(["another"])  # of a world without this node
+    second = run._open_snapshots(here, world)
+    assert second
+    second.save(5, 0, run.tensors, [])
+    second.wait()
+    newest = second.newest(lambda _: True)
+    assert newest
+    assert newest.step == 5
+    second.discard()
+
+
 def test_who_leaves_after_its_life_is_no_longer_the_writer_of_a_run_directory_on_a_store(url: str) -> None:
     run = Elastic(url, *model(), DATA, steps=10, global_batch=16, micro_batch=4)
     mine = mirror_of(run.plan.run_dir)
     assert mine
     mine.begin_writing("life 0")
     run.ledger.begin_life(["a", "b"], 2, 0, "start", 0, "life 0")
-    run.last = World(0, 2, 0, "a", torch.device("cpu"), True), Checkpoints(f"{url}/checkpoints")
-    run.held.step = 5
+    run.last = World(0, 2, 0, "a", torch.device("cpu"), True), Run("run", 0, [], name="life 0")
+    run.checkpoints = Checkpoints(f"{url}/checkpoints")
+    run.held.step, run.held.life = 5, 0
     run.signals._asked(signal.SIGUSR1, None)
     other = Mirror(url)  # the others have gone on, and another worker is the writer
     other.reopen()
