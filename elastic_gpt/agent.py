@@ -40,7 +40,7 @@ class Agent:
         self._called, self._calls = False, threading.Lock()
         self._step, self._steps = -1, 0  # step whose gradient is computed; steps so far in this world
         self._began: float | None = None
-        self._usual = 0.0  # seconds of the longest step so far
+        self._usual = 0.0  # seconds of the longest step but the first in this world; 0: none yet
         self.started_because = ""
         """One line that says why the agent ended the worker that was here before; "" if it did not."""
         self._tell(worker=local_rank)
@@ -82,7 +82,7 @@ class Agent:
             if "world" in message:
                 os.environ.update(message["world"])
                 self.started_because = message["because"]
-                self._called, self._steps = False, 0
+                self._called, self._steps, self._usual = False, 0, 0.0  # a share of another size takes another time
                 return True
         return False
 
@@ -100,7 +100,7 @@ class Agent:
         with contextlib.suppress(OSError):  # the agent has died, and this process dies with it
             while True:
                 began = self._began
-                busy = time.monotonic() - began if began is not None and self._steps else 0.0
+                busy = time.monotonic() - began if began is not None else 0.0
                 self._tell(step=self._step, busy=busy, usual=self._usual)
                 time.sleep(BEAT_SECONDS)
 

@@ -67,10 +67,11 @@ def agent(workers: Workers | None) -> None:
     find_a_new_master_soon()
     tell_every_master_the_range()
     lease = hold_a_lease()
-    ask_again_when_rank_0_has_gone()
+    ask_for_a_world_without_end()
     leave_other_jobs_alone()
     have_no_flash_checkpoint()
     leave_when_asked(lease)
+    save_before_an_error_ends_it(lease)
     say_the_last_word_once()
     finish_without_a_master()
     end_what_would_fail_again()
@@ -150,13 +151,22 @@ def hold_a_lease() -> list[Lease]:
     return lease
 
 
-def ask_again_when_rank_0_has_gone() -> None:
-    """0.6.1: where rank 0's node dies before it has told its address, the others wait for that for six minutes, and fail.
+def ask_for_a_world_without_end() -> None:
+    """0.6.1: where no world forms, it ends living workers, which hold the newest state, and then its node.
 
-    And a node that was cut off meanwhile begins in a world that another one has followed, and takes the run from that; or
-    it is awaited in vain in the next world, into which the master has taken it for one that still waits.
+    With fewer nodes than the least it does so after `join_timeout`, by a clock that may be set; with a master that is away at
+    the third error of a call. Here the node asks again, until it is asked to leave.
+
+    Where rank 0's node dies before it has told its address, the others wait for that for six minutes, and fail. And a node
+    that was cut off meanwhile begins in a world that another one has followed, and takes the run from that; or it is awaited
+    in vain in the next world, into which the master has taken it for one that still waits.
     """
-    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent, MasterRendezvousHandler
+    import grpc
+    from dlrover.python.elastic_agent.torch.training import (
+        ElasticTrainingAgent,
+        MasterRendezvousHandler,
+        RendezvousTimeoutError,
+    )
 
     rendezvous = ElasticTrainingAgent._rendezvous
     get_store = MasterRendezvousHandler._get_store
@@ -183,12 +193,14 @@ def ask_again_when_rank_0_has_gone() -> None:
                 rendezvous(self, group)
                 if is_last(handler):
                     return
-                print("warning: another world is formed or asked for meanwhile: this node asks for it", flush=True)
+                why = "another world is formed or asked for meanwhile"
             except NoAddress:
-                print(
-                    f"warning: no word of rank 0 in {ADDRESS_SECONDS:.0f} s: this node asks for another world",
-                    flush=True,
-                )
+                why = f"no word of rank 0 in {ADDRESS_SECONDS:.0f} s"
+            except RendezvousTimeoutError:
+                why = f"no world in {handler.join_timeout} s, for want of nodes"
+            except grpc.RpcError:  # after ten tries, 5 s apart
+                why = "no master answers"
+            print(f"warning: {why}: this node asks again", flush=True)
 
     MasterRendezvousHandler._get_store = remember_round
     ElasticTrainingAgent._safe_get_master_addr_port = address
@@ -223,24 +235,44 @@ def leave_when_asked(lease: list[Lease]) -> None:
     from torch.distributed.elastic.multiprocessing import api as multiprocessing
 
     def leave(signum: int, frame: types.FrameType | None) -> None:  # noqa: ARG001 - a handler has these
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_IGN)  # a second signal has no effect
-        # The workers first: the others are called for the lease, and all save the step in flight if one of them leaves.
-        for worker in _children():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGUSR1)
-        for held in lease:
-            held.release()
+        _tell_that_it_leaves(lease)
         raise Leaving
 
     multiprocessing._terminate_process_handler = leave
     AsyncCheckpointSaver.register_signal_handler = classmethod(lambda _: None)
 
 
-def _children() -> list[int]:
+def save_before_an_error_ends_it(lease: list[Lease]) -> None:
+    """0.6.1: an error of the agent's own ends its workers with SIGTERM, which to them is a restart: they save nothing.
+
+    Here they are told before that the node leaves. torchelastic gives them 30 s after SIGTERM, as where it is asked to leave.
+    """
+    from dlrover.python.elastic_agent.torch.training import ElasticTrainingAgent
+
+    invoke_run = ElasticTrainingAgent._invoke_run
+
+    def invoke_and_save(self: Any, *role: str) -> Any:
+        try:
+            return invoke_run(self, *role)
+        except Exception:  # Leaving is none
+            _tell_that_it_leaves(lease)
+            raise
+
+    ElasticTrainingAgent._invoke_run = invoke_and_save
+
+
+def _tell_that_it_leaves(lease: list[Lease]) -> None:
+    """Tell workers and master that this node leaves for good."""
     import psutil
 
-    return [child.pid for child in psutil.Process().children()]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # a second signal has no effect
+    # The workers first: the others are called for the lease, and all save the step in flight if one of them leaves.
+    for worker in psutil.Process().children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGUSR1)
+    for held in lease:
+        held.release()
 
 
 def _tried_once(report: Callable[..., Any]) -> Callable[[Any], None]:
@@ -351,6 +383,8 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
             for held in [] if in_world else lease:
                 held.pause()
             group.store, group.master_addr, group.master_port = group.store or workers, "", 0  # not known yet
+            if agent._pcontext:  # the living of this node, which nothing would end any more, nor give a world
+                agent._pcontext.close(signal.SIGKILL)
             agent._start_workers(group)
         for rank, process in enumerate(processes(agent)):
             group.workers[rank].id = process.pid

@@ -13,7 +13,7 @@ from elastic_gpt.agent import BEAT_SECONDS, MOST_BYTES
 from elastic_gpt.nodes.standby import same_user
 
 SILENT_SECONDS = 8.0  # without a sign of life; it comes from a separate thread, so the whole process stands still
-LEAST_SECONDS, TIMES = 20.0, 10.0  # a gradient hangs if it takes so long and TIMES as long as any before
+LEAST_SECONDS, TIMES = 20.0, 10.0  # a gradient hangs if it takes so long and TIMES as long as any before in its world
 
 
 class Workers:
@@ -71,7 +71,7 @@ class Workers:
                 step = int(beat["step"]) + 1
                 if now - heard > SILENT_SECONDS:
                     found[rank] = f"no sign of life for {now - heard:.0f} s, in step {step}"
-                elif beat["busy"] > max(LEAST_SECONDS, TIMES * beat["usual"]):
+                elif beat["usual"] and beat["busy"] > max(LEAST_SECONDS, TIMES * beat["usual"]):
                     found[rank] = f"its part of step {step} took {beat['busy']:.0f} s, before {beat['usual']:.1f} s"
             self.started_because(found)
             return found

@@ -96,6 +96,19 @@ def test_the_first_part_in_a_world_has_no_usual_time(name: str) -> None:
     assert 0.0 < agent._usual < 0.02
 
 
+def test_each_world_has_its_own_usual_time_since_a_share_has_another_size(name: str) -> None:
+    workers, agent = Workers(name), Agent(name, 0)
+    for step in range(2):
+        agent.computes(step)
+        agent.computed()
+    assert agent._usual > 0.0
+    agent.waits(2)
+    until(lambda: workers.waiting() == {0})
+    workers.give({0: {}})
+    assert agent.next_world(never)
+    assert agent._usual == 0.0
+
+
 def test_without_an_agent_of_ours_the_environment_names_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(WORLDS, raising=False)
     assert Agent.of_this_node() is None

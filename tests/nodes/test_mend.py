@@ -47,10 +47,12 @@ needed = {
     "find_a_new_master_soon": "reconnect_backoff" not in inspect.getsource(MasterClient),
     "tell_every_master_the_range": "report_rdzv_params" not in inspect.getsource(handler._join_rendezvous),
     "hold_a_lease": hasattr(handler, "next_rendezvous") and hasattr(GrpcMasterClient._report, "__wrapped__"),
-    "ask_again_when_rank_0_has_gone": "range(5)" in inspect.getsource(agent._safe_get_master_addr_port),
+    "ask_for_a_world_without_end": "range(5)" in inspect.getsource(agent._safe_get_master_addr_port)
+    and "_stop_workers" in inspect.getsource(agent._initialize_workers),
     "leave_other_jobs_alone": "kill" in inspect.getsource(agent._stop_orphan_workers),
     "have_no_flash_checkpoint": hasattr(AsyncCheckpointSaver, "start_async_saving_ckpt"),
     "leave_when_asked": "raise SignalException" in inspect.getsource(api._terminate_process_handler),
+    "save_before_an_error_ends_it": "SIGUSR1" not in inspect.getsource(LocalElasticAgent._shutdown),
     "say_the_last_word_once": hasattr(MasterClient, "report_succeeded_exited")
     and hasattr(MasterClient, "report_failed_exited"),
     "finish_without_a_master": "_get(" in inspect.getsource(MasterClient.num_nodes_waiting)
@@ -91,7 +93,7 @@ MasterClient.singleton_instance = classmethod(lambda *_: Client())
 training.ElasticTrainingAgent._rendezvous = rendezvous
 mend.ADDRESS_SECONDS = 0.3
 mend.poll_the_store()
-mend.ask_again_when_rank_0_has_gone()
+mend.ask_for_a_world_without_end()
 handler = object.__new__(training.MasterRendezvousHandler)
 handler._name, handler._node_rank, handler._store, handler._client = "training", 0, MasterKVStore("store"), Client()
 group = types.SimpleNamespace(spec=types.SimpleNamespace(rdzv_handler=handler))
@@ -100,6 +102,133 @@ agent._rendezvous(group)
 print(found, len(worlds))
 """
     assert fresh(code) == "[('7', 7), ('7', 7), ('7', 7)] 4"
+
+
+def test_a_node_asks_for_a_world_without_end_where_none_forms_or_no_master_answers() -> None:
+    code = """
+import types
+import grpc
+from elastic_gpt.nodes import mend
+from dlrover.python.elastic_agent.master_client import MasterClient
+from dlrover.python.elastic_agent.torch import training
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+joins, hour = [], 3600.0
+class Client:
+    def num_nodes_waiting(self, name):
+        return 0
+    def report_failures(self, *_):
+        pass
+    def report_rdzv_params(self, *_):
+        pass
+    def join_rendezvous(self, *_, rdzv_name):
+        joins.append(rdzv_name)
+        if len(joins) == 3:
+            raise grpc.RpcError
+    def get_comm_world(self, name, rank):
+        if len(joins) == 2:  # somebody sets the clock forward
+            training.time.time = lambda: len(joins) * hour + clock()
+        if len(joins) == 5:
+            raise mend.Leaving
+        return 1, 0, {rank: 1} if len(joins) == 4 else {}
+clock = training.time.time
+training.time = types.SimpleNamespace(time=clock, sleep=training.time.sleep)
+MasterClient.singleton_instance = classmethod(lambda *_: Client())
+training.ElasticTrainingAgent._rendezvous = lambda agent, group: group.spec.rdzv_handler.next_rendezvous()
+mend.poll_the_rendezvous()
+mend.ask_for_a_world_without_end()
+nodes = RendezvousParameters("dlrover-master", "", "run", 1, 4, lastcall_timeout=1, join_timeout=1)
+handler = training.MasterRendezvousHandler("elastic-training", 3, nodes, 1)
+group = types.SimpleNamespace(spec=types.SimpleNamespace(rdzv_handler=handler))
+agent = object.__new__(training.ElasticTrainingAgent)
+agent._rendezvous(group)
+formed = len(joins)
+try:
+    agent._rendezvous(group)
+except mend.Leaving:
+    print(formed, len(joins))
+"""
+    assert fresh(code) == "4 5"  # the first ends for want of time, the second by the clock, the third without a master
+
+
+def test_an_error_of_the_agent_lets_its_workers_save_before_they_end() -> None:
+    code = """
+import sys, time
+from elastic_gpt.nodes import mend
+from dlrover.python.elastic_agent.torch import training
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+worker = '''
+import signal, sys
+got = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, _: got.append(number))
+print("ready", flush=True)
+while signal.SIGTERM not in got:
+    signal.pause()
+print([signal.Signals(number).name for number in got], flush=True)
+'''
+def invoke_run(self, role):
+    logs = DefaultLogsSpecs(redirects=Std.OUT)
+    self._pcontext = start_processes("worker", sys.executable, {0: ("-c", worker)}, {0: {}}, logs)
+    told = self._pcontext.stdouts[0]
+    while "ready" not in open(told).read():
+        time.sleep(0.01)
+    self.told = told
+    raise RuntimeError("something that nobody knows yet")
+training.ElasticTrainingAgent._invoke_run = invoke_run
+released = []
+mend.save_before_an_error_ends_it([type("", (), {"release": lambda self: released.append(1)})()])
+agent = object.__new__(training.ElasticTrainingAgent)
+agent._worker_watchdog = agent._health_check_server = None
+agent._shutdown_timeout = 30
+try:
+    agent.run()
+except RuntimeError:
+    print(open(agent.told).read().splitlines()[-1], released)
+"""
+    assert fresh(code) == "['SIGUSR1', 'SIGTERM'] [1]"
+
+
+def test_the_living_worker_of_a_node_ends_when_one_beside_it_dies_before_there_is_a_world() -> None:
+    code = """
+import os, signal, types
+from elastic_gpt.nodes import mend
+from dlrover.python.elastic_agent.torch import training
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+class Workers:
+    given = 0
+    def waiting(self):
+        return {0, 1}
+    def hung(self):
+        return {}
+    def forget(self):
+        pass
+    def give(self, worlds):
+        self.given += 1
+contexts = []
+def start(group):
+    agent._pcontext = start_processes("worker", "sleep", dict.fromkeys((0, 1), ("60",)), {0: {}, 1: {}}, DefaultLogsSpecs())
+    contexts.append(agent._pcontext)
+def rendezvous(group):
+    one = agent._pcontext.subprocess_handlers[1].proc
+    one.kill()
+    one.wait()
+def alive():
+    return [sum(one.proc.poll() is None for one in made.subprocess_handlers.values()) for made in contexts]
+workers = Workers()
+mend.keep_the_living(workers, [])
+agent = object.__new__(training.ElasticTrainingAgent)
+agent._pcontext, agent._start_workers, agent._rendezvous = None, start, rendezvous
+places = {"global_rank": 0, "world_size": 2, "role_rank": 0, "role_world_size": 2}
+group = agent._worker_group = types.SimpleNamespace(
+    store=None, group_rank=0, group_world_size=1, spec=types.SimpleNamespace(local_world_size=2),
+    workers=[types.SimpleNamespace(local_rank=rank, **places) for rank in (0, 1)])
+SimpleElasticAgent._initialize_workers(agent, group)
+print(alive(), workers.given)
+for made in contexts:
+    made.close(signal.SIGKILL)
+"""
+    assert fresh(code) == "[0, 2] 1"
 
 
 def test_an_agent_says_what_the_simulated_one_says() -> None:

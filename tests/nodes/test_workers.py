@@ -103,6 +103,7 @@ def test_a_part_of_a_step_that_takes_far_longer_than_any_before_hangs(
     until(lambda: 0 in workers._beats)
     assert beats(step=41, busy=LEAST_SECONDS - 1, usual=0.1) == {}
     assert beats(step=41, busy=TIMES * 9 - 1, usual=9.0) == {}
+    assert beats(step=1, busy=10 * LEAST_SECONDS, usual=0.0) == {}  # nothing to compare with yet
     assert beats(step=41, busy=LEAST_SECONDS + 1, usual=0.1) == {0: "its part of step 42 took 21 s, before 0.1 s"}
 
 
