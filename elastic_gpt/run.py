@@ -29,6 +29,7 @@ from elastic_gpt.contract import (
     FAILED,
     RESTART_ME,
     RUN_FORMAT_VERSION,
+    WORLDS,
 )
 from elastic_gpt.identity import Run
 from elastic_gpt.ledger import Ledger
@@ -50,7 +51,7 @@ from prepare.tokens import DataError
 def exits(run_dir: Path) -> Iterator[None]:
     """Tells an error in one line, and ends this process with the exit code (contract.py) that its agent knows.
 
-    After 1 and 3 an agent tries again. Without an agent, 3 becomes 1.
+    After 1 and 3 an agent tries again, after 1 only a few times. Without an agent, 3 becomes 1.
     """
     agent = "TORCHELASTIC_RUN_ID" in os.environ
     try:
@@ -63,8 +64,10 @@ def exits(run_dir: Path) -> Iterator[None]:
         print(f"warning: {text}" if isinstance(error, NotJoined) else text, file=sys.stderr, flush=True)
         if isinstance(error, NotJoined):
             time.sleep(NETWORK_SECONDS)
+        # Without a socket to the agent this process ends at each such try, so the agent has to count them (`Worlds` does else).
+        counts = isinstance(error, NotJoined) and WORLDS not in os.environ
         # At once, since a process group with a dead member cannot be torn down properly.
-        os._exit(RESTART_ME if agent else FAILED)
+        os._exit(RESTART_ME if agent and not counts else FAILED)
     except Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # The agent tries until an outage is over. A store that never answered counts as a crash, and crashes are limited.

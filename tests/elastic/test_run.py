@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from elastic_gpt import Elastic
+from elastic_gpt.contract import FAILED, RESTART_ME, WORLDS
 from elastic_gpt.ledger import Ledger, read_metrics
 from elastic_gpt.testing import assert_elastic
 from tests.conftest import PATIENCE, elastic_gpt, environment
@@ -134,3 +135,26 @@ for step in Elastic(sys.argv[1], model, torch.optim.SGD(model.parameters()), dat
     )
     assert done.returncode == 1
     assert "step.update() was not called" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "socket", "expected"),
+    [
+        ("PeerLost", False, RESTART_ME),
+        ("NotJoined", False, FAILED),  # it would be tried a thousand times
+        ("NotJoined", True, RESTART_ME),  # `Worlds` has counted
+    ],
+)
+def test_where_each_try_to_form_a_world_ends_a_worker_its_agent_counts_them(
+    error: str, socket: bool, expected: int, tmp_path: Path
+) -> None:
+    code = f"""
+from pathlib import Path
+from elastic_gpt import run, world
+run.NETWORK_SECONDS = 0.0
+with run.exits(Path({str(tmp_path)!r})):
+    raise world.{error}("lost")
+"""
+    variables = environment(TORCHELASTIC_RUN_ID="run") | ({WORLDS: "socket"} if socket else {})
+    done = subprocess.run([sys.executable, "-c", code], timeout=PATIENCE, env=variables, check=False)
+    assert done.returncode == expected
