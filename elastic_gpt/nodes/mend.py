@@ -380,9 +380,10 @@ def keep_the_living(workers: Workers, lease: list[Lease]) -> None:
     def start(agent: Any, group: Any, *, in_world: bool = False) -> None:
         if not all_live(agent):
             workers.forget()
-            for held in [] if in_world else lease:
-                held.pause()
-            group.store, group.master_addr, group.master_port = group.store or workers, "", 0  # not known yet
+            if not in_world:
+                for held in lease:
+                    held.pause()
+                group.store, group.master_addr, group.master_port = group.store or workers, "", 0  # not known yet
             if agent._pcontext:  # the living of this node, which nothing would end any more, nor give a world
                 agent._pcontext.close(signal.SIGKILL)
             agent._start_workers(group)

@@ -342,3 +342,48 @@ def test_ctrl_c_in_the_middle_of_a_change_loses_no_more_than_the_kill_did(data: 
     restored = events(run, "restored")[-1]
     assert restored["step"] >= reached - 10  # the snapshots outlived their nodes
     assert [line["step"] for line in metrics(run)] == list(range(1, reached + 21))
+
+
+@pytest.mark.slow
+def test_a_survivor_keeps_its_process_while_no_master_answers_and_saves_where_it_is_asked_to_leave(
+    data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", *ENDLESS, "--data.dir", str(data), "--run-dir", str(run)]
+    lines: list[str] = []
+    with LocalJob(arguments, least=1, most=2, threads=1, say=lines.append) as job:
+        job.add_node()
+        job.add_node()
+        wait(job, lambda: any(event["world_size"] == 2 for event in events(run, "joined")) and len(metrics(run)) >= 50)
+        survivor = job.workers_of(0)
+        job.kill_master()
+        job.kill(1)
+        wait(job, lambda: any("no master answers" in line for line in lines))  # ten tries: 50 s
+        job.start_master()
+        reached = len(metrics(run))
+        wait(job, lambda: len(metrics(run)) > reached + 10)
+        assert job.workers_of(0) == survivor
+        job.kill_master()
+        job.terminate(0)
+        until(lambda: not job.running())
+        assert job.nodes[0].returncode == 0
+    assert events(run, "restored")[-1]["dropped"] == 0
+    assert events(run, "saved")[-1]["step"] == metrics(run)[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_while_its_node_waits_for_others_leaves_no_other_behind(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", *ENDLESS, "--data.dir", str(data), "--run-dir", str(run)]
+    lines: list[str] = []
+    with LocalJob(arguments, least=2, most=2, workers=2, threads=1, say=lines.append) as job:
+        node = job.add_node()
+        wait(job, lambda: "attempts to join" in job.log(node).read_text())
+        old = job.workers_of(node)
+        os.kill(old[1], signal.SIGKILL)
+        job.add_node()
+        wait(job, lambda: len(metrics(run)) >= 10)
+        now = job.workers_of(node)
+    assert len(old) == len(now) == 2
+    assert not set(old) & set(now)
+    assert not any("could not join" in line for line in lines), lines

@@ -188,7 +188,9 @@ except RuntimeError:
     assert fresh(code) == "['SIGUSR1', 'SIGTERM'] [1]"
 
 
-def test_the_living_worker_of_a_node_ends_when_one_beside_it_dies_before_there_is_a_world() -> None:
+def test_where_a_worker_dies_before_there_is_a_world_the_living_beside_it_ends_and_the_next_ones_get_that_world() -> (
+    None
+):
     code = """
 import os, signal, types
 from elastic_gpt.nodes import mend
@@ -196,7 +198,6 @@ from dlrover.python.elastic_agent.torch import training
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 class Workers:
-    given = 0
     def waiting(self):
         return {0, 1}
     def hung(self):
@@ -204,7 +205,7 @@ class Workers:
     def forget(self):
         pass
     def give(self, worlds):
-        self.given += 1
+        self.given = sorted((rank, world["MASTER_ADDR"], world["MASTER_PORT"]) for rank, world in worlds.items())
 contexts = []
 def start(group):
     agent._pcontext = start_processes("worker", "sleep", dict.fromkeys((0, 1), ("60",)), {0: {}, 1: {}}, DefaultLogsSpecs())
@@ -213,6 +214,7 @@ def rendezvous(group):
     one = agent._pcontext.subprocess_handlers[1].proc
     one.kill()
     one.wait()
+    group.store, group.master_addr, group.master_port = "store", "host", 7
 def alive():
     return [sum(one.proc.poll() is None for one in made.subprocess_handlers.values()) for made in contexts]
 workers = Workers()
@@ -228,7 +230,7 @@ print(alive(), workers.given)
 for made in contexts:
     made.close(signal.SIGKILL)
 """
-    assert fresh(code) == "[0, 2] 1"
+    assert fresh(code) == "[0, 2] [(0, 'host', '7'), (1, 'host', '7')]"
 
 
 def test_an_agent_says_what_the_simulated_one_says() -> None:
