@@ -354,7 +354,7 @@ def test_a_survivor_keeps_its_process_while_no_master_answers_and_saves_where_it
     with LocalJob(arguments, least=1, most=2, threads=1, say=lines.append) as job:
         job.add_node()
         job.add_node()
-        wait(job, lambda: any(event["world_size"] == 2 for event in events(run, "joined")) and len(metrics(run)) >= 50)
+        wait(job, lambda: len(metrics(run)) >= 50 and any(event["world_size"] == 2 for event in events(run, "joined")))
         survivor = job.workers_of(0)
         job.kill_master()
         job.kill(1)
