@@ -1,12 +1,11 @@
 """`elastic-gpt COMMAND`: opens each room's door, nothing else."""
 
-import difflib
 import importlib
 import sys
 from importlib.metadata import version
 
 from elastic_gpt.huge_pages import start_over_with_huge_pages
-from prepare.frontdoor import DONE, USERS_MISTAKE, command
+from prepare.frontdoor import DONE, USERS_MISTAKE, command, hint
 
 COMMANDS = {
     "prepare": ("prepare.prepare", "text files to token files: train.bin, val.bin, meta.json"),
@@ -49,9 +48,8 @@ def main() -> int:
         print(f"elastic-gpt {version('elastic-gpt')}")
         return DONE
     if arguments[0] not in COMMANDS:
-        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        cure = f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(COMMANDS)}"
-        raise ValueError(f"no command '{arguments[0]}': {cure}")
+        cure = hint(arguments[0], tuple(COMMANDS)) or f": choose from {', '.join(COMMANDS)}"
+        raise ValueError(f"no command '{arguments[0]}'{cure}")
     if arguments[0] in ("train", "run"):
         start_over_with_huge_pages()
     room = importlib.import_module(COMMANDS[arguments[0]][0])

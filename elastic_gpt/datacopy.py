@@ -21,7 +21,7 @@ import numpy as np
 
 from elastic_gpt.storage import as_os_error, open_url
 from prepare.progress import Meter, phase
-from prepare.tokens import META, DataError, Meta, read_meta
+from prepare.tokens import META, DataError, Meta, read_meta, user_cache
 
 TRIES = 100  # to be alone with a copy, 0.05 s each on average: others may come at the same moment
 PIECE = 16 << 20  # bytes of one request: as much as a kill can cost
@@ -30,7 +30,7 @@ _held: list[IO[bytes]] = []  # locks of the copies that this process uses, held 
 
 def cache_folder() -> Path:
     """The folder for copies, unless `data.cache` names another."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic-gpt" / "data"
+    return user_cache() / "data"
 
 
 def local_copy(url: str, cache: Path, most_bytes: int) -> Path:

@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import types
@@ -42,7 +43,17 @@ EXTRAS = {
     "s3fs": "s3",
     "torchft": "torchft",
 }
-"""Package to the extra that installs it, as in `pip install 'elastic-gpt[train]'`."""
+"""Package to the extra that installs it."""
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra. From a checkout, for nothing is released yet; if it can be told, from this one."""
+    if (CHECKOUT / "pyproject.toml").exists():  # this is imported from it, as after `pip install -e`
+        return f"pip install -e {shlex.quote(f'{CHECKOUT}[{extra}]')}"
+    return f"pip install '.[{extra}]', in a checkout of ElasticGPT"
+
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the user's share of it
 
@@ -124,7 +135,7 @@ def _told(error: Exception) -> tuple[int, str]:
     """The exit code for an error, and the line that a person is told."""
     text = " ".join(line.strip() for line in str(error).splitlines())  # spaces in a printed command stay
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
-        return USERS_MISTAKE, f"no package {package}: pip install 'elastic-gpt[{EXTRAS[package]}]'"
+        return USERS_MISTAKE, f"no package {package}: {install(EXTRAS[package])}"
     if isinstance(error, ValueError) and not isinstance(error, OSError) and text:  # our own errors are of this kind
         return (FAILED if _may_pass(error.__cause__) else USERS_MISTAKE), text
     if isinstance(error, OSError) and error.strerror:

@@ -35,6 +35,7 @@ from prepare.tokens import (
     blocks,
     document_lengths,
     open_ids,
+    user_cache,
 )
 
 HEADER_BYTES = 256 * 4
@@ -220,7 +221,7 @@ def _scanned(path: Path, eot_id: int | None) -> _Scan:
 
 @functools.cache
 def _scan_or_recall(path: Path, eot_id: int | None, name: str) -> _Scan:
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elastic-gpt" / f"{name}.json"
+    cached = user_cache() / f"{name}.json"
     try:
         return _Scan(**json.loads(cached.read_text()))
     except (OSError, ValueError, TypeError):

@@ -4,7 +4,6 @@ An object store renames nothing, so meta.json goes last: where it is, the other 
 """
 
 import hashlib
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,14 @@ from typing import Any
 from prepare.progress import Phase
 from prepare.sources import Say
 from prepare.streams import TransferError, store_of, unreachable
-from prepare.tokens import META, UNFINISHED, Meta
+from prepare.tokens import META, UNFINISHED, Meta, user_cache
 
 LOOK_SECONDS = 2.0
 
 
 def workplace(url: str) -> Path:
     """The folder of this machine in which the data of `url` are made: the same after a kill, so that they go on."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "elastic-gpt" / "prepared" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    return user_cache() / "prepared" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def put(folder: Path, url: str, meta: Meta, phase: Phase) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from prepare.formats import JSON
+from prepare.frontdoor import install
 from prepare.marks import BOM, Marks, without_marks
 from prepare.streams import TransferError
 from prepare.tokens import DataError
@@ -245,7 +246,7 @@ def parquet(file: IO[bytes], tally: Tally) -> Texts:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"{tally.name} needs pyarrow to be read: pip install 'elastic-gpt[parquet]'") from error
+        raise DataError(f"{tally.name} needs pyarrow to be read: {install('parquet')}") from error
     try:
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
         names = table.schema_arrow.names

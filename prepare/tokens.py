@@ -119,6 +119,11 @@ def own_version() -> str:
         return "unknown"
 
 
+def user_cache() -> Path:
+    """The folder for what can be made again: copies of data, fingerprints."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic-gpt"
+
+
 def dtype_for(vocab_size: int) -> str:
     """uint16 if every id below `vocab_size` fits it, else uint32."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"

@@ -151,9 +151,9 @@ examples:
   %(prog)s --against torchft --events 9     the same events for ElasticGPT and for others: what did each lose?
 
 --against runs the systems one after the other on this machine: the same model, data and kills, and some seconds of training
-between two events. torchrun restarts its workers from a file; dlrover is DLRover with its Flash Checkpoint; torchft (pip
-install 'elastic-gpt[torchft]') has replica groups that go on at the next step. Each was built for something else, and that is
-said below the tables: read it before you compare.
+between two events. torchrun restarts its workers from a file; dlrover is DLRover with its Flash Checkpoint; torchft (its
+extra: pip install '.[torchft]' in a checkout) has replica groups that go on at the next step. Each was built for something
+else, and that is said below the tables: read it before you compare.
 """
 
 

@@ -18,7 +18,7 @@ BUCKET = "oci://<bucket>@<namespace>"
 SHAPES = {0: "VM.Standard.E4.Flex", 1: "VM.GPU.A10.1", 2: "VM.GPU.A10.2", 4: "BM.GPU.A10.4"}  # by GPUs
 # Fields of JobSpec that only DLRover or Kubernetes can heed.
 KUBERNETES = (
-    *("namespace", "pull_secret", "oom_restarts", "network_check", "node_selector", "env_secret"),
+    *("namespace", "pull_secret", "max_nodes", "oom_restarts", "network_check", "node_selector", "env_secret"),
     *("volume", "volume_size", "access_mode", "storage_class"),
 )
 REPOSITORY = "https://<host>/<you>/elastic-gpt.git"
@@ -51,7 +51,6 @@ def environment(spec: JobSpec) -> dict[str, str]:
     return {
         "PROCESSES": str(spec.workers),
         "NODES": f"{spec.min_nodes}:{spec.nodes}",
-        "RUN_ID": spec.name,
         **({"PREPARE": shlex.join(prepare)} if spec.prepares else {}),
     } | dict(spec.env)
 

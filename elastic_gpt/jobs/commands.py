@@ -1,7 +1,6 @@
 """`elastic-gpt job ACTION`: a training job on Kubernetes, from a laptop without torch."""
 
 import dataclasses
-import difflib
 import importlib
 import shlex
 import sys
@@ -13,12 +12,12 @@ from elastic_gpt.jobs import ads, jobset, manifest, trainjob, vertex
 from elastic_gpt.jobs.render import to_yaml
 from elastic_gpt.jobs.spec import WORKSPACE, JobSpec, presets, read_texts
 from elastic_gpt.settings import field_help
-from prepare.frontdoor import BooleanOptionalAction, Namespace, Parser, command, fail
+from prepare.frontdoor import BooleanOptionalAction, Namespace, Parser, command, fail, hint
 
 EXAMPLES = """\
 a first job, on GPUs:
   elastic-gpt job doctor                                       what the cluster lacks
-  elastic-gpt job submit mygpt --image REGISTRY/elastic-gpt:0.1.0 -- --steps 1000
+  elastic-gpt job submit mygpt --image REGISTRY/elastic-gpt:0.1.0 -- --steps 1000 --optimizer.warmup-steps 100
   elastic-gpt job watch mygpt
   elastic-gpt job scale mygpt --nodes 3
   elastic-gpt job prompt mygpt
@@ -90,12 +89,10 @@ def _parser(prog: str) -> Parser:
             "--timeout", type=float, default=seconds, metavar="S", help="exit code 124 then (default: %(default)s)"
         )
 
-    def only(parser: Parser) -> None:
+    def only(parser: Parser, forms: Sequence[str]) -> None:
+        parts = "; ".join(f"{form}: {', '.join(FORMS[form][0])}" for form in forms)
         parser.add_argument(
-            "--only",
-            default="",
-            metavar="PART,...",
-            help=f"of: {', '.join(manifest.PARTS)} (default: all but the last three)",
+            "--only", default="", metavar="PART,...", help=f"{parts} (default: those that make up a job)"
         )
 
     def run_as(parser: Parser) -> None:
@@ -105,13 +102,13 @@ def _parser(prog: str) -> Parser:
 
     # --- making a job
     render = action("render", cluster=False, spec=True)
-    only(render)
+    only(render, tuple(FORMS))
     render.add_argument(
         "--as", dest="form", choices=FORMS, default="elasticjob", help="which kind of manifest (default: %(default)s)"
     )
     submit = action("submit", spec=True)
     run_as(submit)
-    only(submit)
+    only(submit, LIVING)
     submit.add_argument(
         "--dry-run", choices=["client", "server"], help="client: only show; server: let it check, keep nothing"
     )
@@ -226,7 +223,11 @@ def _check_training(spec: JobSpec) -> None:
         "model_zoo.nanogpt.config"
     )  # imported by name, as in cli.py: this package must not depend on model_zoo
     words = [spec.used_preset, *spec.arguments]
-    settings.parse(config.TrainConfig, words, presets=presets(), prog="elastic-gpt train", environment=dict(spec.env))
+    checked = settings.parse(
+        config.TrainConfig, words, presets=presets(), prog="elastic-gpt train", environment=dict(spec.env)
+    )
+    for note in checked.notes():
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _pairs(flag: str, words: list[str]) -> tuple[tuple[str, str], ...]:
@@ -241,9 +242,8 @@ def _parts(args: Namespace) -> tuple[str, ...]:
     parts = tuple(args.only.split(",")) if args.only else usual
     for part in parts:
         if part not in known:
-            near = difflib.get_close_matches(part, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
-            raise ValueError(f"--only {part}: {hint}")
+            cure = hint(part, tuple(known)) or f": choose from {', '.join(known)}"
+            raise ValueError(f"--only {part}{cure}")
     return parts
 
 
@@ -264,11 +264,8 @@ def _show(args: Namespace, spec: JobSpec) -> int:
 
 def _with_cluster(args: Namespace, trailing: tuple[str, ...]) -> int:
     # The kubernetes package takes half a second to import, and --help and render do not need it.
-    try:
-        from elastic_gpt.jobs import actions, doctor, logs, prompt, serve, trainjob_actions, watch
-        from elastic_gpt.jobs.client import Cluster
-    except ModuleNotFoundError as error:
-        raise ValueError(f"no package {error.name}: pip install 'elastic-gpt[kubernetes]'") from error
+    from elastic_gpt.jobs import actions, doctor, logs, prompt, serve, trainjob_actions, watch
+    from elastic_gpt.jobs.client import Cluster
 
     cluster = Cluster.connect(
         kubeconfig=args.kubeconfig, context=args.context, namespace=args.namespace, default=JobSpec().namespace

@@ -31,17 +31,28 @@ ONE = (
 # The rights that the commands need: verb, kind, subresource, and which commands need it.
 RIGHTS = (
     ("list", "ElasticJob", "", "list, status, watch"),
+    ("get", "ElasticJob", "", "every command"),
     ("create", "ElasticJob", "", "submit"),
     ("patch", "ElasticJob", "", "scale, suspend, resume"),
     ("delete", "ElasticJob", "", "delete"),
     ("list", "Pod", "", "status, watch, wait"),
+    ("get", "Pod", "", "prompt, logs"),
     ("get", "Pod", "log", "logs, and step and loss in watch"),
     ("create", "Pod", "", "prompt"),
     ("create", "Pod", "attach", "prompt"),
+    ("delete", "Pod", "", "prompt, suspend, delete"),
     ("list", "Event", "", "watch"),
-    ("create", "Job", "", "submit"),
+    *((verb, "Job", "", use) for verb, use in (("get", "submit"), ("create", "submit"), ("delete", "delete"))),
     ("create", "PersistentVolumeClaim", "", "submit"),
-    ("create", "Role", "", "submit"),
+    ("delete", "PersistentVolumeClaim", "", "delete --volume"),
+    *((verb, "ConfigMap", "", "submit --text") for verb in ("get", "create", "patch")),
+    ("delete", "ConfigMap", "", "delete"),
+    ("create", "ServiceAccount", "", "submit"),
+    *((verb, kind, "", "submit") for kind in ("Role", "RoleBinding") for verb in ("get", "create")),
+    ("patch", "Role", "", "submit"),
+    *((verb, kind, "", "serve") for kind in ("Deployment", "Service") for verb in ("create", "patch")),
+    ("get", "Deployment", "", "serve"),
+    *(("delete", kind, "", "delete") for kind in ("Deployment", "Service")),
 )
 
 

@@ -48,4 +48,4 @@ PARTS: dict[str, Callable[[JobSpec], list[Tree]]] = {
     "job": jobset,
     "prompt": manifest.prompt,
 }
-JOB_PARTS = ("volume", "text", "prepare", "job")
+JOB_PARTS = ("namespace", "volume", "text", "prepare", "job")

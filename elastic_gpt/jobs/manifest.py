@@ -184,7 +184,7 @@ def _master(spec: JobSpec) -> Tree:
 
 
 def _worker(spec: JobSpec) -> Tree:
-    args = ["elastic-gpt", "launch", f"--nnodes={spec.min_nodes}:{spec.max_nodes}", f"--nproc={spec.workers}"]
+    args = ["elastic-gpt", "launch", f"--nnodes={spec.min_nodes}:{spec.used_max_nodes}", f"--nproc={spec.workers}"]
     args += ["--network-check"] if spec.network_check else []
     args += ["--", "train", *spec.training]
     mounts = [*_workspace_mounts(spec), _mount("snapshots", "/dev/shm")]

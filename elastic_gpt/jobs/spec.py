@@ -50,8 +50,8 @@ class JobSpec:
     """Nodes to start with; `job scale` changes it."""
     min_nodes: int = 1
     """Fewest nodes; with fewer, training waits."""
-    max_nodes: int = 4
-    """Most nodes; fixed for the life of the job."""
+    max_nodes: int = 0
+    """Most nodes; fixed for the life of the job. 0: 4, or --nodes if that is more."""
     gpus: int = 1
     """GPUs per node, with one worker for each. 0: one worker on CPUs."""
     cpus: int = 0
@@ -101,13 +101,13 @@ class JobSpec:
                 raise SettingsError(
                     f"{what} '{name}': take small letters, digits and dashes, a letter first, at most {longest} of them"
                 )
-        if not 1 <= self.min_nodes <= self.max_nodes:
+        if not 1 <= self.min_nodes <= self.used_max_nodes:
             raise SettingsError(
-                f"--min-nodes {self.min_nodes} and --max-nodes {self.max_nodes} are not a range: the least is 1"
+                f"--min-nodes {self.min_nodes} and --max-nodes {self.used_max_nodes} are not a range: the least is 1"
             )
-        if not self.min_nodes <= self.nodes <= self.max_nodes:
+        if not self.min_nodes <= self.nodes <= self.used_max_nodes:
             raise SettingsError(
-                f"--nodes {self.nodes} is outside {self.min_nodes} to {self.max_nodes}: change it,"
+                f"--nodes {self.nodes} is outside {self.min_nodes} to {self.used_max_nodes}: change it,"
                 " --min-nodes or --max-nodes"
             )
         for flag, number in (
@@ -151,6 +151,10 @@ class JobSpec:
         defaults = {field.name: field.default for field in fields(self)}
         if given := [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]:
             raise SettingsError(f"{', '.join(given)}: no effect {where}; leave {'them' if given[1:] else 'it'} out")
+
+    @property
+    def used_max_nodes(self) -> int:
+        return self.max_nodes or max(4, self.nodes)
 
     @property
     def used_preset(self) -> str:

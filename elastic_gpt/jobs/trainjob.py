@@ -33,7 +33,7 @@ def train_gpt(spec: JobSpec) -> list[Tree]:
 
     Raises SettingsError for what only DLRover can do.
     """
-    spec.refuse(("network_check", "oom_restarts"), "without DLRover")
+    spec.refuse(("max_nodes", "network_check", "oom_restarts"), "without DLRover")
     [job] = manifest.elasticjob(spec)
     pod = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]
     words = pod["containers"][0]["args"]
@@ -69,7 +69,7 @@ PARTS: dict[str, Callable[[JobSpec], list[Tree]]] = {
     "generative-prompt": generative_prompt,
 }
 """The parts in the order in which they are applied. The last one needs a trained model."""
-JOB_PARTS = ("volume", "text", "load-corpus", "train-gpt")
+JOB_PARTS = ("namespace", "volume", "text", "load-corpus", "train-gpt")
 
 
 STEPS = ("load-corpus", "train-gpt", "generative-prompt")

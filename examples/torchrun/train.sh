@@ -12,8 +12,15 @@ set -eu
 # Torch 2.13: a rank 0 that stays tells a node that joins no address of the next world, and both give up after a minute.
 # Without a shared store each world has an address of its own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+# By the id others know whose run directory it is: another job with the same one would not be refused. So it is the address of
+# the store, which no two jobs have; loopback is another place on each machine.
+case $RENDEZVOUS in
+    localhost:* | 127.*) job="$RENDEZVOUS@$(uname -n)" ;;
+    *) job=$RENDEZVOUS ;;
+esac
 exec torchrun \
     --nnodes="${NODES:-1:4}" --nproc-per-node="${PROCESSES:-1}" --max-restarts="${RESTARTS:-100}" \
-    --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RUN_ID:-elastic-gpt}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="${RUN_ID:-$job}" \
     --rdzv-conf=last_call_timeout=2,keep_alive_interval=2 \
     --no-python elastic-gpt train "$@"

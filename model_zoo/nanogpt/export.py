@@ -27,7 +27,7 @@ from prepare.convert import meta_pkl
 from prepare.frontdoor import DONE, Parser, command, writing
 from prepare.ranks import END_OF_TEXT
 from prepare.tokenizer import Characters, Tokenizer
-from prepare.tokens import FORMAT_VERSION, META, Meta, SplitRule
+from prepare.tokens import FORMAT_VERSION, META, Meta, SplitRule, dtype_for
 
 
 @command
@@ -181,7 +181,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Save the tokenizer as a run does: meta.json and the file that it names."""
     folder.mkdir()
     section = tokenizer.save(folder)
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype = dtype_for(tokenizer.vocab_size)
     rule = SplitRule("unknown", None, 0.0)
     meta = Meta(FORMAT_VERSION, dtype, tokenizer.vocab_size, section, tokenizer.eot_id, {}, [], rule, {})
     _write_json(folder / META, asdict(meta))

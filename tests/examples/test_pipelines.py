@@ -1,5 +1,7 @@
 """Kubeflow Pipelines: compiled, and run by kfp's own local runner, in an environment of kfp's own (it wants other versions)."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -14,9 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
+from elastic_gpt.jobs import commands
 from tests.conftest import PATIENCE, TINY, environment, metrics, python_with
 
 FOLDER = Path(__file__).parents[2] / "examples" / "pipelines"
+KUBEFLOW = FOLDER.parent / "kubeflow"
 KFP = "kfp==2.17.3"
 LOCAL = f"""
 import json, sys
@@ -80,8 +84,23 @@ def test_a_pipeline_compiles_and_its_steps_wait_for_what_they_need(python: Path,
     cached = {task: bool(body["cachingOptions"]) for task, body in tree["root"]["dag"]["tasks"].items()}
     assert cached == {task: task not in ("deploy",) and name != "gpt_trainjobs" for task in STEPS[name]}
     parameters = tree["root"]["inputDefinitions"]["parameters"]
+    if name == "gpt_trainjobs":
+        assert_the_toy(parameters["options"]["defaultValue"])
     assert {given for given, how in parameters.items() if not how.get("isOptional")} == REQUIRED[name]
     assert artifacts == (set() if name == "gpt_trainjobs" else {"system.Dataset", "system.Model", "system.Metrics"})
+
+
+def assert_the_toy(options: list[str]) -> None:
+    """As they come, the TrainJobs are those of examples/kubeflow/, which fit its volume."""
+    for step in ("load-corpus", "train-gpt", "generative-prompt"):
+        rendered = io.StringIO()
+        with contextlib.redirect_stdout(rendered):
+            assert commands.main(["render", "--as=trainjob", f"--only={step}", *options]) == 0
+        text = rendered.getvalue().replace("registry/mine:1", "elastic-gpt:0.1.0-cpu")
+        wanted = (KUBEFLOW / f"{step}.yaml").read_text()
+        if step == "load-corpus":  # that has a text from the web, and here it is the sample
+            text, wanted = (re.sub(r"- (--sample|https:.*)", "- TEXT", one) for one in (text, wanted))
+        assert list(yaml.safe_load_all(text)) == list(yaml.safe_load_all(wanted))
 
 
 def test_text_becomes_a_model_that_is_measured_and_exported(python: Path, tmp_path: Path) -> None:

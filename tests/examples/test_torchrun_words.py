@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from elastic_gpt import claim
+
 FOLDER = Path(__file__).parents[2] / "examples" / "torchrun"
 NEEDED = (
     "nnodes",
@@ -62,6 +64,28 @@ def test_torchrun_takes_every_word_and_a_misspelt_or_missing_one_is_caught(
         assert wrong(missing), name
         assert wrong([re.sub(rf"^--{name}(?==|$)", f"--{name}x", word) for word in words.split()]), name
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("more", "token"),
+    [
+        ({"RENDEZVOUS": "node-0:29500"}, "node-0:29500"),
+        ({"RENDEZVOUS": "node-7"}, "node-7"),
+        ({"RENDEZVOUS": "127.0.0.1:29500"}, f"127.0.0.1:29500@{os.uname().nodename}"),
+        ({"RENDEZVOUS": "localhost:29500"}, f"localhost:29500@{os.uname().nodename}"),
+        ({"RENDEZVOUS": "node-0:29500", "RUN_ID": "slurm-7"}, "slurm-7"),
+    ],
+)
+def test_two_jobs_have_two_tokens_so_the_second_one_on_a_run_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, str], token: str
+) -> None:
+    code, [called], _ = calls(FOLDER / "train.sh", tmp_path, ["debug_cpu"], **more)
+    assert code == 0
+    [given] = re.findall(r"--rdzv-id=(\S+)", called)
+    monkeypatch.delenv("JOB_UID", raising=False)
+    monkeypatch.delenv("DLROVER_MASTER_ADDR", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", given)  # as torchrun does for its workers
+    assert claim.job.__wrapped__() == token
 
 
 def test_a_node_without_its_rendezvous_says_so(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from elastic_gpt import jobs
 from elastic_gpt.jobs import commands
@@ -105,6 +106,45 @@ def test_settings_that_training_would_refuse_are_refused_before_anything_is_made
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["submit", "--dry-run=client"], ["render"]])
+def test_a_setting_without_the_effect_that_one_expects_is_told(words: list[str], capsys: Output) -> None:
+    assert commands.main([*words, "mine", "--", "--steps=1000"]) == 0
+    assert capsys.readouterr().err == (
+        "note: optimizer.warmup_steps 2000 is not over after 1000 steps: the learning rate does not reach 0.0006\n"
+    )
+    assert commands.main([*words, "mine", "--", "--steps=1000", "--optimizer.warmup-steps=100"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_job_of_many_nodes_has_room_for_them_in_every_form(capsys: Output) -> None:
+    for form in commands.FORMS:
+        assert commands.main(["render", "mine", f"--as={form}", "--nodes=9"]) == 0
+    assert commands.main(["render", "mine", "--nodes=9", "--only=job"]) == 0
+    assert "--nnodes=1:9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", [form for form in commands.FORMS if form != "elasticjob"])
+@pytest.mark.parametrize("most", ["4", "9"])
+def test_most_nodes_are_refused_where_they_have_no_effect(form: str, most: str, capsys: Output) -> None:
+    assert commands.main(["render", "mine", f"--as={form}", f"--max-nodes={most}"]) == 2
+    assert "--max-nodes: no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("action", "forms"), [("render", tuple(commands.FORMS)), ("submit", commands.LIVING)])
+def test_the_parts_of_each_form_are_told(action: str, forms: tuple[str, ...], capsys: Output) -> None:
+    with pytest.raises(SystemExit):
+        commands.main([action, "--help"])
+    shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    for form in forms:
+        assert f"{form}: {', '.join(commands.FORMS[form][0])}" in shown
+
+
+@pytest.mark.parametrize("form", ["elasticjob", "trainjob", "jobset"])
+def test_a_job_brings_its_namespace(form: str, capsys: Output) -> None:
+    assert commands.main(["render", "mine", f"--as={form}", "--namespace=mine"]) == 0
+    assert next(yaml.safe_load_all(capsys.readouterr().out))["kind"] == "Namespace"
 
 
 def stub_that_is_never_asked(folder: Path) -> Path:

@@ -1,14 +1,16 @@
 """doctor.py: what the doctor finds, and the command that helps."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from elastic_gpt.jobs.doctor import allocatable_gpus, offers_many
+from elastic_gpt.jobs.client import KINDS
+from elastic_gpt.jobs.doctor import RIGHTS, allocatable_gpus, offers_many
 from elastic_gpt.jobs.manifest import manifests
 from elastic_gpt.jobs.spec import JobSpec
-from tests.jobs.cluster import StubCluster
+from tests.jobs.cluster import PATH, RESOURCES, StubCluster
 
 Job = Callable[..., int]
 Output = pytest.CaptureFixture[str]
@@ -86,12 +88,48 @@ def test_rights_that_lack_are_named_with_what_they_are_for(stub: StubCluster, jo
     healthy(stub)
     stub.forbidden = {"Job"}
     assert job("doctor") == 1
-    assert "in namespace training you may not create jobs (for submit)" in found(capsys.readouterr().out, "your rights")
+    assert "in namespace training you may not get jobs (for submit); create jobs (for submit); " in found(
+        capsys.readouterr().out, "your rights"
+    )
+
+
+VERBS = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}
+
+
+def test_the_rights_are_those_that_the_commands_use(stub: StubCluster, job: Job, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    for said in ("one", "two"):
+        text.write_text(said)
+        stub.objects = {key: tree for key, tree in stub.objects.items() if key[0] not in ("ElasticJob", "Job")}
+        assert job("submit", "mine", "--text", text) == 0
+    role = stub.get("Role", "elastic-gpt-master")
+    assert role
+    role["rules"] = []
+    assert job("submit", "mine", "--text", text) == 0  # the same again, but for what somebody has changed
+    stub.worker("mine", 0)
+    prompt = stub.pod("mine-prompt", {}, "Succeeded")
+    assert job("prompt", "mine", "--timeout", 0) == 124
+    stub.add(prompt)
+    for words in (
+        *(["status", "mine"], ["list"], ["logs", "mine"], ["scale", "mine", "--nodes", 1, "--no-wait"]),
+        *(["suspend", "mine", "--no-wait"], ["resume", "mine", "--no-wait"]),
+        *(["serve", "mine", "--no-wait"], ["serve", "mine", "--no-wait"]),
+        ["delete", "mine", "--volume"],
+    ):
+        assert job(*words) == 0, words
+    used = set()
+    for method, path in stub.requests:
+        if (match := PATH.fullmatch(path)) and KINDS[kind := RESOURCES[match["res"]]][2] and match["ns"]:
+            verb = VERBS.get(method, "get" if match["name"] else "list")
+            used.add((verb, kind, "log" if match["log"] else ""))
+    named = {one[:3] for one in RIGHTS}
+    assert used - named == set()
+    assert named - used == {("create", "Pod", "attach"), ("get", "Deployment", "")}  # a terminal, and a wait
 
 
 def test_what_may_not_be_read_is_unknown_not_missing(stub: StubCluster, job: Job, capsys: Output) -> None:
     healthy(stub)
-    stub.forbidden = {"Node", "StorageClass", "Deployment"}
+    stub.forbidden = {"Node", "StorageClass", "CustomResourceDefinition"}
     assert job("doctor") == 0
     assert capsys.readouterr().out.count("unknown  ") >= 3
 

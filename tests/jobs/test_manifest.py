@@ -49,7 +49,7 @@ def test_every_job_has_its_names_its_range_and_its_memory(spec: JobSpec) -> None
     keys = [(tree["kind"], tree["metadata"]["name"]) for tree in trees]
     assert len(keys) == len(set(keys))
     [job] = [tree for tree in trees if tree["kind"] == "ElasticJob"]
-    assert job_range(job) == (spec.min_nodes, spec.max_nodes)
+    assert job_range(job) == (spec.min_nodes, spec.used_max_nodes)
     assert job_state(job, []).wanted == spec.nodes
     assert job["metadata"]["labels"] == {JOB_LABEL: spec.name}
     pod = job["spec"]["replicaSpecs"]["worker"]["template"]["spec"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prepare.frontdoor import DONE, FAILED, TRACEBACK, USERS_MISTAKE, Parser, command, number, whole, writing
+from prepare.frontdoor import DONE, FAILED, TRACEBACK, USERS_MISTAKE, Parser, command, install, number, whole, writing
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def no_traceback_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             ModuleNotFoundError("No module", name="torch.nn"),
             2,
-            "error: no package torch: pip install 'elastic-gpt[train]'",
+            f"error: no package torch: {install('train')}",
         ),
         (
             RecursionError("deep"),

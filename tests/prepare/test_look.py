@@ -11,6 +11,7 @@ import pytest
 
 from prepare import look
 from prepare.data import open_split
+from prepare.frontdoor import install
 from prepare.look import main
 from prepare.prepare import main as prepare
 from prepare.tokens import META
@@ -168,7 +169,7 @@ def test_a_histogram_without_documents_or_matplotlib_is_an_error_in_one_line(
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert main([str(folder), "--histogram", str(tmp_path / "x.png")]) == 2
-    assert "pip install 'elastic-gpt[plot]'" in capsys.readouterr().err
+    assert install("plot") in capsys.readouterr().err
 
 
 @pytest.mark.slow
