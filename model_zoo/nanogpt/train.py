@@ -53,8 +53,8 @@ from prepare.tokens import DataError, Meta
 def main(argv: Sequence[str] | None = None, prog: str = "elastic-gpt train") -> int:
     """Parse settings and train.
 
-    Returns the exit codes of all commands. Under an agent also 3 and 4 (contract.py); after 1, 3
-    and 4 it tries again.
+    Returns the exit codes of all commands. Under an agent also 3, after which it is started again as
+    after 1, and 4, which ends its node (contract.py).
     """
     try:
         config, meta = check(sys.argv[1:] if argv is None else argv, prog)

@@ -18,8 +18,10 @@ import pytest
 import yaml
 
 from elastic_gpt.jobs.manifest import GROUP, JOB_LABEL, MASTER_RULES, PARTS, manifests
+from elastic_gpt.jobs.model import using
 from elastic_gpt.jobs.render import to_yaml
 from elastic_gpt.jobs.spec import JobSpec
+from tests.conftest import TEST_DATA
 from tests.examples.schemas import (
     assert_first_line_renders,
     assert_whole,
@@ -32,7 +34,7 @@ from tests.examples.schemas import (
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "examples" / "elasticjob"
-CRD = REPO.parent / "shared" / "data" / "crds" / "elastic.iml.github.io_elasticjobs.yaml"
+CRD = TEST_DATA / "crds" / "elastic.iml.github.io_elasticjobs.yaml"
 KUBERNETES = "1.32"
 
 Tree = dict[str, Any]
@@ -67,6 +69,18 @@ DOCUMENTS = {f"{path}:{tree['kind']}": tree for path, trees in FILES.items() for
 DOCUMENTS |= {f"every option:{tree['kind']} {tree['metadata']['name']}": tree for tree in RENDERED}
 ELASTICJOBS = {where: tree for where, tree in DOCUMENTS.items() if tree["kind"] == "ElasticJob"}
 ELASTICJOB = ELASTICJOBS["elasticjob.yaml:ElasticJob"]
+
+
+def test_the_room_that_the_series_of_sizes_asks_for_is_enough() -> None:
+    [told] = re.findall(r"storage: (\d+)Gi", (FOLDER / "sizes" / "kustomization.yaml").read_text())
+    specs: list[JobSpec] = []
+    for where, tree in ELASTICJOBS.items():
+        if where.startswith("sizes/") or tree is ELASTICJOB:
+            using(tree, lambda spec: specs.append(spec) or [])
+    assert len(specs) == 5
+    assert {spec.given("steps") for spec in specs} == {"1000"}  # one checkpoint each, after the last step
+    least = sum(12 * spec.parameters for spec in specs) / 2**30
+    assert 20 < least < 0.9 * int(told)
 
 
 def as_pod(template: Tree) -> Tree:

@@ -15,7 +15,14 @@ from model_zoo.nanogpt.config import PRESETS, TrainConfig
 from prepare.frontdoor import Parser
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "docs/RUNBOOK.md", "examples/elasticjob/README.md")
+DOCUMENTS = {  # document to the fewest commands in its blocks, and in its sentences
+    "README.md": (10, 5),
+    "docs/RUNBOOK.md": (8, 5),
+    "examples/elasticjob/README.md": (12, 5),
+    "docs/ELSEWHERE.md": (9, 5),
+    "docs/LIBRARY.md": (2, 1),
+    "CONTRIBUTING.md": (2, 0),
+}
 PLACEHOLDERS = {"MIN:MAX": "2:4", "N": "2", "PRESET": "debug_cpu", "...": ""}
 
 
@@ -38,12 +45,13 @@ def nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
 def typed(document: str) -> list[str]:
     """The lines of commands in a document's blocks, without comments and what a shell does with their output."""
     found = []
-    for line in (ROOT / document).read_text().splitlines():
+    text = re.sub(r" *\\\n *", " ", (ROOT / document).read_text())
+    for line in text.splitlines():
         if re.match(r" *(?:\S*/|[A-Z_]+=\S+ |kubectl .* )?elastic-gpt [a-z]", line) and not re.match(
             r"\S+ \S.*`", line
         ):
-            command = re.sub(r"\s+# .*", "", line)
-            found += [part for part in re.split(r" && | \| ", command) if "elastic-gpt " in part]
+            command = re.sub(r"\s+#+ .*", "", line)
+            found += [part.partition(" > ")[0] for part in re.split(r" && | \| ", command) if "elastic-gpt " in part]
     return found
 
 
@@ -73,10 +81,10 @@ def check(command: str, folder: Path) -> None:
     importlib.import_module(COMMANDS[name][0]).main(words, prog=f"elastic-gpt {name}")
 
 
-@pytest.mark.parametrize(("document", "least"), list(zip(DOCUMENTS, (10, 8, 12), strict=True)))
-def test_every_command_that_a_document_tells_to_type_is_parsed(document: str, least: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_that_a_document_tells_to_type_is_parsed(document: str, tmp_path: Path) -> None:
     commands = typed(document)
-    assert len(commands) >= least
+    assert len(commands) >= DOCUMENTS[document][0]
     for command in commands:
         with pytest.raises(Parsed):
             check(command, tmp_path)
@@ -87,7 +95,7 @@ def test_every_command_that_a_document_mentions_is_there(
     document: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = mentioned(document)
-    assert len(commands) >= 5
+    assert len(commands) >= DOCUMENTS[document][1]
     for command in commands:
         _, name, *words = command.split()
         assert name in COMMANDS, command
@@ -121,7 +129,7 @@ def test_every_file_that_the_readme_names_is_there() -> None:
     assert missing == []
 
 
-def test_every_room_that_the_readme_lists_is_there() -> None:
+def test_the_readme_lists_every_room_and_each_is_there() -> None:
     text = (ROOT / "README.md").read_text()
     block = text.partition("## The house")[2].split("```")[1]
     folders: list[str] = []
@@ -133,5 +141,12 @@ def test_every_room_that_the_readme_lists_is_there() -> None:
         folders = folders[: len(found[1]) // 2]
         listed += ["".join([*folders, name]) for name in names]
         folders.append(names[0])
-    assert len(listed) >= 60
     assert [name for name in listed if not (ROOT / name).exists()] == []
+    rooms = [
+        path
+        for folder in ("prepare", "model_zoo/nanogpt", "elastic_gpt")
+        for path in ROOT.joinpath(folder).rglob("*.py")
+    ]
+    named = [str(path.relative_to(ROOT)) for path in rooms if path.name != "__init__.py"]
+    assert len(named) > 100
+    assert [name for name in named if name not in listed and not name.startswith("elastic_gpt/jobs/")] == []

@@ -15,7 +15,7 @@ import yaml
 
 from elastic_gpt.jobs.spec import JobSpec
 from elastic_gpt.jobs.trainjob import PARTS
-from tests.conftest import PATIENCE, TINY, assert_same_run, elastic_gpt, environment, metrics
+from tests.conftest import PATIENCE, TEST_DATA, TINY, assert_same_run, elastic_gpt, environment, metrics
 from tests.examples.schemas import (
     assert_first_line_renders,
     assert_whole,
@@ -30,7 +30,7 @@ from tests.examples.test_torchrun import free_port
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "examples" / "kubeflow"
-CRDS = REPO.parent / "shared" / "data" / "crds"
+CRDS = TEST_DATA / "crds"
 Tree = dict[str, Any]
 
 FILES = {path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(FOLDER.glob("*.yaml"))}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).parents[2].parent / "shared"
+from tests.conftest import TEST_DATA
 
 ENGLISH = "The quick brown fox doesn't jump over 12 lazy dogs. " * 40 + "\n"
 
@@ -13,10 +13,11 @@ ENGLISH = "The quick brown fox doesn't jump over 12 lazy dogs. " * 40 + "\n"
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """A folder of test data that is not part of the project; tests that need it are skipped without it."""
-    folder = SHARED / "data"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is absent: it holds Tiny Shakespeare and the reference ranks of GPT-2")
-    return folder
+    if not TEST_DATA.is_dir():
+        pytest.skip(
+            f"no {TEST_DATA}: TEST_DATA names a folder with tinyshakespeare.txt and gpt2.tiktoken (CONTRIBUTING.md)"
+        )
+    return TEST_DATA
 
 
 @pytest.fixture
