@@ -70,12 +70,14 @@ def check(command: str, folder: Path) -> None:
     if name == "train":
         (folder / "my_preset.yaml").write_text("seed: 7\n")
         words = [str(folder / word) if word == "my_preset.yaml" else word for word in words]
-        settings.parse(TrainConfig, words, presets=PRESETS, prog="elastic-gpt train", environment=variables)
+        config = settings.parse(TrainConfig, words, presets=PRESETS, prog="elastic-gpt train", environment=variables)
+        assert config.notes() == [], command
         raise Parsed
     trailing = words[words.index("--") + 1 :] if "--" in words else []
     if trailing:  # after `job submit NAME --` settings alone, after `launch --` the command whose they are
         with pytest.raises(Parsed):
-            check(" ".join(["elastic-gpt", *(["train", "debug_cpu"] if name == "job" else []), *trailing]), folder)
+            preset = "debug_cpu" if re.search(r"--gpus[ =]0", command) else "gpt2_124m"
+            check(" ".join(["elastic-gpt", *(["train", preset] if name == "job" else []), *trailing]), folder)
     if name == "job" and trailing:
         words = words[: words.index("--")]
     importlib.import_module(COMMANDS[name][0]).main(words, prog=f"elastic-gpt {name}")
