@@ -75,8 +75,8 @@ def check(command: str, folder: Path) -> None:
         raise Parsed
     trailing = words[words.index("--") + 1 :] if "--" in words else []
     if trailing:  # after `job submit NAME --` settings alone, after `launch --` the command whose they are
+        preset = "debug_cpu" if re.search(r"--gpus[ =]0", command) else "gpt2_124m"
         with pytest.raises(Parsed):
-            preset = "debug_cpu" if re.search(r"--gpus[ =]0", command) else "gpt2_124m"
             check(" ".join(["elastic-gpt", *(["train", preset] if name == "job" else []), *trailing]), folder)
     if name == "job" and trailing:
         words = words[: words.index("--")]

@@ -35,11 +35,12 @@ class Nodes:
         self.port = free_port()
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def add(self) -> subprocess.Popen[bytes]:
+    def add(self, **variables: str) -> subprocess.Popen[bytes]:
         more = {
             "RENDEZVOUS": f"127.0.0.1:{self.port}",
             "NODES": "1:2",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            **variables,
         }
         with (self.logs / f"node-{len(self.started)}.log").open("wb") as log:
             node = subprocess.Popen(
@@ -108,6 +109,21 @@ def test_a_node_is_killed_another_joins_and_the_run_is_the_same(data: Path, undi
         assert first.wait(PATIENCE) == 0, nodes.said()
     assert worlds(run) == [1, 2, 1]
     assert_same_run(run, undisturbed)
+
+
+def test_a_second_job_on_the_run_directory_is_refused(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*ARGUMENTS, "--data.dir", str(data), "--run-dir", str(run)]
+    other = tmp_path / "other"
+    other.mkdir()
+    with nodes_of(arguments, tmp_path) as job, nodes_of(arguments, other) as second:
+        first = job.add()
+        until(lambda: len(metrics(run)) >= 20, "the first job does not train")
+        worker = psutil.Process(first.pid).children(recursive=True)
+        for one in worker:
+            one.suspend()  # however fast it trains, it is not over before
+        assert second.add(RESTARTS="0").wait(PATIENCE) != 0
+        assert "is in use" in second.said()
 
 
 def test_the_node_with_torchruns_store_ends_the_others_and_the_same_command_goes_on(
