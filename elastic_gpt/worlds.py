@@ -558,9 +558,12 @@ class Worlds(abc.ABC):
         """This node's snapshots, on its first worker. If shared memory is too small, says so and goes on without."""
         if not world.first_of_node:
             return None
-        if self.snapshots and self.snapshots.folder.exists():  # else others took this node for one that has gone
+        if self.snapshots and self.snapshots.folder.exists():
             self.snapshots.begin_life(run.name, run.lives)
             return self.snapshots
+        if self.snapshots:  # others took this node for one that has gone
+            self.snapshots.wait()
+            self.snapshots.discard()
         try:
             folder, metrics = shared_memory() / run.run_id, self.plan.run_dir / METRICS
             # A mirror may be ahead of the store, with which the next life begins.
