@@ -186,7 +186,7 @@ def test_a_slow_peer_is_waited_for_when_the_members_change() -> None:
     assert run_world(3, meets_a_slow_peer) == [[3.0, 6.0, 9.0]] * 3
 
 
-def test_a_world_that_cannot_be_formed_is_told_and_has_an_exit_code_of_its_own(data: Path, tmp_path: Path) -> None:
+def test_a_world_that_cannot_be_formed_is_told_and_not_tried_without_end(data: Path, tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
@@ -202,7 +202,7 @@ def test_a_world_that_cannot_be_formed_is_told_and_has_an_exit_code_of_its_own(d
         for rank in (0, 1)
     ]
     told = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [3, 3]
+    assert [rank.returncode for rank in ranks] == [1, 1]  # which an agent tries again a few times only
     for number, text in enumerate(told):
         assert f"\nwarning: rank {number} of 2 could not join its peers: " in f"\n{text}"
 

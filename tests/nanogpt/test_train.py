@@ -1,5 +1,6 @@
 """train.py: alone and under torchrun, interrupted and resumed, it is always the same run."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -504,6 +505,20 @@ def strict(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture
+def _saves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk is, no checkpoint is left out because the one before is still being written."""
+    save = Checkpoints.save
+
+    def at_once(checkpoints: Checkpoints, *args: Any, **more: Any) -> None:
+        save(checkpoints, *args, **more)
+        assert checkpoints.pending
+        concurrent.futures.wait([checkpoints.pending])
+
+    monkeypatch.setattr(Checkpoints, "save", at_once)
+
+
+@pytest.mark.usefixtures("_saves_at_once")
 @pytest.mark.parametrize(
     "flags", [[], *(["--elastic.exact=false", f"--dtype={name}"] for name in ("float32", "bfloat16", "float16"))]
 )
@@ -535,6 +550,7 @@ def ended(words: list[str]) -> int | str | None:
         return end.code
 
 
+@pytest.mark.usefixtures("_saves_at_once")
 def test_too_many_in_a_row_stop_the_run_and_a_smaller_rate_goes_on_from_before(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

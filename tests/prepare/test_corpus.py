@@ -144,7 +144,7 @@ def test_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"pip install 'elastic-gpt\[parquet\]'"):
+    with pytest.raises(DataError, match=r"needs pyarrow to be read: pip install -e '.*\[parquet\]'"):
         read(str(tmp_path / "a.parquet"))
 
 
